@@ -1,0 +1,46 @@
+# qe-edge: `make demo` runs the whole pipeline, `make test` the tests. `make help` lists all targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+# llama.cpp is compiled once; its build takes all cores.
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format clean
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+# torch first and pinned: left to itself, pip would fetch a build with gigabytes of CUDA.
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV): about 5 minutes the first time, most of it compiling llama.cpp"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	@touch $@
+
+install: $(READY)  ## Make .venv with everything in it
+
+demo: $(READY)  ## Run the whole pipeline on the embedded student and collection
+	$(BIN)/qe-edge demo
+
+test: $(READY)  ## Run the tests, but not the slow ones
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(READY)  ## Run all tests
+	$(BIN)/pytest
+
+lint: $(READY)  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/typecheck.py
+
+format: $(READY)  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Delete everything that was made
+	rm -rf $(VENV) build *.egg-info qe-edge-work

@@ -1,0 +1,221 @@
+"""`bench`: BM25, models and teachers on one or several data sets, quality and cost side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from qe_edge.bench.quality import MEASURE, compare, retrieve, values_of
+from qe_edge.bench.result import RESULT, BenchResult, DatasetResult, Kind, Speed, System
+from qe_edge.bench.speed import Request, WrongLanguage, generate
+from qe_edge.console import note
+from qe_edge.datasets import BUILTIN, Dataset, builtin_folder, describe, load_dataset
+from qe_edge.errors import BadArgument, BadInput, PartlyDone, QeEdgeError
+from qe_edge.index import Index
+from qe_edge.join import DEFAULT_JOIN, TEACHER_JOIN, Join
+from qe_edge.manifest import cpu_name, machine, now, versions, write_json
+from qe_edge.measures import mean_interval, write_run
+from qe_edge.models import resolve
+from qe_edge.records import Expansion, read_jsonl
+from qe_edge.workdir import RunFolder, Workdir
+
+
+class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What to measure.
+
+    `models` are files, folders, hub ids or built-ins, each as `MODEL` or `LABEL=MODEL`. `joins` replaces the models' own join; several make
+    several rows of one generation. `teachers` are expansion files, of which `teacher_models` selects
+    (empty: all); their first row is the teacher that retention refers to.
+    `max_tokens` replaces the models' own token budget. `label` names the machine in reports.
+    """
+
+    datasets: tuple[str, ...]
+    models: tuple[str, ...] = ()
+    joins: tuple[str, ...] = ()
+    teachers: tuple[str, ...] = ()
+    teacher_models: tuple[str, ...] = ()
+    teacher_join: str = str(TEACHER_JOIN)
+    threads: int | None = None
+    max_tokens: int | None = None
+    label: str = ""
+
+
+def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> Path:
+    """Run a benchmark; returns its folder.
+
+    It holds `result.json`, TREC runs under `runs/` and every generation under `generated/`.
+
+    Raises:
+        PartlyDone: a model failed; the others' results were written all the same.
+    """
+    if not config.datasets:
+        raise BadArgument("name at least one data set with --dataset")
+    for join in (*config.joins, config.teacher_join):
+        Join.parse(join)
+    loaded = [load_dataset(name) for name in config.datasets]
+    models = dict(parse_model(text) for text in config.models)
+    if len(models) < len(config.models):
+        raise BadArgument("two models have the same name; tell them apart with --model LABEL=MODEL")
+    paths = {label: resolve(model).path for label, model in models.items()}
+    inputs: dict[str, Path | str] = {label: path or models[label] for label, path in paths.items()}
+    inputs |= {f"teachers[{i}]": path for i, path in enumerate(config.teachers)}
+    run = RunFolder("bench", msgspec.to_builtins(config), inputs, out or workdir.new("bench"))
+    digests = {label: run.record["inputs"][label]["sha256"] for label in models}
+    warnings: list[str] = []
+    failures: list[str] = []
+    results = []
+    for data in loaded:
+        note(f"bench: {data}")
+        one = _OneDataset(data, config, run.partial, workdir)
+        results.append(one.measure(models, digests, warnings, failures))
+    result = BenchResult(
+        created=now(),
+        label=config.label or cpu_name(),
+        machine=machine(),
+        versions=versions(),
+        datasets=results,
+        warnings=warnings + failures,
+    )
+    write_json(run.partial / RESULT, msgspec.to_builtins(result))
+    folder = run.finish()
+    if failures:
+        raise PartlyDone(f"{'; '.join(failures)}. What succeeded is in {folder}")
+    return folder
+
+
+class _OneDataset:
+    """The systems of one data set, measured one after the other."""
+
+    def __init__(self, data: Dataset, config: BenchConfig, folder: Path, workdir: Workdir):
+        self.data, self.config, self.folder = data, config, folder
+        self.slug = _slug(str(data))
+        self.info = describe(data)
+        self.index = Index.for_dataset(data, workdir.root / "index")
+        self.systems: list[System] = []
+
+    def measure(
+        self, models: dict[str, str], digests: dict[str, str | None], warnings: list[str], failures: list[str]
+    ) -> DatasetResult:
+        self.add("BM25", "bm25", {}, DEFAULT_JOIN, shown_join="")
+        for label, model in models.items():
+            try:
+                self.add_model(label, model, digests[label], warnings)
+            except QeEdgeError as error:
+                failures.append(f"{label} on {self.data}: {error}")
+                note(f"bench: {failures[-1]}")
+        for name, expansions in self.teachers():
+            missing = len(self.data.queries) - len(expansions)
+            if missing:
+                warnings.append(f"{name} lacks {missing} queries of {self.data}, which count as plain queries")
+            self.add(name, "teacher", expansions, Join.parse(self.config.teacher_join), failed=missing)
+        bm25 = self.systems[0]
+        teacher = next((s for s in self.systems if s.kind == "teacher"), None)
+        return DatasetResult(
+            info=self.info,
+            fingerprint=self.data.fingerprint(),
+            measure=MEASURE,
+            queries=self.data.queries,
+            teacher=teacher.name if teacher else None,
+            systems=[bm25] + [compare(system, bm25, teacher) for system in self.systems[1:]],
+        )
+
+    def add(
+        self,
+        name: str,
+        kind: Kind,
+        expansions: dict[str, str],
+        join: Join,
+        *,
+        shown_join: str | None = None,
+        failed: int = 0,
+        speed: Speed | None = None,
+        digest: str | None = None,
+    ) -> None:
+        run = retrieve(self.data, self.index, expansions, join)
+        shown = str(join) if shown_join is None else shown_join
+        write_run(self.folder / "runs" / self.slug / f"{_slug(f'{name} {shown}')}.trec", run, _slug(name))
+        values = values_of(self.data, run)
+        self.systems.append(
+            System(
+                name=name,
+                kind=kind,
+                join=shown,
+                ndcg=mean_interval(list(values.values())),
+                failed=failed,
+                sha256=digest,
+                speed=speed,
+                per_query=values,
+                expansions=expansions,
+            )
+        )
+
+    def add_model(self, label: str, model: str, digest: str | None, warnings: list[str]) -> None:
+        request = Request(
+            model=model,
+            lang=self.info.lang,
+            queries=self.data.queries,
+            out=str(self.folder / "generated" / self.slug / f"{_slug(label)}.jsonl"),
+            label=f"{label} on {self.data}",
+            threads=self.config.threads,
+            max_tokens=self.config.max_tokens,
+        )
+        try:
+            rows, speed, spec = generate(request)
+        except WrongLanguage as error:
+            warnings.append(f"{label} was not run on {self.data}: {error}")
+            note(f"bench: {warnings[-1]}")
+            return
+        failed = sum(row.finish_reason == "failed" or not row.text for row in rows)
+        expansions = {row.query_id: row.text for row in rows if row.text}
+        for join in [Join.parse(text) for text in self.config.joins] or [spec.join]:
+            self.add(label, "model", expansions, join, failed=failed, speed=speed, digest=digest)
+        cut = sum(row.finish_reason == "length" for row in rows)
+        note(
+            f"bench: {request.label}: {speed.decode_tokens_per_s:.0f} tokens/s, {cut} of {len(rows)} expansions "
+            f"cut by the budget, {failed} failed"
+        )
+
+    def teachers(self) -> Iterator[tuple[str, dict[str, str]]]:
+        """(model and mode, expansion of each query) of every teacher that knows this data set's queries."""
+        found: dict[str, dict[str, str]] = {}
+        for path in self.config.teachers:
+            for row in read_jsonl(path, Expansion):
+                wanted = not self.config.teacher_models or row.model in self.config.teacher_models
+                if wanted and self.data.queries.get(row.query_id) == row.query:
+                    found.setdefault(f"{row.model} {row.mode}", {}).setdefault(row.query_id, row.text)
+        yield from sorted(found.items(), key=lambda item: "few-shot" in item[0])
+
+
+def parse_model(text: str) -> tuple[str, str]:
+    """`MODEL` or `LABEL=MODEL` -> (label for tables, model); a file's or folder's label is its name."""
+    label, equals, model = text.partition("=")
+    if equals and "/" not in label:
+        return label, model
+    ref = resolve(text)
+    return (ref.path.name if ref.path and not text.startswith("builtin:") else text), text
+
+
+def default_models(workdir: Workdir) -> list[str]:
+    """The GGUF files of the newest export."""
+    folder = workdir.newest("export")
+    models = sorted(str(path) for path in folder.glob("*.gguf"))
+    if not models:
+        raise BadInput("holds no .gguf file; name the models to run with --model", path=folder)
+    return models
+
+
+def default_teachers(datasets: Sequence[str]) -> list[str]:
+    """The teacher expansions that ship with the built-in data sets among these."""
+    found = []
+    for name in datasets:
+        base, _, split = name.partition("@")
+        if base in BUILTIN:
+            found.append(str(builtin_folder(base) / "expansions" / f"{split or 'test'}.jsonl"))
+    return found
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.@-]+", "_", text).strip("_.") or "_"

@@ -1,0 +1,52 @@
+"""How well expanded queries retrieve: one run per system, compared query by query."""
+
+from __future__ import annotations
+
+import msgspec
+
+from qe_edge.bench.result import System
+from qe_edge.datasets import Dataset
+from qe_edge.index import Index, Ranking
+from qe_edge.join import Join
+from qe_edge.measures import mean_interval, per_query, ratio_interval
+
+MEASURE = "nDCG@10"
+# Deep enough for R@1000, so that any tool can compute any usual measure from the run files.
+DEPTH = 1000
+
+
+def retrieve(
+    data: Dataset, index: Index, expansions: dict[str, str], join: Join, *, depth: int = DEPTH
+) -> dict[str, Ranking]:
+    """The ranking of every query, expanded where there is an expansion."""
+    return {
+        query_id: index.search_text(text, expansions.get(query_id, ""), join=join, k=depth)
+        for query_id, text in data.queries.items()
+    }
+
+
+def values_of(data: Dataset, run: dict[str, Ranking]) -> dict[str, float]:
+    """The measure for every judged query."""
+    return per_query(data.qrels, run, MEASURE)
+
+
+def compare(system: System, bm25: System, teacher: System | None) -> System:
+    """Add what a system gains over BM25 and keeps of the teacher, paired over the queries."""
+    ids = list(system.per_query)
+    own, plain = ([s.per_query[i] for i in ids] for s in (system, bm25))
+    gain = [a - b for a, b in zip(own, plain, strict=True)]
+    compared = msgspec.structs.replace(
+        system,
+        vs_bm25=mean_interval(gain),
+        helped=sum(difference > 0 for difference in gain),
+        hurt=sum(difference < 0 for difference in gain),
+    )
+    if teacher is None or teacher is system:
+        return compared
+    taught = [teacher.per_query[i] for i in ids]
+    return msgspec.structs.replace(
+        compared,
+        vs_teacher=mean_interval([a - b for a, b in zip(own, taught, strict=True)]),
+        retention=ratio_interval(own, taught),
+        gain_retention=ratio_interval(gain, [a - b for a, b in zip(taught, plain, strict=True)]),
+    )

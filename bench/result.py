@@ -1,0 +1,98 @@
+"""The result file of a bench run. Reports are computed from these files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from qe_edge.datasets import DatasetInfo
+from qe_edge.errors import BadInput, NotFound
+from qe_edge.measures import Interval
+
+SCHEMA_VERSION = 1
+RESULT = "result.json"
+
+Kind = Literal["bm25", "model", "teacher"]
+
+
+class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How fast a model wrote its expansions, one query at a time, its KV cache emptied before each.
+
+    Rates are totals over totals after one warm-up query; a cold start is `load_s` apart.
+    `mean_tokens` counts what the model wrote per query. `threads` is None where the engine chose.
+    """
+
+    engine: str
+    threads: int | None
+    load_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    ms_per_query_p50: float
+    ms_per_query_p95: float
+    mean_tokens: float
+    peak_memory_mb: float
+    file_mb: float
+
+
+class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One row: plain BM25, a model, or a teacher's ready-made expansions, with its effectiveness.
+
+    nDCG values lie in 0..1. Differences and ratios are paired over the queries, each with its 95 %
+    bootstrap interval; they are None where there is nothing to compare with. `retention` is this
+    system / teacher; `gain_retention` is (this - BM25) / (teacher - BM25).
+    `helped` and `hurt` count queries against plain BM25. `failed` generations count as the plain query.
+    """
+
+    name: str
+    kind: Kind
+    join: str
+    ndcg: Interval
+    vs_bm25: Interval | None = None
+    vs_teacher: Interval | None = None
+    retention: Interval | None = None
+    gain_retention: Interval | None = None
+    helped: int = 0
+    hurt: int = 0
+    failed: int = 0
+    sha256: str | None = None
+    speed: Speed | None = None
+    per_query: dict[str, float]
+    expansions: dict[str, str] = {}
+
+
+class DatasetResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All systems on one data set; `teacher` names the system that retention refers to."""
+
+    info: DatasetInfo
+    fingerprint: str
+    measure: str
+    queries: dict[str, str]
+    teacher: str | None
+    systems: list[System]
+
+
+class BenchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One bench run on one machine."""
+
+    created: str
+    label: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    datasets: list[DatasetResult]
+    warnings: list[str] = []
+    schema_version: int = SCHEMA_VERSION
+
+
+def read_result(path: Path | str) -> BenchResult:
+    """Read a result file, or the one in a bench run's folder."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / RESULT
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=BenchResult)
+    except FileNotFoundError:
+        raise NotFound(f"{path}: no such bench result; `qe-edge bench` writes one") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadInput(f"not a bench result: {error}", path=path) from None

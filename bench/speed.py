@@ -1,0 +1,185 @@
+"""Write a model's expansions of a query set, timing each; in a process of its own.
+
+A process per model gives every model its own peak memory, and keeps the others' results when one
+crashes. `python -m qe_edge.bench.speed` reads a request on stdin and prints one JSON object; each expansion is appended to
+a file as soon as it is written, so that a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from qe_edge.bench.result import Speed
+from qe_edge.console import progress
+from qe_edge.errors import BadInput, QeEdgeError
+from qe_edge.expander import Expander
+from qe_edge.models import Engine, resolve
+from qe_edge.records import Lang, encode_jsonl, read_jsonl
+from qe_edge.spec import ModelSpec
+
+WARM_UP = "warm up"
+
+
+class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One query's expansion and its cost in tokens and seconds."""
+
+    query_id: str
+    text: str
+    finish_reason: Literal["stop", "length", "failed"]
+    prompt_tokens: int = 0
+    tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What the child process is asked to do; `out` is a Generated file that it appends to."""
+
+    model: str
+    lang: Lang
+    queries: dict[str, str]
+    out: str
+    label: str
+    engine: Engine | None = None
+    threads: int | None = None
+    max_tokens: int | None = None
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """What it answers: the model's spec, how it loaded and how much memory it took; or why it failed."""
+
+    spec: ModelSpec | None = None
+    load_s: float = 0.0
+    peak_memory_mb: float = 0.0
+    error: str = ""
+    exit_code: int = 0
+
+
+class WrongLanguage(QeEdgeError):
+    """The model does not speak the queries' language."""
+
+
+def generate(request: Request) -> tuple[list[Generated], Speed, ModelSpec]:
+    """Run a request in a child process; returns every expansion, the speeds and the model's spec.
+
+    Raises:
+        WrongLanguage: nothing was generated.
+        QeEdgeError: the model can't be loaded, or its process died.
+    """
+    command = [sys.executable, "-P", "-m", "qe_edge.bench.speed"]
+    child = subprocess.run(command, input=msgspec.json.encode(request), stdout=subprocess.PIPE, check=False)
+    try:
+        reply = msgspec.json.decode(child.stdout, type=Reply)
+    except msgspec.MsgspecError:
+        raise QeEdgeError(f"the process running {request.model} died (exit code {child.returncode})") from None
+    if reply.error:
+        error = QeEdgeError(reply.error)
+        error.exit_code = reply.exit_code
+        raise error
+    assert reply.spec is not None  # a reply without an error has one
+    languages = reply.spec.prompt.languages
+    if request.lang not in languages:
+        raise WrongLanguage(f"it speaks {', '.join(languages)} only")
+    rows = list(read_jsonl(request.out, Generated))
+    return rows, _speed(rows, reply, request), reply.spec
+
+
+def _speed(rows: list[Generated], reply: Reply, request: Request) -> Speed:
+    ref = resolve(request.model)
+    done = [row for row in rows if row.finish_reason != "failed"]
+    if not done:
+        raise BadInput(f"{request.model} failed on every query")
+    times = sorted((row.prefill_s + row.decode_s) * 1000 for row in done)
+    # The first token comes out of the prefill, so decoding makes one token less than was written,
+    # or exactly as many where the end token was decoded too.
+    decoded = sum(row.tokens - (row.finish_reason == "length") for row in done)
+    return Speed(
+        engine=request.engine or ref.engine,
+        threads=request.threads,
+        load_s=reply.load_s,
+        prefill_tokens_per_s=sum(row.prompt_tokens for row in done) / sum(row.prefill_s for row in done),
+        decode_tokens_per_s=decoded / max(sum(row.decode_s for row in done), 1e-9),
+        ms_per_query_p50=statistics.median(times),
+        ms_per_query_p95=times[min(len(times) - 1, round(0.95 * (len(times) - 1)))],
+        mean_tokens=statistics.fmean(row.tokens for row in done),
+        peak_memory_mb=reply.peak_memory_mb,
+        file_mb=ref.size_bytes() / 1e6,
+    )
+
+
+def _work(request: Request) -> Reply:
+    """In the child: load, warm up, expand what is missing."""
+    done = {row.query_id for row in read_jsonl(request.out, Generated)} if Path(request.out).exists() else set()
+    start = time.perf_counter()
+    expander = Expander.load(
+        request.model, engine=request.engine, threads=request.threads, max_tokens=request.max_tokens
+    )
+    load_s = time.perf_counter() - start
+    if request.lang not in expander.spec.prompt.languages:
+        return Reply(spec=expander.spec)
+    expander.expand(WARM_UP)
+    Path(request.out).parent.mkdir(parents=True, exist_ok=True)
+    todo = {query_id: text for query_id, text in request.queries.items() if query_id not in done}
+    with (
+        Path(request.out).open("ab") as file,
+        progress(request.label, len(request.queries), done=len(done)) as advance,
+    ):
+        for query_id, query in todo.items():
+            expander.backend.reset()
+            file.write(encode_jsonl([_expand(expander, query_id, query)]))
+            file.flush()
+            advance()
+    expander.close()
+    return Reply(expander.spec, load_s, _peak_memory_mb())
+
+
+def _expand(expander: Expander, query_id: str, query: str) -> Generated:
+    try:
+        expanded = expander.expand(query)
+    except BadInput:  # such as a query longer than the context: counted, and searched as it is
+        return Generated(query_id, "", "failed")
+    return Generated(
+        query_id,
+        expanded.text,
+        expanded.finish_reason,
+        expanded.prompt_tokens,
+        expanded.tokens,
+        expanded.prefill_s,
+        expanded.decode_s,
+    )
+
+
+def _peak_memory_mb() -> float:
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 1e6
+    import resource
+
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _main() -> None:
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # engines print; the reply alone goes to stdout
+    try:
+        reply = _work(msgspec.json.decode(sys.stdin.buffer.read(), type=Request))
+    except QeEdgeError as error:
+        reply = Reply(error=str(error), exit_code=error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    os.write(stdout, msgspec.json.encode(reply))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,51 @@
+"""MLX folders on mlx-lm: Apple silicon; on Linux a CPU build that serves correctness, not speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qe_edge.backends import default_spec
+from qe_edge.errors import BadArgument, BadInput, require
+from qe_edge.models import Engine, ModelRef
+from qe_edge.spec import read_spec
+
+
+class MlxBackend:
+    engine: Engine = "mlx"
+
+    def __init__(self, ref: ModelRef):
+        self._mx = require("mlx.core", "mlx")
+        mlx_lm = require("mlx_lm", "mlx")
+        if ref.path is None:
+            raise BadArgument(f"{ref.name} is a hub id; export it first, then give the MLX folder")
+        try:
+            # Our renderer makes the prompt: only the inner tokenizer is used.
+            self._model, tokenizer = mlx_lm.load(str(ref.path))
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise BadInput(f"mlx-lm can't load this folder: {error}", path=ref.path) from None
+        self._tokenizer = tokenizer._tokenizer
+        self.context = self._model.args.max_position_embeddings
+        self.spec = read_spec(ref.path) or default_spec(ref, self._tokenizer.chat_template)
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
+
+    def detokenize(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def generate(self, prompt: list[int], *, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
+        from mlx_lm.generate import generate_step
+        from mlx_lm.sample_utils import make_sampler
+
+        self._mx.random.seed(seed)
+        steps = generate_step(
+            self._mx.array(prompt), self._model, max_tokens=-1, sampler=make_sampler(temp=temperature)
+        )
+        for token, _ in steps:
+            yield int(token)
+
+    def reset(self) -> None:
+        """Nothing to forget: every call starts from an empty cache."""
+
+    def close(self) -> None:
+        del self._model

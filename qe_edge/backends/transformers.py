@@ -1,0 +1,64 @@
+"""Hugging Face folders and hub ids on transformers: the reference that the exports are checked against."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from qe_edge.backends import default_spec
+from qe_edge.errors import BadInput, NotFound, require
+from qe_edge.models import Engine, ModelRef
+from qe_edge.spec import read_spec
+
+
+class TransformersBackend:
+    engine: Engine = "transformers"
+
+    def __init__(self, ref: ModelRef, *, threads: int | None = None):
+        self._torch = torch = require("torch", "train")
+        transformers = require("transformers", "train")
+        if threads:
+            torch.set_num_threads(threads)
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(ref.source)
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(
+                ref.source, dtype="auto", device_map="auto" if torch.cuda.is_available() else None
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            if ref.path is None:
+                hint = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+                raise NotFound(f"can't load {ref.name} from the hub{hint}: {reason}") from None
+            raise BadInput(f"transformers can't load this model folder: {reason}", path=ref.path) from None
+        self._model.eval()
+        self.context = self._model.config.max_position_embeddings
+        self.spec = (read_spec(Path(ref.path)) if ref.path else None) or default_spec(
+            ref, self._tokenizer.chat_template
+        )
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
+
+    def detokenize(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def generate(self, prompt: list[int], *, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
+        torch = self._torch
+        generator = torch.Generator(self._model.device).manual_seed(seed)
+        step, cache = torch.tensor([prompt], device=self._model.device), None
+        while True:
+            with torch.inference_mode():
+                output = self._model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits, cache = output.logits[:, -1].float(), output.past_key_values
+            if temperature > 0:
+                step = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            else:
+                step = logits.argmax(-1, keepdim=True)
+            yield int(step)
+
+    def reset(self) -> None:
+        """Nothing to forget: every call starts from an empty cache."""
+
+    def close(self) -> None:
+        del self._model

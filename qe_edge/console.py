@@ -1,0 +1,51 @@
+"""Notes and progress bars, all on stderr: stdout is for results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@cache
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """Tell the user something on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A progress bar with rate and time left, drawn only on a terminal.
+
+    Yields `advance(steps=1, info="")`; `done` steps count as already made and not into the rate.
+    """
+    if not sys.stderr.isatty():
+        yield lambda steps=1, info="": None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[info]}"),
+    )
+    with Progress(*columns, console=_console(), transient=True) as bar:
+        task = bar.add_task(description, total=total, completed=done, info="")
+
+        def advance(steps: int = 1, info: str = "") -> None:
+            bar.update(task, advance=steps, info=info)
+
+        yield advance

@@ -1,0 +1,217 @@
+"""Test collections: the two that ship with the package, BEIR folders, and ir_datasets ids.
+
+A data set is written `NAME` or `NAME@SPLIT`, where a split names a file of judgments:
+`demo-en`, `demo-en@train`, `path/to/beir-folder@dl19`, `dl19`, `beir/scifact/test`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+
+import msgspec
+
+from qe_edge.analysis import detect_language
+from qe_edge.errors import BadInput, NotFound, require
+from qe_edge.measures import Qrels
+from qe_edge.records import Document, Lang, Query, read_jsonl
+
+BUILTIN = ("demo-en", "demo-zh")
+# Short names of the collections this field reports on -> their ir_datasets ids.
+SHORT_NAMES = {
+    "dl19": "msmarco-passage/trec-dl-2019/judged",
+    "dl20": "msmarco-passage/trec-dl-2020/judged",
+    "dl21": "msmarco-passage-v2/trec-dl-2021/judged",
+    "miracl-zh": "miracl/zh/dev",
+    "miracl-zh-train": "miracl/zh/train",
+    "scifact": "beir/scifact/test",
+    "nfcorpus": "beir/nfcorpus/test",
+    "fiqa": "beir/fiqa/test",
+    "trec-covid": "beir/trec-covid",
+    "arguana": "beir/arguana",
+    "scidocs": "beir/scidocs",
+}
+_HEADER = ["query-id", "corpus-id", "score"]
+
+
+class Dataset:
+    """A collection, its judged queries and their judgments; documents are read when asked for."""
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        queries: dict[str, str],
+        qrels: Qrels,
+        documents: Callable[[], Iterator[tuple[str, str]]],
+        folder: Path | None = None,
+    ):
+        self.name = name
+        self.split = split
+        self.queries = {query_id: queries[query_id] for query_id in qrels}  # a test set: only judged queries
+        self.qrels = qrels
+        self.documents = documents
+        self.folder = folder
+
+    @cached_property
+    def lang(self) -> Lang:
+        """The language of most of the queries."""
+        chinese = sum(detect_language(text) == "zh" for text in self.queries.values())
+        return "zh" if chinese * 2 > len(self.queries) else "en"
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.split}" if self.split else self.name
+
+    def judgments(self) -> int:
+        return sum(len(grades) for grades in self.qrels.values())
+
+    def collection_hash(self) -> str:
+        """SHA-256 over the documents, in their order."""
+        digest = hashlib.sha256()
+        for document in self.documents():
+            digest.update(msgspec.json.encode(document))
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over documents, queries and judgments: two results with the same one are comparable."""
+        judged = msgspec.json.encode([sorted(self.queries.items()), self.qrels], order="sorted")
+        return hashlib.sha256(self.collection_hash().encode() + judged).hexdigest()
+
+    def check(self) -> int:
+        """Read the whole collection and return its size.
+
+        Raises:
+            BadInput: judgments name documents that it lacks, so that the ideal ranking can't be reached.
+        """
+        known = {doc_id for doc_id, _ in self.documents()}
+        missing = sorted({d for grades in self.qrels.values() for d in grades} - known)
+        if missing:
+            raise BadInput(
+                f"the judgments of {self} name {len(missing)} documents that the collection lacks, "
+                f"such as {', '.join(missing[:3])}; take them out of the judgments or add the documents",
+                path=self.folder,
+            )
+        return len(known)
+
+
+def load_dataset(name: str) -> Dataset:
+    """Load `NAME[@SPLIT]`: an existing folder first, then a built-in, a short name, an ir_datasets id."""
+    base, _, split = name.rpartition("@") if "@" in name else (name, "", "")
+    folder = Path(base)
+    if folder.is_dir():
+        return _load_beir(folder.resolve().name, folder, split)
+    if base in BUILTIN:
+        with resources.as_file(resources.files("qe_edge") / "data" / base) as path:
+            return _load_beir(base, path, split or "test")
+    if base in SHORT_NAMES or "/" in base:
+        return _load_ir_datasets(base, split)
+    raise NotFound(
+        f"no data set {base!r}: it is neither a folder, nor one of {', '.join((*BUILTIN, *SHORT_NAMES))}, "
+        "nor an ir_datasets id such as beir/nfcorpus/test"
+    )
+
+
+def builtin_folder(name: str) -> Path:
+    """Where a built-in data set's files lie."""
+    return Path(str(resources.files("qe_edge") / "data" / name))
+
+
+def splits(folder: Path) -> list[str]:
+    """The splits of a BEIR folder."""
+    return sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
+
+
+def _load_beir(name: str, folder: Path, split: str) -> Dataset:
+    for needed in ("corpus.jsonl", "queries.jsonl", "qrels"):
+        if not (folder / needed).exists():
+            raise NotFound(
+                f"{folder} has no {needed}; a data set folder holds corpus.jsonl, queries.jsonl and qrels/<split>.tsv"
+            )
+    found = splits(folder)
+    if not split:
+        if "test" not in found and len(found) != 1:
+            raise NotFound(f"{folder} has the splits {', '.join(found) or '(none)'}; name one, as in {name}@SPLIT")
+        split = "test" if "test" in found else found[0]
+    if split not in found:
+        raise NotFound(f"{folder} has no split {split!r}; there are: {', '.join(found) or '(none)'}")
+    queries: dict[str, str] = {}
+    for query in read_jsonl(folder / "queries.jsonl", Query):
+        queries[query.id] = query.text
+    qrels = _read_qrels(folder / "qrels" / f"{split}.tsv", queries)
+
+    def documents() -> Iterator[tuple[str, str]]:
+        for document in read_jsonl(folder / "corpus.jsonl", Document):
+            yield document.id, f"{document.title} {document.text}".strip()
+
+    return Dataset(name, split, queries, qrels, documents, folder)
+
+
+def _read_qrels(path: Path, queries: dict[str, str]) -> Qrels:
+    qrels: Qrels = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if next(rows, None) != _HEADER:
+            raise BadInput(f"the first line must be {' '.join(_HEADER)}, separated by tabs", path=path, line=1)
+        for number, row in enumerate(rows, 2):
+            if not row:
+                continue
+            try:
+                query_id, doc_id, grade = row
+                qrels.setdefault(query_id, {})[doc_id] = int(grade)
+            except ValueError:
+                raise BadInput(
+                    f"expected query-id, corpus-id and a whole-number score, got {row}", path=path, line=number
+                ) from None
+            if query_id not in queries:
+                raise BadInput(f"query {query_id!r} is not in queries.jsonl", path=path, line=number)
+    if not qrels:
+        raise BadInput("holds no judgment", path=path)
+    return qrels
+
+
+def _load_ir_datasets(name: str, split: str) -> Dataset:
+    ir_datasets = require("ir_datasets", "data")
+    dataset_id = SHORT_NAMES.get(name, name) + (f"/{split}" if split else "")
+    try:
+        source = ir_datasets.load(dataset_id)
+    except KeyError:
+        raise NotFound(f"{name!r} is neither a folder nor an ir_datasets id ({dataset_id})") from None
+    try:
+        queries = {query.query_id: query.default_text() for query in source.queries_iter()}
+        qrels: Qrels = {}
+        for judgment in source.qrels_iter():
+            qrels.setdefault(judgment.query_id, {})[judgment.doc_id] = judgment.relevance
+    except AttributeError:
+        raise NotFound(f"ir_datasets has no queries or no judgments for {dataset_id}; name a split of it") from None
+    except (OSError, RuntimeError) as error:
+        raise NotFound(
+            f"{dataset_id} could not be downloaded ({error}). Where its host is out of reach, put the collection "
+            "into a folder in BEIR layout and give that folder as the data set"
+        ) from None
+
+    def documents() -> Iterator[tuple[str, str]]:
+        for document in source.docs_iter():
+            yield document.doc_id, document.default_text()
+
+    return Dataset(name, split, queries, qrels, documents)
+
+
+class DatasetInfo(msgspec.Struct, frozen=True):
+    """The size of a data set, for people and for results."""
+
+    name: str
+    lang: Lang
+    documents: int
+    queries: int
+    judgments: int
+
+
+def describe(dataset: Dataset) -> DatasetInfo:
+    """Count a data set, checking its judgments on the way."""
+    return DatasetInfo(
+        str(dataset), dataset.lang, dataset.check(), len(dataset.queries), dataset.judgments()
+    )

@@ -1,0 +1,62 @@
+"""Every failure a user can cause or meet, each with its exit code. The message names the remedy.
+
+The CLI catches `QeEdgeError` in one place, prints `error: <message>` and exits with `exit_code`;
+library users catch the same classes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+
+class QeEdgeError(Exception):
+    """Base of all expected errors; on its own, a run-time failure."""
+
+    exit_code = 6
+
+
+class BadArgument(QeEdgeError):
+    """An option or a recipe value that cannot be used."""
+
+    exit_code = 2
+
+
+class NotInstalled(QeEdgeError):
+    """An optional part is missing; the message holds the pip command."""
+
+    exit_code = 3
+
+
+class NotFound(QeEdgeError):
+    """A model, data set or earlier output does not exist."""
+
+    exit_code = 4
+
+
+class BadInput(QeEdgeError):
+    """Input data that cannot be used. Pass the file and the 1-based line where they are known."""
+
+    exit_code = 5
+
+    def __init__(self, message: str, *, path: Path | str | None = None, line: int | None = None):
+        where = "" if path is None else f"{path}: " if line is None else f"{path}:{line}: "
+        super().__init__(where + message)
+
+
+class PartlyDone(QeEdgeError):
+    """Some of the work succeeded and was kept; the rest failed."""
+
+    exit_code = 7
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or say which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise NotInstalled(
+            f"this needs {module}, which cannot be imported ({error}); "
+            f"install it with: pip install 'qe-edge[{extra}]'"
+        ) from None

@@ -1,0 +1,73 @@
+"""query + expansion -> weighted terms, by a named rule.
+
+A term that occurs n times has weight n; an index that searches weighted unique terms scores the same
+as one given the repeated string, for less work.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from qe_edge.errors import BadArgument
+
+Rule = Literal["repeat", "adaptive", "mass"]
+_MEANING = {
+    "repeat": "how often the query is repeated (Query2Doc: 5)",
+    "adaptive": "beta of words(expansion) // words(query) // beta (MuGI: 5)",
+    "mass": "the expansion's total weight as a multiple of the query's",
+}
+
+
+class Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far an expansion is trusted beside its query.
+
+    - `repeat`: the query's terms count `value` times (Query2Doc, arXiv 2303.07678).
+    - `adaptive`: the query is repeated |expansion| // |query| // `value` times, at least once (MuGI,
+      arXiv 2401.06311); lengths are counted in analysed terms, so that Chinese counts alike.
+    - `mass`: the expansion is scaled to `value` times the query's total weight, whatever the lengths.
+    """
+
+    rule: Rule = "mass"
+    value: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not 0 < self.value < float("inf"):
+            raise ValueError("a join's value must be a positive number")
+
+    def __str__(self) -> str:
+        return f"{self.rule}:{self.value:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> Join:
+        """`mass:0.7`, `repeat:5` or `adaptive:5`."""
+        rule, _, value = text.partition(":")
+        try:
+            return msgspec.convert({"rule": rule, "value": float(value)}, cls)
+        except (ValueError, msgspec.ValidationError):
+            rules = "; ".join(f"{name}:N, N = {meaning}" for name, meaning in _MEANING.items())
+            raise BadArgument(f"can't read the join {text!r}. Write one of: {rules}") from None
+
+    def __call__(self, query_terms: Sequence[str], expansion_terms: Sequence[str]) -> dict[str, float]:
+        """Weights of the unique terms. Without expansion terms: the plain query, each term counted."""
+        query, expansion = Counter(query_terms), Counter(expansion_terms)
+        query_weight = expansion_weight = 1.0
+        if expansion and query:
+            if self.rule == "repeat":
+                query_weight = self.value
+            elif self.rule == "adaptive":
+                query_weight = max(1.0, len(expansion_terms) // len(query_terms) // self.value)
+            else:
+                expansion_weight = self.value * len(query_terms) / len(expansion_terms)
+        weights = {term: query_weight * count for term, count in query.items()}
+        for term, count in expansion.items():
+            weights[term] = weights.get(term, 0.0) + expansion_weight * count
+        return weights
+
+
+DEFAULT_JOIN = Join()
+# Query2Doc's rule, under which the teachers' published expansions were measured.
+TEACHER_JOIN = Join("repeat", 5)

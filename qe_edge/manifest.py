@@ -1,0 +1,183 @@
+"""Outputs that appear whole or not at all, and the `run.json` that says how each one was made."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qe_edge.errors import BadArgument, BadInput, QeEdgeError
+
+MANIFEST = "run.json"
+SCHEMA_VERSION = 1
+# Reported when installed; looked up by distribution name so that nothing heavy is imported.
+_PACKAGES = (
+    "qe-edge bm25s ir-measures numpy torch transformers trl peft datasets gguf llama-cpp-python mlx mlx-lm"
+).split()
+
+
+@contextmanager
+def atomic_path(target: Path | str) -> Iterator[Path]:
+    """Yield a path beside `target` to write a file or folder to; on success it becomes `target`.
+
+    On any error, a full disk and Ctrl-C included, the half-written output is removed and an
+    existing `target` stays as it was.
+    """
+    target = Path(target)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        publish(partial, target)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        raise QeEdgeError(
+            f"cannot write {target}: {error.strerror or error}; nothing was changed there. "
+            "Free some space or choose another folder with --out or --workdir."
+        ) from error
+    finally:
+        remove(partial)
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Flush `partial` to disk and rename it to `target`; an old `target` is replaced."""
+    files = [partial] if partial.is_file() else [p for p in partial.rglob("*") if p.is_file()]
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if target.is_dir():  # a folder can't be renamed over another one
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        target.rename(old)
+        try:
+            partial.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        remove(old)
+    else:
+        partial.replace(target)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError):
+            path.unlink()
+
+
+def write_bytes(target: Path | str, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with atomic_path(target) as path:
+        path.write_bytes(content)
+
+
+def write_json(target: Path | str, value: Any) -> None:
+    """Write any JSON value, indented, whole or not at all."""
+    write_bytes(target, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+def sha256(path: Path | str) -> str:
+    """SHA-256 of a file; of a folder, of the sorted list of its files' names and digests."""
+    path = Path(path)
+    if path.is_dir():
+        listing = "".join(
+            f"{sha256(p)}  {p.relative_to(path).as_posix()}\n"
+            for p in sorted(path.rglob("*"))
+            if p.is_file() and p.name != MANIFEST
+        )
+        return hashlib.sha256(listing.encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's marketing name where the system tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """What the figures of a run were measured on. No host or user name."""
+    import psutil
+
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def run_record(
+    command: str, settings: dict[str, Any], inputs: dict[str, Path | str], **extra: Any
+) -> dict[str, Any]:
+    """The content of `run.json`: what was run, on what, with what, and from which inputs."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "argv": sys.argv[1:],
+        "settings": settings,
+        "inputs": {
+            name: {"path": str(path), "sha256": sha256(path) if Path(path).exists() else None}
+            for name, path in inputs.items()
+        },
+        "versions": versions(),
+        "machine": machine(),
+        "finished": now(),
+        **extra,
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that qe-edge wrote."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise BadInput(f"not a JSON object: {error}", path=path) from None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The `run.json` of an output folder; empty when it has none."""
+    path = folder / MANIFEST
+    return read_json(path) if path.is_file() else {}
+
+
+def check_writable(folder: Path) -> None:
+    """Fail before the work, not after it, when an output folder can't be written."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise BadArgument(f"{existing} is a file, so {folder} can't be made there; choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise BadArgument(f"{existing} is not writable; choose another folder with --out or --workdir")

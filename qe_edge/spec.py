@@ -1,0 +1,55 @@
+"""What an exported student knows about itself, so that `Expander.load(file)` needs nothing but the file.
+
+In a GGUF it is one custom key, in a Hugging Face or MLX folder one file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from qe_edge.errors import BadInput
+from qe_edge.join import Join
+from qe_edge.prompt import PromptSpec
+
+GGUF_KEY = "qe_edge.spec"
+SPEC_FILE = "qe_edge.json"
+# A spec holds a few short texts; anything larger is not one of ours.
+MAX_BYTES = 64 * 1024
+
+
+class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The contract between a student and whoever runs it.
+
+    `stage` says what was done to the base model: `base`, `sft` or `dpo`.
+    """
+
+    prompt: PromptSpec
+    join: Join
+    base_model: str
+    stage: str = "base"
+    schema_version: int = 1
+
+    def to_json(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+
+def parse_spec(content: str | bytes, *, source: Path | str) -> ModelSpec:
+    """Decode a spec and check it; a malformed or oversized one is refused by name."""
+    if len(content) > MAX_BYTES:
+        raise BadInput(f"its qe-edge spec is {len(content)} bytes, over the limit of {MAX_BYTES}", path=source)
+    try:
+        return msgspec.json.decode(content, type=ModelSpec)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadInput(f"its qe-edge spec is malformed: {error}", path=source) from None
+
+
+def read_spec(folder: Path) -> ModelSpec | None:
+    """The spec beside the weights of a model folder, or None when there is none."""
+    path = folder / SPEC_FILE
+    return parse_spec(path.read_bytes(), source=path) if path.is_file() else None
+
+
+def write_spec(folder: Path, spec: ModelSpec) -> None:
+    (folder / SPEC_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(spec), indent=2) + b"\n")

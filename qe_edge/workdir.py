@@ -1,0 +1,81 @@
+"""Where outputs go, and how a command finds the newest output of the stage before it.
+
+    qe-edge-work/
+        pairs/001/ sft/001/ dpo/001/ merge/001/ export/001/ bench/001/   one folder a run, newest = highest
+        base/ index/                                                    rebuilt when deleted
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qe_edge.errors import BadArgument, NotFound
+from qe_edge.manifest import MANIFEST, check_writable, now, publish, read_record, run_record, write_json
+
+DEFAULT_WORKDIR = "qe-edge-work"
+_COMMAND = {
+    "pairs": "qe-edge pairs",
+    "sft": "qe-edge train sft",
+    "dpo": "qe-edge train dpo",
+    "merge": "qe-edge merge",
+    "export": "qe-edge export",
+    "bench": "qe-edge bench",
+}
+
+
+class Workdir:
+    """The work folder. Nothing is created until something is written."""
+
+    def __init__(self, root: Path | str | None = None):
+        self.root = Path(root or os.environ.get("QE_EDGE_WORKDIR") or DEFAULT_WORKDIR)
+
+    def _numbers(self, stage: str) -> list[int]:
+        folder = self.root / stage
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def new(self, stage: str) -> Path:
+        """The folder of a stage's next run; an interrupted run's folder is given again, to be resumed."""
+        number = max(self._numbers(stage), default=0) + 1
+        return self.root / stage / f"{number:03d}"
+
+    def newest(self, *stages: str) -> Path:
+        """The newest finished output of the first of the stages that has one."""
+        for stage in stages:
+            if numbers := self._numbers(stage):
+                return self.root / stage / f"{numbers[-1]:03d}"
+        wanted = " or ".join(f"`{_COMMAND[stage]}`" for stage in stages)
+        raise NotFound(f"{self.root} holds no output of {wanted}; run it first, or name the input")
+
+
+class RunFolder:
+    """The output folder of work that can be resumed: `<out>.partial` until it is whole, then `out`.
+
+    Raises:
+        BadArgument: an interrupted run with other settings or inputs lies there.
+    """
+
+    def __init__(self, command: str, settings: dict[str, Any], inputs: dict[str, Path | str], out: Path):
+        check_writable(out)
+        self.out = out
+        self.partial = out.with_name(out.name + ".partial")
+        # Through JSON, so that it compares equal with the record of an earlier, interrupted run.
+        self.record = msgspec.json.decode(msgspec.json.encode(run_record(command, settings, inputs)))
+        before = read_record(self.partial)
+        if before and any(before[key] != self.record[key] for key in ("command", "settings", "inputs")):
+            raise BadArgument(
+                f"{self.partial} holds an interrupted run with other settings or inputs; "
+                "run it again as it was to finish it, or delete that folder"
+            )
+        self.partial.mkdir(parents=True, exist_ok=True)
+        write_json(self.partial / MANIFEST, self.record)
+
+    def finish(self, **extra: Any) -> Path:
+        """Complete the manifest and give the folder its name."""
+        write_json(self.partial / MANIFEST, {**self.record, **extra, "finished": now()})
+        publish(self.partial, self.out)
+        return self.out

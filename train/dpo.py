@@ -1,0 +1,100 @@
+"""Direct preference optimisation on retrieval's own pairs, continuing the SFT adapter, through TRL."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qe_edge.console import note
+from qe_edge.errors import BadInput, require
+from qe_edge.prompt import Tokenize
+from qe_edge.records import Pair, read_jsonl
+from qe_edge.spec import ModelSpec, read_spec, write_spec
+from qe_edge.train.loop import TrainingRun, load_dtype, trainer_arguments
+from qe_edge.train.sft import base_of
+from qe_edge.train.student import load_base, tokenize_with
+from qe_edge.workdir import Workdir
+
+
+class DpoConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """DPO settings (Rafailov et al., arXiv 2305.18290). `beta` weighs the pull towards the SFT model.
+
+    `loss` names TRL's losses, summed: `sigmoid` is DPO, `sigmoid_norm` divides by the lengths,
+    adding `sft` keeps the chosen text likely. A step takes `batch_size * accumulate` pairs.
+    """
+
+    beta: float = 0.1
+    loss: tuple[str, ...] = ("sigmoid",)
+    learning_rate: float = 5e-5
+    epochs: float = 1.0
+    batch_size: int = 2
+    accumulate: int = 4
+    max_length: int = 512
+    seed: int = 0
+    save_steps: int = 25
+    logging_steps: int = 5
+
+
+def dpo(
+    pairs: Path | str, adapter: Path, config: DpoConfig | None = None, *, out: Path | None = None, workdir: Workdir
+) -> Path:
+    """Train the SFT adapter further on preference pairs; returns the new adapter's folder.
+
+    The reference is the SFT model itself (a frozen copy of its adapter), not the base.
+    The result holds SFT and DPO together: it is merged once.
+    """
+    trl, peft, datasets = require("trl", "train"), require("peft", "train"), require("datasets", "train")
+    config = config or DpoConfig()
+    source = base_of(adapter)
+    spec = read_spec(adapter)
+    if spec is None:
+        raise BadInput("holds no qe-edge spec; train it with `qe-edge train sft`", path=adapter)
+    rows = list(read_jsonl(pairs, Pair))
+    run = TrainingRun("train dpo", msgspec.to_builtins(config), {"pairs": pairs, "adapter": adapter}, out or workdir.new("dpo"))
+    base, tokenizer = load_base(source, dtype=load_dtype())
+    encoded, dropped = encode_pairs(rows, spec, tokenize_with(tokenizer), config.max_length)
+    note(f"dpo: {len(encoded)} pairs from {len({r.query_id for r in rows})} queries; dropped: {dict(dropped) or 'none'}")
+
+    class TokenizedDPOTrainer(trl.DPOTrainer):  # type: ignore[misc, name-defined]
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # TRL would apply a chat template; these are token ids already, exactly ours
+
+    trainer = TokenizedDPOTrainer(
+        model=peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=True),
+        args=trl.DPOConfig(
+            **trainer_arguments(config, run.partial),
+            beta=config.beta,
+            loss_type=list(config.loss),
+        ),
+        train_dataset=datasets.Dataset.from_list(encoded),
+        processing_class=tokenizer,
+    )
+    metrics = run.train(trainer, "dpo")
+    trainer.model.save_pretrained(str(run.partial), selected_adapters=["default"])
+    write_spec(run.partial, msgspec.structs.replace(spec, stage="dpo"))
+    return run.finish_training(trainer, base=source, rows=len(encoded), dropped=dict(dropped), metrics=metrics)
+
+
+def encode_pairs(
+    rows: Iterable[Pair], spec: ModelSpec, tokenize: Tokenize, max_length: int
+) -> tuple[list[dict[str, list[int]]], Counter[str]]:
+    """Pairs -> {"prompt_ids", "chosen_ids", "rejected_ids"}, and how many were dropped, by reason."""
+    encoded, dropped = [], Counter[str]()
+    for row in rows:
+        prompt = spec.prompt.encode(row.query, tokenize)
+        chosen, rejected = (spec.prompt.encode_answer(text, tokenize) for text in (row.chosen, row.rejected))
+        if not row.chosen.strip() or not row.rejected.strip():
+            dropped["empty"] += 1
+        elif chosen == rejected:
+            dropped["equal sides"] += 1
+        elif len(prompt) + max(len(chosen), len(rejected)) > max_length:
+            dropped["too long"] += 1
+        else:
+            encoded.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+    if not encoded:
+        raise BadInput(f"no pair left to train on; dropped: {dict(dropped)}")
+    return encoded, dropped

@@ -1,0 +1,114 @@
+"""The student before training: any model that transformers loads, as a plain folder with its spec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qe_edge.backends import default_spec
+from qe_edge.console import note
+from qe_edge.errors import BadArgument, BadInput, NotFound, require
+from qe_edge.manifest import atomic_path
+from qe_edge.models import resolve
+from qe_edge.prompt import Tokenize
+from qe_edge.spec import ModelSpec, read_spec, write_spec
+from qe_edge.workdir import Workdir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def prepare_student(student: str, workdir: Workdir) -> tuple[str, ModelSpec]:
+    """What transformers loads the base model from (a folder or a hub id), and the base's spec.
+
+    A GGUF (a `builtin:` model is one) is unpacked once to `<workdir>/base/<name>`: training needs
+    plain weights, and merging needs the same ones again.
+
+    Raises:
+        BadArgument: the model is an MLX folder, is quantized, or doesn't speak ChatML.
+    """
+    require("transformers", "train")
+    ref = resolve(student)
+    if ref.engine == "mlx":
+        raise BadArgument(f"{student} is a quantized MLX folder; train the model it was made from")
+    if ref.is_gguf:
+        folder = workdir.root / "base" / ref.name.removeprefix("builtin:").removesuffix(".gguf")
+        spec = read_spec(folder) if folder.is_dir() else None
+        if spec is None:
+            spec = _unpack_gguf(ref, folder)
+        return str(folder.resolve()), spec
+    tokenizer, config = _load_tokenizer(ref.source), _load_config(ref.source)
+    if getattr(config, "quantization_config", None):
+        raise BadArgument(f"{student} is quantized; train its unquantized original and quantize at export")
+    spec = (read_spec(ref.path) if ref.path else None) or default_spec(ref, tokenizer.chat_template)
+    return str(ref.path.resolve()) if ref.path else ref.name, spec
+
+
+def _unpack_gguf(ref: Any, folder: Path) -> ModelSpec:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    require("gguf", "train")
+    note(f"unpacking {ref.name} to {folder} (once)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(ref.path.parent, gguf_file=ref.path.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            ref.path.parent,
+            gguf_file=ref.path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise BadInput(f"transformers can't read this GGUF: {error}", path=ref.path) from None
+    spec = default_spec(ref, tokenizer.chat_template)
+    with atomic_path(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_spec(partial, spec)
+    return spec
+
+
+def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise NotFound(f"can't load a tokenizer from {source}: {str(error).splitlines()[0]}") from None
+
+
+def _load_config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise NotFound(f"can't load a model from {source}: {str(error).splitlines()[0]}") from None
+
+
+def load_base(source: str, *, dtype: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model's weights in `dtype`, and its tokenizer, which must fit the model.
+
+    Raises:
+        BadInput: the tokenizer has ids that the model's embedding table lacks.
+    """
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = _load_tokenizer(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise NotFound(f"can't load a model from {source}: {str(error).splitlines()[0]}") from None
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise BadInput(f"its tokenizer has {len(tokenizer)} tokens, its model only {rows}", path=source)
+    return model, tokenizer
+
+
+def tokenize_with(tokenizer: PreTrainedTokenizerBase) -> Tokenize:
+    """The tokenizer as the prompt renderer wants it."""
+
+    def tokenize(text: str, special: bool) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
+
+    return tokenize
