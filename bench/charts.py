@@ -49,21 +49,24 @@ def pareto(section: Section, paint: Paint, width: int | Literal["container"]) ->
     The section must have a model with a known speed.
     """
     alt = require("altair", "report")
-    values = [value for row in section.of_kind("model") if (value := _point(row))]
+    values = [_point(section, row) for row in section.drawn]
     references = section.of_kind("bm25") + section.of_kind("teacher")
     plane = Plane(
         [Point(v["model"], v["x"], v["low"], v["y"], v["high"]) for v in values],
         [Reference(f"{r.system.name} {score(r.system.ndcg.mean)}", r.system.ndcg.mean) for r in references],
     )
     lines = [
-        {"y": row.system.ndcg.mean, "dash": [4, 3] if row.system.kind == "bm25" else [1, 0]} for row in references
+        {"y": row.system.ndcg.mean, "dash": [4, 3] if row.system.kind == "bm25" else [1, 0]}
+        for row in references
     ]
     x_axis = alt.Axis(values=plane.x_ticks(), format="~s", title="decode tokens/s, log scale (faster →)")
     x = alt.X("x:Q", scale=alt.Scale(type="log", domain=plane.x_domain, nice=False), axis=x_axis)
     y_scale = alt.Scale(domain=plane.y_domain, zero=False, nice=False)
     y = alt.Y("y:Q", scale=y_scale, axis=alt.Axis(title=section.measure, tickCount=6))
     tooltip = _tooltip({"model": "model", "score": section.measure, **_FIGURES, "machine": "machine"})
-    points = alt.Chart(alt.Data(values=values)).encode(x=x, color=_by_machine(section, paint), tooltip=tooltip)
+    points = alt.Chart(alt.Data(values=values)).encode(
+        x=x, color=_by_machine(section, paint), tooltip=tooltip
+    )
     layers = [
         alt.Chart(alt.Data(values=lines))
         .mark_rule(color=paint("muted"), strokeWidth=1.2, strokeDash=alt.ExprRef("datum.dash"))
@@ -82,7 +85,7 @@ def per_query(section: Section, row: Row, paint: Paint) -> Any:
     """One bar per query: the difference to plain BM25, best first, on one scale for all models."""
     alt = require("altair", "report")
     gains = row.gains()
-    reach = max((abs(gain) for other in section.rows for gain in other.gains().values()), default=0) or 1
+    reach = max(abs(gain) for model in section.of_kind("model") for gain in [*model.gains().values(), 0.1])
     values = [
         {
             "rank": rank,
@@ -120,13 +123,18 @@ def per_query(section: Section, row: Row, paint: Paint) -> Any:
 
 def config(paint: Paint, background: str | None = None) -> dict[str, Any]:
     """The look that all charts share."""
-    text = {"labelColor": paint("muted"), "titleColor": paint("ink"), "labelFontSize": 12, "titleFontSize": 12}
+    text = {
+        "labelColor": paint("muted"),
+        "titleColor": paint("ink"),
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+    }
     lines = {"gridColor": paint("line"), "domainColor": paint("line"), "tickColor": paint("line")}
     return {
         "background": background,
         "font": FONT,
         "view": {"stroke": None},
-        "axis": {**text, **lines, "titleFontWeight": "normal"},
+        "axis": {**text, **lines, "titleFontWeight": "normal", "titlePadding": 10},
         "legend": {**text, "labelColor": paint("ink")},
         "text": {"fontSize": 12},
         "title": {"color": paint("ink"), "subtitleColor": paint("muted"), "anchor": "start", "fontSize": 15},
@@ -142,17 +150,15 @@ _FIGURES = {
 }
 
 
-def _point(row: Row) -> dict[str, Any] | None:
+def _point(section: Section, row: Row) -> dict[str, Any]:
     system, speed = row.system, row.system.speed
-    if speed is None:
-        return None
     return {
-        "x": speed.decode_tokens_per_s,
+        "x": row.tokens_per_s,
         "y": system.ndcg.mean,
         "low": system.ndcg.low,
         "high": system.ndcg.high,
         "machine": row.label,
-        "model": system.name,
+        "model": section.title(row),
         "score": with_interval(system.ndcg, score),
         **{name: rate(getattr(speed, name)) for name in _FIGURES},
     }
@@ -162,7 +168,7 @@ def _by_machine(section: Section, paint: Paint) -> Any:
     alt = require("altair", "report")
     labels = section.labels
     scale = alt.Scale(domain=labels, range=[paint(_SERIES[i % len(_SERIES)]) for i in range(len(labels))])
-    several = alt.Legend(title=None, orient="top", direction="vertical", labelLimit=300)
+    several = alt.Legend(title=None, orient="top", direction="vertical", labelLimit=300, symbolOpacity=1)
     return alt.Color("machine:N", scale=scale, legend=several if len(labels) > 1 else None)
 
 

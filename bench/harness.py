@@ -26,9 +26,9 @@ from qe_edge.workdir import RunFolder, Workdir
 class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What to measure.
 
-    `models` are files, folders, hub ids or built-ins, each as `MODEL` or `LABEL=MODEL`. `joins` replaces the models' own join; several make
-    several rows of one generation. `teachers` are expansion files, of which `teacher_models` selects
-    (empty: all); their first row is the teacher that retention refers to.
+    `models` are files, folders, hub ids or built-ins, each as `MODEL` or `LABEL=MODEL`. `joins` replaces
+    the models' own join; several make several rows of one generation. `teachers` are expansion files, of
+    which `teacher_models` selects (empty: all); their first row is the teacher that retention refers to.
     `max_tokens` replaces the models' own token budget. `label` names the machine in reports.
     """
 
@@ -109,7 +109,9 @@ class _OneDataset:
         for name, expansions in self.teachers():
             missing = len(self.data.queries) - len(expansions)
             if missing:
-                warnings.append(f"{name} lacks {missing} queries of {self.data}, which count as plain queries")
+                warnings.append(
+                    f"{name} lacks {missing} queries of {self.data}, which count as plain queries"
+                )
             self.add(name, "teacher", expansions, Join.parse(self.config.teacher_join), failed=missing)
         bm25 = self.systems[0]
         teacher = next((s for s in self.systems if s.kind == "teacher"), None)
@@ -174,8 +176,8 @@ class _OneDataset:
             self.add(label, "model", expansions, join, failed=failed, speed=speed, digest=digest)
         cut = sum(row.finish_reason == "length" for row in rows)
         note(
-            f"bench: {request.label}: {speed.decode_tokens_per_s:.0f} tokens/s, {cut} of {len(rows)} expansions "
-            f"cut by the budget, {failed} failed"
+            f"bench: {request.label}: {speed.decode_tokens_per_s:.0f} tokens/s, "
+            f"{cut} of {len(rows)} expansions cut by the budget, {failed} failed"
         )
 
     def teachers(self) -> Iterator[tuple[str, dict[str, str]]]:

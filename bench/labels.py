@@ -1,7 +1,7 @@
 """Where the labels of a chart go, so that they overlap neither each other nor the marks.
 
 Vega-Lite cannot do this. Positions are found on the plot of a narrow phone; on anything wider the
-labels only move apart, because a label keeps its size and its height is fixed.
+labels only move apart, because their size and the plot's height stay.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+# Of the plot, in pixels: the height everywhere, the width on a narrow phone.
 HEIGHT = 340
-_WIDTH = 285
+WIDTH = 265
 _LINE = 15
-_GAP = 7
-_LONGEST = 30
+# Characters that fit across the narrow plot.
+_LONGEST = 35
 
 
 class Point(NamedTuple):
@@ -63,12 +64,12 @@ class _Box(NamedTuple):
     def outside(self) -> float:
         """The area that is cut off at the plot's edges."""
         area = (self.right - self.left) * (self.bottom - self.top)
-        return area - self.overlap(_Box(0, 0, _WIDTH, HEIGHT))
+        return area - self.overlap(_Box(0, 0, WIDTH, HEIGHT))
 
 
 def text_width(text: str) -> float:
     """About how wide a text is at 12 px; Chinese characters are square."""
-    return sum(12.0 if unicodedata.east_asian_width(c) in "WF" else 6.7 for c in text)
+    return sum(12.0 if unicodedata.east_asian_width(c) in "WF" else 7.2 for c in text)
 
 
 class Plane:
@@ -79,20 +80,26 @@ class Plane:
         self.references = references
         self.x_domain = [min(p.x for p in points) / 1.7, max(p.x for p in points) * 1.7]
         values = [v for p in points for v in (p.low, p.high)] + [r.y for r in references]
-        room = 0.1 * (max(values) - min(values)) or 0.1
+        room = 0.13 * (max(values) - min(values)) or 0.1
         self.y_domain = [max(min(values) - room, 0), max(values) + room]
 
     def x_ticks(self) -> list[float]:
-        """1, 2, 5, 10, 20, ... within the domain."""
+        """1, 2, 5, 10, 20, ... within the domain; finer ones where those are few."""
         low, high = self.x_domain
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
-        return [tick for tick in ticks if low <= tick <= high]
+        for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+            ticks = [step * 10.0**decade for decade in decades for step in steps]
+            ticks = [tick for tick in ticks if low <= tick <= high]
+            if len(ticks) > 2:
+                break
+        return ticks
 
     def labels(self) -> list[dict[str, Any]]:
         """A place for each label, in data units: `text`, `x`, `y`, `align`."""
-        taken = [_Box(self._x(p.x) - 5, self._y(p.high), self._x(p.x) + 5, self._y(p.low)) for p in self.points]
-        taken += [_Box(0, self._y(r.y) - 1, _WIDTH, self._y(r.y) + 1) for r in self.references]
+        taken = [
+            _Box(self._x(p.x) - 5, self._y(p.high), self._x(p.x) + 5, self._y(p.low)) for p in self.points
+        ]
+        taken += [_Box(0, self._y(r.y) - 1, WIDTH, self._y(r.y) + 1) for r in self.references]
         wanted = [list(self._beside_point(p)) for p in sorted(self.points, key=lambda p: p.x)]
         wanted += [list(self._beside_line(r)) for r in sorted(self.references, key=lambda r: -r.y)]
         placed = []
@@ -101,7 +108,8 @@ class Plane:
             taken.append(best.box())
             placed.append(best)
         return [
-            {"text": p.text, "x": self._x_value(p.x), "y": self._y_value(p.y), "align": p.align} for p in placed
+            {"text": p.text, "x": self._x_value(p.x), "y": self._y_value(p.y), "align": p.align}
+            for p in placed
         ]
 
     def _beside_point(self, point: Point) -> Iterator[_Label]:
@@ -110,16 +118,18 @@ class Plane:
             for y in (self._y(point.high) - line * _LINE - 2, self._y(point.low) + line * _LINE + 2):
                 for align in ("center", "left", "right"):
                     yield _Label(text, x, y, align)
+        for align, away in (("left", 9), ("right", -9)):
+            yield _Label(text, x + away, self._y(point.mean), align)
 
     def _beside_line(self, reference: Reference) -> Iterator[_Label]:
         text, y = _shorten(reference.text), self._y(reference.y)
-        for align, x in (("left", 0.0), ("right", float(_WIDTH))):
+        for align, x in (("left", 4.0), ("right", WIDTH - 4.0)):
             for below in (-1, 1):
                 yield _Label(text, x, y + below * (_LINE / 2 + 2), align)
 
     def _x(self, value: float) -> float:
         low, high = self.x_domain
-        return _WIDTH * math.log(value / low) / math.log(high / low)
+        return WIDTH * math.log(value / low) / math.log(high / low)
 
     def _y(self, value: float) -> float:
         low, high = self.y_domain
@@ -127,7 +137,7 @@ class Plane:
 
     def _x_value(self, pixel: float) -> float:
         low, high = self.x_domain
-        return low * (high / low) ** (pixel / _WIDTH)
+        return low * (high / low) ** (pixel / WIDTH)
 
     def _y_value(self, pixel: float) -> float:
         low, high = self.y_domain
@@ -139,4 +149,6 @@ def _cost(box: _Box, taken: Sequence[_Box]) -> float:
 
 
 def _shorten(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+    """Cut the middle: names differ at their ends, by quantization or by mode."""
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[: half - 1]}…{text[-half:]}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
-from qe_edge.bench.result import BenchResult, DatasetResult, System
+from qe_edge.bench.result import BenchResult, DatasetResult, Kind, System
 from qe_edge.bench.table import percent, rate, score, signed
 from qe_edge.datasets import DatasetInfo
 from qe_edge.measures import Interval
@@ -18,6 +20,11 @@ class Row:
     label: str
     system: System
     bm25: System | None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The decode speed; 0 where none is known."""
+        return self.system.speed.decode_tokens_per_s if self.system.speed else 0.0
 
     def gains(self) -> dict[str, float]:
         """Each query's difference to plain BM25, best first."""
@@ -46,14 +53,48 @@ class Section:
         return list(dict.fromkeys(row.label for row in self.rows))
 
     @property
+    def drawn(self) -> list[Row]:
+        """The models with a speed, each with its best join: others would lie on the same spot."""
+        rows = sorted(self.of_kind("model"), key=lambda row: row.system.ndcg.mean)
+        return list({(row.label, row.system.name): row for row in rows if row.tokens_per_s}.values())
+
+    def title(self, row: Row) -> str:
+        """A system's name, with its join where it was measured with several."""
+        joins = {other.system.join for other in self.rows if other.system.name == row.system.name}
+        return f"{row.system.name} ({row.system.join})" if len(joins) > 1 else row.system.name
+
+    def machine(self, row: Row) -> str:
+        """The machine of a model where there are several; what the others achieve is the same on all."""
+        return row.label if row.system.kind == "model" and len(self.labels) > 1 else ""
+
+    def name(self, row: Row) -> str:
+        """What tells a row from all others."""
+        return ", ".join(filter(None, [self.title(row), self.machine(row)]))
+
+    def distinct_models(self) -> list[tuple[str, Row]]:
+        """Models with a name, without those that did the same on another machine, as most do."""
+        rows: list[Row] = []
+        for row in self.of_kind("model"):
+            same = (other for other in rows if self.title(other) == self.title(row))
+            if all(other.system.per_query != row.system.per_query for other in same):
+                rows.append(row)
+        often = Counter(map(self.title, rows))
+        return [(self.title(row) if often[self.title(row)] == 1 else self.name(row), row) for row in rows]
+
+    def joins(self) -> dict[str, list[str]]:
+        """Join -> the systems that were measured with it."""
+        found: dict[str, list[str]] = {}
+        for row in self.of_kind("model") + self.of_kind("teacher"):
+            names = found.setdefault(row.system.join, [])
+            if row.system.name not in names:
+                names.append(row.system.name)
+        return found
+
+    @property
     def best(self) -> Row | None:
         """The most effective model; of equals, the faster one."""
-
-        def rank(row: Row) -> tuple[float, float]:
-            speed = row.system.speed
-            return row.system.ndcg.mean, speed.decode_tokens_per_s if speed else 0.0
-
-        return max(self.of_kind("model"), key=rank, default=None)
+        models = self.of_kind("model")
+        return max(models, key=lambda row: (row.system.ndcg.mean, row.tokens_per_s), default=None)
 
 
 def merge(results: Sequence[BenchResult]) -> list[Section]:
@@ -69,6 +110,8 @@ def merge(results: Sequence[BenchResult]) -> list[Section]:
             section = sections.setdefault(key, Section(dataset.info, *key[1:], dataset.queries))
             section.teachers[result.label] = dataset.teacher
             _add_rows(section, result.label, dataset)
+    for section in sections.values():
+        section.rows = [row for kind in get_args(Kind) for row in section.of_kind(kind)]
     return list(sections.values())
 
 
@@ -85,9 +128,9 @@ def headline(section: Section) -> str:
     row = section.best or max(section.of_kind("teacher"), key=lambda row: row.system.ndcg.mean, default=None)
     if row is None:
         return "Only plain BM25 was measured here; there is nothing to compare it with."
-    system, models = row.system, len(section.of_kind("model"))
-    best_of = f" (the best of {models} models)" if section.best and models > 1 else ""
-    subject = system.name if section.best else f"No model was run here. The teacher {system.name}"
+    system, rivals = row.system, len({section.title(other) for other in section.of_kind("model")})
+    best_of = f", the best of {rivals}," if rivals > 1 else ""
+    subject = section.title(row) if section.best else f"No model was run here. The teacher {system.name}"
     sentences = [
         f"{subject}{best_of} reaches {section.measure} {score(system.ndcg.mean)} on "
         f"{len(section.queries)} queries{_beside_bm25(row)}."
@@ -96,7 +139,7 @@ def headline(section: Section) -> str:
         sentences.append(verdict(system.vs_bm25, len(section.queries)))
     if section.best:
         sentences += [_beside_teacher(section, row), _speed(row)]
-    return " ".join(filter(None, sentences))
+    return " ".join(filter(None, sentences)).replace(" %", "\u00a0%")
 
 
 def verdict(difference: Interval, queries: int) -> str:
@@ -106,10 +149,10 @@ def verdict(difference: Interval, queries: int) -> str:
         f"{signed(difference.low)} to {signed(difference.high)}"
     )
     if difference.low > 0:
-        return f"{figures}: a gain that is more than chance."
+        return f"{figures}: the gain is unlikely to be chance."
     if difference.high < 0:
-        return f"{figures}: a loss that is more than chance."
-    return f"{figures}, which holds 0: {queries} queries cannot tell the two apart."
+        return f"{figures}: the loss is unlikely to be chance."
+    return f"{figures}, which includes 0: {queries} queries cannot tell the two apart."
 
 
 def _beside_bm25(row: Row) -> str:
@@ -121,10 +164,10 @@ def _beside_teacher(section: Section, row: Row) -> str:
     teacher = next((other.system for other in section.rows if other.system.name == name), None)
     if teacher is None or row.system.retention is None:
         return ""
-    text = f"The teacher, {teacher.name}, reaches {score(teacher.ndcg.mean)}: the model keeps "
+    text = f"{teacher.name}, the teacher, reaches {score(teacher.ndcg.mean)}: the model keeps "
     text += f"{percent(row.system.retention.mean)} of that"
     gain = row.system.gain_retention
-    return text + (f" and {percent(gain.mean)} of its gain over BM25." if gain else ".")
+    return text + (f" and {percent(gain.mean)} of its gain over BM25." if gain and gain.mean > 0 else ".")
 
 
 def _speed(row: Row) -> str:
@@ -132,4 +175,4 @@ def _speed(row: Row) -> str:
     if speed is None:
         return ""
     pace = f"{rate(speed.decode_tokens_per_s)} tokens/s, {rate(speed.ms_per_query_p50)} ms per query"
-    return f"It writes {pace}, on {row.label}."
+    return f"The model writes {pace}, on {row.label}."

@@ -1,8 +1,8 @@
 """Write a model's expansions of a query set, timing each; in a process of its own.
 
 A process per model gives every model its own peak memory, and keeps the others' results when one
-crashes. `python -m qe_edge.bench.speed` reads a request on stdin and prints one JSON object; each expansion is appended to
-a file as soon as it is written, so that a killed run goes on where it was.
+crashes. `python -m qe_edge.bench.speed` reads a request on stdin and prints one JSON object; each
+expansion is appended to a file as soon as it is written, so that a killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def generate(request: Request) -> tuple[list[Generated], Speed, ModelSpec]:
     try:
         reply = msgspec.json.decode(child.stdout, type=Reply)
     except msgspec.MsgspecError:
-        raise QeEdgeError(f"the process running {request.model} died (exit code {child.returncode})") from None
+        raise QeEdgeError(
+            f"the process running {request.model} died (exit code {child.returncode})"
+        ) from None
     if reply.error:
         error = QeEdgeError(reply.error)
         error.exit_code = reply.exit_code
@@ -117,7 +119,9 @@ def _speed(rows: list[Generated], reply: Reply, request: Request) -> Speed:
 
 def _work(request: Request) -> Reply:
     """In the child: load, warm up, expand what is missing."""
-    done = {row.query_id for row in read_jsonl(request.out, Generated)} if Path(request.out).exists() else set()
+    done = (
+        {row.query_id for row in read_jsonl(request.out, Generated)} if Path(request.out).exists() else set()
+    )
     start = time.perf_counter()
     expander = Expander.load(
         request.model, engine=request.engine, threads=request.threads, max_tokens=request.max_tokens
@@ -163,7 +167,6 @@ def _peak_memory_mb() -> float:
 
         return psutil.Process().memory_info().peak_wset / 1e6
     import resource
-
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

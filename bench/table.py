@@ -31,7 +31,7 @@ def signed(value: float) -> str:
 
 def percent(value: float) -> str:
     """`97 %`."""
-    return f"{100 * value:.0f} %"
+    return f"{100 * value:.0f} %".replace("-", "−")
 
 
 def rate(value: float) -> str:
@@ -39,18 +39,23 @@ def rate(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
+def bounds(interval: Interval, write: Callable[[float], str]) -> str:
+    """`[.412, .561]`; `[54, 69]` of per cent, whose unit stands beside the mean."""
+    return f"[{write(interval.low)}, {write(interval.high)}]".replace(" %", "")
+
+
 def with_interval(interval: Interval | None, write: Callable[[float], str]) -> str:
     """`.485 [.412, .561]`."""
     if interval is None:
         return MISSING
-    return f"{write(interval.mean)} [{write(interval.low)}, {write(interval.high)}]"
+    return f"{write(interval.mean)} {bounds(interval, write)}"
 
 
 def caveat(queries: int) -> str:
     """How many queries there were, and what so few cannot show."""
-    text = f"{queries} {'query' if queries == 1 else 'queries'}; intervals are 95 % bootstrap intervals."
+    text = f"{queries} {'query' if queries == 1 else 'queries'}, 95 % bootstrap intervals."
     if queries < FEW_QUERIES:
-        text += f" With fewer than {FEW_QUERIES} queries, differences smaller than the interval are noise."
+        text += " With so few, differences smaller than the interval are noise."
     return text
 
 
@@ -110,7 +115,7 @@ def console_table(result: BenchResult) -> str:
     # No markup: a model's name is data, whatever brackets it holds.
     console = Console(file=text, width=WIDTH, color_system=None, markup=False, emoji=False, highlight=False)
     for dataset in result.datasets:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
         for column in _columns(dataset.measure):
             # Only a long name may be folded; a figure never.
             table.add_column(

@@ -8,6 +8,7 @@ written one at a time, in an order that does not depend on how the source is sha
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
+import numpy as np
 
 from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.export.vocab import add_vocabulary, read_json
@@ -60,9 +62,7 @@ class HfConfig(msgspec.Struct):
         return self.num_key_value_heads or self.num_attention_heads
 
 
-def convert_gguf(
-    model: Path, out: Path, *, dtype: Dtype = "bf16", spec: ModelSpec | None = None
-) -> Path:
+def convert_gguf(model: Path, out: Path, *, dtype: Dtype = "bf16", spec: ModelSpec | None = None) -> Path:
     """Convert a model folder to one GGUF file; matrices are stored in `dtype`, vectors in float32.
 
     Needs config.json, safetensors (one file, or shards with their index), tokenizer.json and a chat
@@ -81,10 +81,10 @@ def convert_gguf(
     }
     if dtype not in types:
         raise BadArgument(f"no dtype {dtype!r}; choose one of: {', '.join(types)}")
-    matrix_type, matrix_code, file_type = types[dtype]
     architecture, config = read_config(model)
     theta = rope_theta(config, model / "config.json")
     shapes = expected_shapes(architecture, config)
+    stored = {name: types["f32" if len(shape) == 1 else dtype] for name, shape in shapes.items()}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], config.num_hidden_layers)
 
     with ExitStack() as stack:
@@ -93,31 +93,21 @@ def convert_gguf(
         partial = stack.enter_context(atomic_path(out))
         writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture]])
         stack.callback(writer.close)
-        writer.add_type("model")
-        if spec:
-            writer.add_name(f"{Path(spec.base_model).name} {spec.stage}, query expansion")
-            writer.add_string(GGUF_KEY, spec.to_json())
-        writer.add_file_type(file_type)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _add_hyperparameters(writer, config, theta)
+        writer.add_file_type(types[dtype][2])
+        _add_metadata(writer, config, theta, spec)
         add_vocabulary(writer, model, config.vocab_size)
-        for name, shape in shapes.items():
-            stored = names.get_name(name, try_suffixes=(".weight",))
-            vector = len(shape) == 1
-            element, code = (
-                (torch.float32, gguf.GGMLQuantizationType.F32) if vector else (matrix_type, matrix_code)
-            )
-            size = torch.Size(shape).numel() * element.itemsize
-            # With a raw type given, the writer takes the NumPy type only to tell bytes from elements.
-            writer.add_tensor_info(stored, shape, None, size, raw_dtype=code)  # type: ignore[arg-type]
+        for name, (element, code, _) in stored.items():
+            size = math.prod(shapes[name]) * element.itemsize
+            short = names.get_name(name, try_suffixes=(".weight",))
+            # The NumPy type matters only where no type code is given.
+            writer.add_tensor_info(short, shapes[name], np.dtype(np.void), size, raw_dtype=code)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, shape in shapes.items():
+        for name, (element, _, _) in stored.items():
             tensor = tensors[name].get_tensor(name)
             if architecture == "LLAMA":
                 tensor = _permute_rotary(name, tensor, config)
-            element = torch.float32 if len(shape) == 1 else matrix_type
             _write(writer, _cast(tensor, element, name, model), out)
     return out
 
@@ -235,7 +225,13 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _add_hyperparameters(writer: GGUFWriter, config: HfConfig, theta: float) -> None:
+def _add_metadata(writer: GGUFWriter, config: HfConfig, theta: float, spec: ModelSpec | None) -> None:
+    gguf = require("gguf", "llama")
+    writer.add_type("model")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if spec:
+        writer.add_name(f"{Path(spec.base_model).name} {spec.stage}, query expansion")
+        writer.add_string(GGUF_KEY, spec.to_json())
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -281,4 +277,6 @@ def _write(writer: GGUFWriter, tensor: Tensor, out: Path) -> None:
         writer.write_tensor_data(array)
     except OSError as error:
         # NumPy reports a full disk without saying so.
-        raise OSError(error.errno or errno.ENOSPC, os.strerror(error.errno or errno.ENOSPC), str(out)) from error
+        raise OSError(
+            error.errno or errno.ENOSPC, os.strerror(error.errno or errno.ENOSPC), str(out)
+        ) from error

@@ -20,7 +20,7 @@ GROUP_SIZES = (32, 64, 128)
 def convert_mlx(
     model: Path, out: Path, *, bits: int | None = 4, group_size: int = 64, spec: ModelSpec | None = None
 ) -> Path:
-    """Convert a model folder to an MLX folder; every matrix is quantized to `bits`, or kept as bfloat16 if None.
+    """Convert a model folder to an MLX folder; matrices are quantized to `bits`, or bfloat16 if None.
 
     `group_size` weights of a row share one scale and one offset, both bfloat16. `spec` is written
     beside the weights as `qe_edge.json`.

@@ -55,6 +55,11 @@ def quantize_gguf(source: Path, out: Path, kind: str, *, threads: int | None = N
     return out
 
 
+def bits_of(kind: str) -> int:
+    """The bits per weight in a kind's name, scales not counted: 4 for Q4_K_M and IQ4_XS, 16 for BF16."""
+    return int("".join(c for c in kind.split("_")[0] if c.isdigit()))
+
+
 @contextmanager
 def captured_log() -> Iterator[list[str]]:
     """Keep llama.cpp's log off the terminal; yields its warnings and errors, line by line."""

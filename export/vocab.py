@@ -74,7 +74,8 @@ def _token_table(tokenizer: dict[str, Any], vocab_size: int, path: Path) -> tupl
         table[token["id"]] = (token["content"], kind.CONTROL if token["special"] else kind.USER_DEFINED)
     if max(table, default=0) >= vocab_size:
         raise BadInput(
-            f"holds {len(table)} tokens up to id {max(table)}, but the model's vocab_size is {vocab_size}", path=path
+            f"holds {len(table)} tokens up to id {max(table)}, but the model's vocab_size is {vocab_size}",
+            path=path,
         )
     rows = [table.get(number, (f"[PAD{number}]", kind.UNUSED)) for number in range(vocab_size)]
     return [text for text, _ in rows], [int(kind) for _, kind in rows]

@@ -1,7 +1,7 @@
 """Text -> index terms, and which language a text is in.
 
-English: words of two characters and more, stop words out, stems by Snowball's English stemmer (Porter2). Chinese: overlapping bigrams
-of Han characters as in Lucene's CJKAnalyzer, or jieba's words.
+English: words of two characters and more, stop words out, stems by Snowball's English stemmer
+(Porter2). Chinese: overlapping bigrams of Han characters as in Lucene's CJKAnalyzer, or jieba's words.
 """
 
 from __future__ import annotations

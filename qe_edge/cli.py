@@ -1,4 +1,4 @@
-"""The command line. Each command parses its options, imports its verb when called, and prints what came of it."""
+"""The command line: each command parses its options, imports its verb when called, and prints the result."""
 
 from __future__ import annotations
 
@@ -23,13 +23,20 @@ app.add_typer(train_app, name="train")
 app.add_typer(data_app, name="data")
 
 WorkdirOption = Annotated[
-    Path, typer.Option("--workdir", envvar="QE_EDGE_WORKDIR", help="Where outputs go and inputs are looked for.")
+    Path,
+    typer.Option("--workdir", envvar="QE_EDGE_WORKDIR", help="Where outputs go and inputs are looked for."),
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Output folder (default: a new one in the work folder).")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Output folder (default: a new one in the work folder).")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="A .gguf file, a model folder, a hub id or builtin:NAME (default: newest export)."),
+    typer.Option(
+        "--model",
+        "-m",
+        help="A .gguf file, a model folder, a hub id or builtin:NAME (default: newest export).",
+    ),
 ]
 WORKDIR = Path("qe-edge-work")
 
@@ -112,9 +119,15 @@ def data_info(
 @app.command()
 def pairs(
     dataset: Annotated[str, typer.Option("--dataset", "-d", help="Judged queries, as NAME or NAME@SPLIT.")],
-    expansions: Annotated[list[Path], typer.Option("--expansions", "-e", help="Candidate expansions (JSON Lines).")],
-    join: Annotated[str, typer.Option(help="How query and expansion are joined: mass:R, repeat:N or adaptive:B.")] = "mass:0.7",
-    min_gap: Annotated[float, typer.Option(help="nDCG@10 difference from which two candidates make a pair.")] = 0.05,
+    expansions: Annotated[
+        list[Path], typer.Option("--expansions", "-e", help="Candidate expansions (JSON Lines).")
+    ],
+    join: Annotated[
+        str, typer.Option(help="How query and expansion are joined: mass:R, repeat:N or adaptive:B.")
+    ] = "mass:0.7",
+    min_gap: Annotated[
+        float, typer.Option(help="nDCG@10 difference from which two candidates make a pair.")
+    ] = 0.05,
     max_per_query: Annotated[int, typer.Option(help="Pairs kept of each query, widest gap first.")] = 4,
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
@@ -134,11 +147,19 @@ def pairs(
 
 @train_app.command("sft")
 def train_sft(
-    expansions: Annotated[list[Path], typer.Option("--expansions", "-e", help="Teacher expansions (JSON Lines).")],
-    student: Annotated[str, typer.Option(help="Hub id, folder, GGUF file or builtin:NAME.")] = "builtin:smollm2-135m",
-    models: Annotated[list[str] | None, typer.Option("--teacher-model", help="Take only this model's rows.")] = None,
-    modes: Annotated[list[str] | None, typer.Option("--mode", help="Take only zero-shot or few-shot rows.")] = None,
-    per_query: Annotated[int, typer.Option(help="Rows drawn of each query; 0 takes all.")] = 0,
+    expansions: Annotated[
+        list[Path], typer.Option("--expansions", "-e", help="Teacher expansions (JSON Lines).")
+    ],
+    student: Annotated[
+        str, typer.Option(help="Hub id, folder, GGUF file or builtin:NAME.")
+    ] = "builtin:smollm2-135m",
+    models: Annotated[
+        list[str] | None, typer.Option("--teacher-model", help="Take only this model's rows.")
+    ] = None,
+    modes: Annotated[
+        list[str] | None, typer.Option("--mode", help="Take only zero-shot or few-shot rows.")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(help="Rows drawn at random; 0 takes all.")] = 0,
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 32,
     alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 64,
     learning_rate: float = 3e-4,
@@ -147,7 +168,7 @@ def train_sft(
     accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 2,
     max_length: Annotated[int, typer.Option(help="Tokens; longer rows are dropped and counted.")] = 512,
     seed: int = 0,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
@@ -159,7 +180,7 @@ def train_sft(
         student=student,
         models=tuple(models or ()),
         modes=tuple(modes or ()),
-        per_query=per_query,
+        max_rows=max_rows,
         rank=rank,
         alpha=alpha,
         learning_rate=learning_rate,
@@ -178,14 +199,16 @@ def train_dpo(
     pairs: Annotated[Path | None, typer.Option(help="A pairs.jsonl (default: the newest).")] = None,
     adapter: Annotated[Path | None, typer.Option(help="An SFT folder (default: the newest).")] = None,
     beta: Annotated[float, typer.Option(help="Pull towards the SFT model.")] = 0.1,
-    loss: Annotated[list[str] | None, typer.Option(help="sigmoid, sigmoid_norm, sft …; several are summed.")] = None,
+    loss: Annotated[
+        list[str] | None, typer.Option(help="sigmoid, sigmoid_norm, sft …; several are summed.")
+    ] = None,
     learning_rate: float = 5e-5,
     epochs: float = 1.0,
     batch_size: Annotated[int, typer.Option(help="Pairs in memory at a time.")] = 2,
     accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 4,
     max_length: Annotated[int, typer.Option(help="Tokens; longer pairs are dropped and counted.")] = 512,
     seed: int = 0,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 25,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
@@ -226,8 +249,12 @@ def _emit_training(json: bool, command: str, folder: Path) -> None:
 
 @app.command()
 def merge(
-    adapter: Annotated[Path | None, typer.Argument(help="A trained adapter (default: the newest DPO, else SFT).")] = None,
-    join: Annotated[str | None, typer.Option(help="The join that travels with the student, such as mass:1.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Argument(help="A trained adapter (default: the newest DPO, else SFT).")
+    ] = None,
+    join: Annotated[
+        str | None, typer.Option(help="The join that travels with the student, such as mass:1.")
+    ] = None,
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
@@ -254,8 +281,12 @@ def export(
     q8: Annotated[bool, typer.Option("--q8", help="Q8_0 GGUF and 8-bit MLX.")] = False,
     f16: Annotated[bool, typer.Option("--f16", help="F16 GGUF and bf16 MLX.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="BF16 GGUF and bf16 MLX.")] = False,
-    quant: Annotated[list[str] | None, typer.Option(help="Another of llama.cpp's kinds, such as Q6_K.")] = None,
-    formats: Annotated[list[str] | None, typer.Option("--format", help="gguf or mlx (default: both).")] = None,
+    quant: Annotated[
+        list[str] | None, typer.Option(help="Another of llama.cpp's kinds, such as Q6_K.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="gguf or mlx (default: both).")
+    ] = None,
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
@@ -275,18 +306,28 @@ def export(
         model, out, kinds=kinds or ["Q4_K_M"], formats=formats or ["gguf", "mlx"], progress=note
     )
     lines = [f"{out / name}  {size / 1e6:.1f} MB" for name, size in report["files"].items()]
-    _emit(json, "export", "\n".join(lines), inputs={"model": model}, artifacts={"folder": out}, metrics=report)
+    _emit(
+        json, "export", "\n".join(lines), inputs={"model": model}, artifacts={"folder": out}, metrics=report
+    )
 
 
 @app.command()
 def bench(
-    dataset: Annotated[list[str], typer.Option("--dataset", "-d", help="NAME or NAME@SPLIT; repeat for several.")],
+    dataset: Annotated[
+        list[str], typer.Option("--dataset", "-d", help="NAME or NAME@SPLIT; repeat for several.")
+    ],
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", "-m", help="MODEL or LABEL=MODEL; repeat for several (default: the newest export)."),
+        typer.Option(
+            "--model", "-m", help="MODEL or LABEL=MODEL; repeat for several (default: the newest export)."
+        ),
     ] = None,
-    join: Annotated[list[str] | None, typer.Option(help="Instead of the models' own join; several make several rows.")] = None,
-    teacher: Annotated[list[Path] | None, typer.Option(help="Teacher expansions of these queries (JSON Lines).")] = None,
+    join: Annotated[
+        list[str] | None, typer.Option(help="Instead of the models' own join; several make several rows.")
+    ] = None,
+    teacher: Annotated[
+        list[Path] | None, typer.Option(help="Teacher expansions of these queries (JSON Lines).")
+    ] = None,
     teacher_model: Annotated[list[str] | None, typer.Option(help="Take only this teacher's rows.")] = None,
     teacher_join: str = "repeat:5",
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: the engine's choice).")] = None,
@@ -335,8 +376,12 @@ def _emit_bench(json: bool, command: str, folder: Path) -> None:
 
 @app.command()
 def report(
-    results: Annotated[list[Path] | None, typer.Argument(help="Result files or folders (default: the newest bench).")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The HTML file (default: beside the first result).")] = None,
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="Result files or folders (default: the newest bench).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The HTML file (default: beside the first result).")
+    ] = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
@@ -348,7 +393,9 @@ def report(
         _took("result", results[0])
     folder = results[0] if results[0].is_dir() else results[0].parent
     file = verb(results, out or folder / "report.html")
-    _emit(json, "report", str(file), inputs={"results": [str(r) for r in results]}, artifacts={"report": file})
+    _emit(
+        json, "report", str(file), inputs={"results": [str(r) for r in results]}, artifacts={"report": file}
+    )
 
 
 def _expander(model: str | None, workdir: Path, max_tokens: int | None = None) -> Any:
@@ -368,7 +415,9 @@ def expand(
     queries: Annotated[list[str], typer.Argument(help="Queries; `-` reads one per line from stdin.")],
     model: ModelOption = None,
     max_tokens: Annotated[int | None, typer.Option(help="Token budget (default: the model's own).")] = None,
-    terms: Annotated[bool, typer.Option("--terms", help="Print weighted index terms instead of text.")] = False,
+    terms: Annotated[
+        bool, typer.Option("--terms", help="Print weighted index terms instead of text.")
+    ] = False,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
@@ -400,7 +449,9 @@ def expand(
 @app.command()
 def search(
     query: Annotated[str, typer.Argument(help="What to look for.")],
-    dataset: Annotated[str, typer.Option("--dataset", "-d", help="Where to look: NAME or folder.")] = "demo-en",
+    dataset: Annotated[
+        str, typer.Option("--dataset", "-d", help="Where to look: NAME or folder.")
+    ] = "demo-en",
     model: ModelOption = None,
     plain: Annotated[bool, typer.Option("--plain", help="Without expansion.")] = False,
     k: Annotated[int, typer.Option("-k", min=1, help="Results to show.")] = 5,
@@ -426,7 +477,9 @@ def search(
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe file (TOML), or the name of one that ships with qe-edge.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file (TOML), or the name of one that ships with qe-edge.")
+    ],
     data: Annotated[Path | None, typer.Option(help="What {data} stands for in the recipe's paths.")] = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,

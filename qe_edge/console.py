@@ -24,6 +24,16 @@ def note(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def quiet_transformers() -> None:
+    """Keep transformers' bars and deprecation notes, which users can do nothing about, off the terminal."""
+    import warnings
+
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft")
+
+
 @contextmanager
 def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
     """A progress bar with rate and time left, drawn only on a terminal.

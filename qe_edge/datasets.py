@@ -129,12 +129,15 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
     for needed in ("corpus.jsonl", "queries.jsonl", "qrels"):
         if not (folder / needed).exists():
             raise NotFound(
-                f"{folder} has no {needed}; a data set folder holds corpus.jsonl, queries.jsonl and qrels/<split>.tsv"
+                f"{folder} has no {needed}; "
+                "a data set folder holds corpus.jsonl, queries.jsonl and qrels/<split>.tsv"
             )
     found = splits(folder)
     if not split:
         if "test" not in found and len(found) != 1:
-            raise NotFound(f"{folder} has the splits {', '.join(found) or '(none)'}; name one, as in {name}@SPLIT")
+            raise NotFound(
+                f"{folder} has the splits {', '.join(found) or '(none)'}; name one, as in {name}@SPLIT"
+            )
         split = "test" if "test" in found else found[0]
     if split not in found:
         raise NotFound(f"{folder} has no split {split!r}; there are: {', '.join(found) or '(none)'}")
@@ -155,7 +158,9 @@ def _read_qrels(path: Path, queries: dict[str, str]) -> Qrels:
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         if next(rows, None) != _HEADER:
-            raise BadInput(f"the first line must be {' '.join(_HEADER)}, separated by tabs", path=path, line=1)
+            raise BadInput(
+                f"the first line must be {' '.join(_HEADER)}, separated by tabs", path=path, line=1
+            )
         for number, row in enumerate(rows, 2):
             if not row:
                 continue
@@ -164,7 +169,9 @@ def _read_qrels(path: Path, queries: dict[str, str]) -> Qrels:
                 qrels.setdefault(query_id, {})[doc_id] = int(grade)
             except ValueError:
                 raise BadInput(
-                    f"expected query-id, corpus-id and a whole-number score, got {row}", path=path, line=number
+                    f"expected query-id, corpus-id and a whole-number score, got {row}",
+                    path=path,
+                    line=number,
                 ) from None
             if query_id not in queries:
                 raise BadInput(f"query {query_id!r} is not in queries.jsonl", path=path, line=number)
@@ -186,11 +193,13 @@ def _load_ir_datasets(name: str, split: str) -> Dataset:
         for judgment in source.qrels_iter():
             qrels.setdefault(judgment.query_id, {})[judgment.doc_id] = judgment.relevance
     except AttributeError:
-        raise NotFound(f"ir_datasets has no queries or no judgments for {dataset_id}; name a split of it") from None
+        raise NotFound(
+            f"ir_datasets has no queries or no judgments for {dataset_id}; name a split of it"
+        ) from None
     except (OSError, RuntimeError) as error:
         raise NotFound(
-            f"{dataset_id} could not be downloaded ({error}). Where its host is out of reach, put the collection "
-            "into a folder in BEIR layout and give that folder as the data set"
+            f"{dataset_id} could not be downloaded ({error}). Where its host is out of reach, "
+            "put the collection into a folder in BEIR layout and give that folder as the data set"
         ) from None
 
     def documents() -> Iterator[tuple[str, str]]:
@@ -212,6 +221,4 @@ class DatasetInfo(msgspec.Struct, frozen=True):
 
 def describe(dataset: Dataset) -> DatasetInfo:
     """Count a data set, checking its judgments on the way."""
-    return DatasetInfo(
-        str(dataset), dataset.lang, dataset.check(), len(dataset.queries), dataset.judgments()
-    )
+    return DatasetInfo(str(dataset), dataset.lang, dataset.check(), len(dataset.queries), dataset.judgments())

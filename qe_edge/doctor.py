@@ -30,7 +30,11 @@ def doctor(workdir: Path) -> dict[str, Any]:
     }
     existing = next(path for path in (workdir, *workdir.resolve().parents) if path.exists())
     return {
-        "machine": {**machine(), "gpu": _gpu(), "free_disk_gb": round(shutil.disk_usage(existing).free / 2**30, 1)},
+        "machine": {
+            **machine(),
+            "gpu": _gpu(),
+            "free_disk_gb": round(shutil.disk_usage(existing).free / 2**30, 1),
+        },
         "versions": versions(),
         "extras": extras,
         "builtin_models": [f"builtin:{name}" for name in BUILTIN],

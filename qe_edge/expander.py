@@ -48,8 +48,8 @@ class ExpandedQuery:
 class Expander:
     """A student ready to expand queries.
 
-        expander = Expander.load("student-Q4_K_M.gguf")
-        expander.expand("what causes tides").text
+    expander = Expander.load("student-Q4_K_M.gguf")
+    expander.expand("what causes tides").text
     """
 
     def __init__(self, backend: Backend, *, max_tokens: int | None = None):
@@ -57,7 +57,9 @@ class Expander:
         self.max_tokens = max_tokens or backend.spec.prompt.max_tokens
         self._end = set(backend.tokenize(self.spec.prompt.end, True))
         if len(self._end) != 1:
-            raise BadInput(f"the model's vocabulary has no single token {self.spec.prompt.end!r} to end an answer")
+            raise BadInput(
+                f"the model's vocabulary has no single token {self.spec.prompt.end!r} to end an answer"
+            )
         if self.max_tokens < 1:
             raise BadArgument("the token budget must be at least 1")
 
@@ -93,8 +95,8 @@ class Expander:
         prompt = self.spec.prompt.encode(query, self.backend.tokenize)
         if len(prompt) + self.max_tokens > self.backend.context:
             raise BadInput(
-                f"the query takes {len(prompt)} tokens with its prompt; with {self.max_tokens} for the expansion "
-                f"that is over the model's context of {self.backend.context}. Shorten the query"
+                f"the query takes {len(prompt)} tokens with its prompt; with {self.max_tokens} for the "
+                f"expansion that is over the model's context of {self.backend.context}. Shorten the query"
             )
         tokens: list[int] = []
         first = None

@@ -39,7 +39,9 @@ class IndexMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Index:
     """Search weighted terms with BM25 (Lucene's variant, Kamphuis et al. 2020)."""
 
-    def __init__(self, scores: Mapping[str, np.ndarray], vocab: dict[str, int], ids: list[str], meta: IndexMeta):
+    def __init__(
+        self, scores: Mapping[str, np.ndarray], vocab: dict[str, int], ids: list[str], meta: IndexMeta
+    ):
         # bm25s keeps every term's score in every document as a CSC matrix; a column is a posting list.
         self._data, self._rows, self._starts = scores["data"], scores["indices"], scores["indptr"]
         self._vocab = vocab
@@ -95,7 +97,9 @@ class Index:
                 msgspec.json.decode((folder / _META).read_bytes(), type=IndexMeta),
             )
         except (OSError, ValueError, msgspec.MsgspecError) as error:
-            raise BadInput(f"the index is damaged ({error}); delete it and it is built again", path=folder) from None
+            raise BadInput(
+                f"the index is damaged ({error}); delete it and it is built again", path=folder
+            ) from None
 
     def search(self, weights: Mapping[str, float], k: int = 10) -> Ranking:
         """The k best documents for weighted terms; documents that match nothing are left out.

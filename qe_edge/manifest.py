@@ -22,8 +22,9 @@ MANIFEST = "run.json"
 SCHEMA_VERSION = 1
 # Reported when installed; looked up by distribution name so that nothing heavy is imported.
 _PACKAGES = (
-    "qe-edge bm25s ir-measures numpy torch transformers trl peft datasets gguf llama-cpp-python mlx mlx-lm"
-).split()
+    *("qe-edge", "bm25s", "ir-measures", "numpy", "torch", "transformers", "trl", "peft", "datasets"),
+    *("gguf", "llama-cpp-python", "mlx", "mlx-lm"),
+)
 
 
 @contextmanager

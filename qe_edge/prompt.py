@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+import unicodedata
 from collections.abc import Callable, Iterator
 from importlib import resources
 from typing import NamedTuple
@@ -117,12 +118,15 @@ def _plain(text: str) -> Iterator[Piece]:
 
 
 def clean_query(query: str) -> str:
-    """The query on one line, without surrounding blanks or control characters.
+    """The query on one line, without surrounding blanks or control characters, in Unicode form NFC.
+
+    Qwen's tokenizer normalizes to NFC, llama.cpp's copy of it doesn't; with NFC given, both agree.
 
     Raises:
         BadInput: nothing is left of it.
     """
     cleaned = " ".join("".join(c if c.isprintable() else " " for c in query).split())
+    cleaned = unicodedata.normalize("NFC", cleaned)
     if not cleaned:
         raise BadInput("the query is empty; give at least one word")
     return cleaned

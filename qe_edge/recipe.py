@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class ExportPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class BenchPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is compared: BM25, the untrained student, the student after SFT, the exported files, the teachers."""
+    """What is compared with BM25, the untrained student, SFT alone and the teachers: the exported files."""
 
     datasets: tuple[str, ...]
     teachers: tuple[str, ...] = ()
@@ -110,18 +111,18 @@ def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
     stages.run("sft", s, sft_files, lambda: sft(sft_files, _as(SftConfig, s), workdir=workdir))
     adapter = stages.out["sft"]
     pair_file = stages.out["pairs"] / PAIRS
-    stages.run("dpo", recipe.dpo, [pair_file, adapter], lambda: dpo(pair_file, adapter, recipe.dpo, workdir=workdir))
+    stages.run(
+        "dpo", recipe.dpo, [pair_file, adapter], lambda: dpo(pair_file, adapter, recipe.dpo, workdir=workdir)
+    )
     join = Join.parse(recipe.join or p.join)
     for trained in ("sft", "dpo"):
         folder = stages.out[trained]
-        stages.run(f"merge {trained}", join, [folder], lambda f=folder: merge(f, join=join, workdir=workdir))
+        stages.run(f"merge {trained}", join, [folder], partial(merge, folder, join=join, workdir=workdir))
     # SFT alone is exported for comparison only, so one small file is enough.
     sft_export = ExportPart(kinds=recipe.export.kinds[:1], formats=("gguf",))
     for trained, part in (("sft", sft_export), ("dpo", recipe.export)):
         folder = stages.out[f"merge {trained}"]
-        stages.run(
-            f"export {trained}", part, [folder], lambda f=folder, e=part: _export(f, e, workdir)
-        )
+        stages.run(f"export {trained}", part, [folder], partial(_export, folder, part, workdir))
     config = BenchConfig(
         datasets=recipe.bench.datasets,
         models=(f"untrained={s.student}", *_ggufs(stages.out, "sft"), *_ggufs(stages.out, "dpo")),
@@ -171,5 +172,3 @@ class _Stages:
         self.out[stage] = make()
         self.done[stage] = {"key": key, "out": str(self.out[stage])}
         write_json(self.file, self.done)
-
-

@@ -106,7 +106,9 @@ def read_jsonl(path: Path | str, kind: type[R]) -> Iterator[R]:
                 yield decoder.decode(line)
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 what = str(error)[:1].lower() + str(error)[1:]
-                raise BadInput(f"not a valid {kind.__name__.lower()}: {what}", path=path, line=number) from None
+                raise BadInput(
+                    f"not a valid {kind.__name__.lower()}: {what}", path=path, line=number
+                ) from None
 
 
 def encode_jsonl(rows: Iterable[msgspec.Struct]) -> bytes:

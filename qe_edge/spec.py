@@ -38,7 +38,9 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def parse_spec(content: str | bytes, *, source: Path | str) -> ModelSpec:
     """Decode a spec and check it; a malformed or oversized one is refused by name."""
     if len(content) > MAX_BYTES:
-        raise BadInput(f"its qe-edge spec is {len(content)} bytes, over the limit of {MAX_BYTES}", path=source)
+        raise BadInput(
+            f"its qe-edge spec is {len(content)} bytes, over the limit of {MAX_BYTES}", path=source
+        )
     try:
         return msgspec.json.decode(content, type=ModelSpec)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -1,8 +1,8 @@
 """Where outputs go, and how a command finds the newest output of the stage before it.
 
-    qe-edge-work/
-        pairs/001/ sft/001/ dpo/001/ merge/001/ export/001/ bench/001/   one folder a run, newest = highest
-        base/ index/                                                    rebuilt when deleted
+qe-edge-work/
+    pairs/001/ sft/001/ dpo/001/ merge/001/ export/001/ bench/001/   one folder a run, newest = highest
+    base/ index/                                                    rebuilt when deleted
 """
 
 from __future__ import annotations

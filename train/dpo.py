@@ -14,7 +14,7 @@ from qe_edge.errors import BadInput, require
 from qe_edge.prompt import Tokenize
 from qe_edge.records import Pair, read_jsonl
 from qe_edge.spec import ModelSpec, read_spec, write_spec
-from qe_edge.train.loop import TrainingRun, load_dtype, trainer_arguments
+from qe_edge.train.loop import TrainingRun, counted, load_dtype, trainer_arguments
 from qe_edge.train.sft import base_of
 from qe_edge.train.student import load_base, tokenize_with
 from qe_edge.workdir import Workdir
@@ -35,12 +35,17 @@ class DpoConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     accumulate: int = 4
     max_length: int = 512
     seed: int = 0
-    save_steps: int = 25
+    save_steps: int = 20
     logging_steps: int = 5
 
 
 def dpo(
-    pairs: Path | str, adapter: Path, config: DpoConfig | None = None, *, out: Path | None = None, workdir: Workdir
+    pairs: Path | str,
+    adapter: Path,
+    config: DpoConfig | None = None,
+    *,
+    out: Path | None = None,
+    workdir: Workdir,
 ) -> Path:
     """Train the SFT adapter further on preference pairs; returns the new adapter's folder.
 
@@ -54,12 +59,17 @@ def dpo(
     if spec is None:
         raise BadInput("holds no qe-edge spec; train it with `qe-edge train sft`", path=adapter)
     rows = list(read_jsonl(pairs, Pair))
-    run = TrainingRun("train dpo", msgspec.to_builtins(config), {"pairs": pairs, "adapter": adapter}, out or workdir.new("dpo"))
+    run = TrainingRun(
+        "train dpo",
+        msgspec.to_builtins(config),
+        {"pairs": pairs, "adapter": adapter},
+        out or workdir.new("dpo"),
+    )
     base, tokenizer = load_base(source, dtype=load_dtype())
     encoded, dropped = encode_pairs(rows, spec, tokenize_with(tokenizer), config.max_length)
-    note(f"dpo: {len(encoded)} pairs from {len({r.query_id for r in rows})} queries; dropped: {dict(dropped) or 'none'}")
+    note(f"dpo: {len(encoded)} pairs from {len({r.query_id for r in rows})} queries{counted(dropped)}")
 
-    class TokenizedDPOTrainer(trl.DPOTrainer):  # type: ignore[misc, name-defined]
+    class TokenizedDPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset  # TRL would apply a chat template; these are token ids already, exactly ours
 
@@ -76,7 +86,9 @@ def dpo(
     metrics = run.train(trainer, "dpo")
     trainer.model.save_pretrained(str(run.partial), selected_adapters=["default"])
     write_spec(run.partial, msgspec.structs.replace(spec, stage="dpo"))
-    return run.finish_training(trainer, base=source, rows=len(encoded), dropped=dict(dropped), metrics=metrics)
+    return run.finish_training(
+        trainer, base=source, rows=len(encoded), dropped=dict(dropped), metrics=metrics
+    )
 
 
 def encode_pairs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ class TrainingRun(RunFolder):
             trainer.train(resume_from_checkpoint=checkpoint)
         if callback.stopped:
             raise Interrupted(
-                f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved; "
-                "run the same command again to go on"
+                f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}, "
+                "which is saved; run the same command again to go on"
             )
         return {
             key: value
@@ -64,6 +65,11 @@ class TrainingRun(RunFolder):
         for checkpoint in self.partial.glob("checkpoint-*"):
             remove(checkpoint)
         return self.finish(**extra)
+
+
+def counted(dropped: Counter[str]) -> str:
+    """What was dropped and why, to end a sentence with."""
+    return "".join(f"; dropped {count} ({reason})" for reason, count in dropped.items())
 
 
 def trainer_arguments(config: Any, folder: Path) -> dict[str, Any]:

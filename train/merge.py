@@ -46,17 +46,26 @@ def merge(adapter: Path, *, join: Join | None = None, out: Path | None = None, w
         before = [model(ids).logits[0, -1] for ids in probes]
         merged = model.merge_and_unload(safe_merge=True).to(precision)
         after = [merged(ids).logits[0, -1].float() for ids in probes]
-    cosine = min(float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for a, b in zip(before, after, strict=True))
+    cosine = min(
+        float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for a, b in zip(before, after, strict=True)
+    )
     if not cosine >= MIN_COSINE:
-        raise QeEdgeError(f"the merged model's logits differ from base + adapter (cosine {cosine:.5f}); nothing was written")
+        raise QeEdgeError(
+            f"the merged model's logits differ from base + adapter (cosine {cosine:.5f}); nothing was written"
+        )
     checks = {
         "logit_cosine": round(cosine, 6),
-        "max_logit_difference": round(max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True)), 4),
+        "max_logit_difference": round(
+            max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True)), 4
+        ),
     }
     with atomic_path(out) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_spec(partial, spec)
         settings = {"join": str(spec.join), "precision": str(precision).removeprefix("torch.")}
-        write_json(partial / MANIFEST, run_record("merge", settings, {"adapter": adapter}, base=source, checks=checks))
+        write_json(
+            partial / MANIFEST,
+            run_record("merge", settings, {"adapter": adapter}, base=source, checks=checks),
+        )
     return out

@@ -1,4 +1,4 @@
-"""Retrieval decides: score every candidate expansion by nDCG@10 under BM25, and pair the better with the worse."""
+"""Retrieval decides: score candidate expansions by nDCG@10 under BM25, pair the better with the worse."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def pairs(
     made, why_not = make_pairs(list(zip(known, candidates, strict=True)), config)
     report = summarize(candidates, plain, made, dropped + why_not, queries=len(data.queries))
     if not made:
-        raise BadInput(f"no two candidates of one query differ by {config.min_gap} nDCG@10; counts: {report['dropped']}")
+        raise BadInput(
+            f"no two candidates of one query differ by {config.min_gap} nDCG@10; counts: {report['dropped']}"
+        )
     with atomic_path(out) as partial:
         partial.mkdir()
         (partial / PAIRS).write_bytes(encode_jsonl(made))

@@ -16,7 +16,7 @@ from qe_edge.models import DEFAULT_STUDENT
 from qe_edge.prompt import Tokenize
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.spec import ModelSpec, write_spec
-from qe_edge.train.loop import TrainingRun, load_dtype, trainer_arguments
+from qe_edge.train.loop import TrainingRun, counted, load_dtype, trainer_arguments
 from qe_edge.train.student import load_base, prepare_student, tokenize_with
 from qe_edge.workdir import Workdir
 
@@ -28,15 +28,15 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 class SftConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """SFT settings.
 
-    `models` and `modes` select teacher rows, empty meaning all; of what is left, `per_query` rows of
-    each query are drawn at random, 0 meaning all. `max_length` is in tokens, prompt included; longer
-    rows are dropped and counted, never cut. A step takes `batch_size * accumulate` rows.
+    `models` and `modes` select teacher rows, empty meaning all; of what is left, `max_rows` are drawn
+    at random, 0 meaning all. `max_length` is in tokens, prompt included; longer rows are dropped and
+    counted, never cut. A step takes `batch_size * accumulate` rows.
     """
 
     student: str = DEFAULT_STUDENT
     models: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
-    per_query: int = 0
+    max_rows: int = 0
     rank: int = 32
     alpha: int = 64
     learning_rate: float = 3e-4
@@ -45,12 +45,16 @@ class SftConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     accumulate: int = 2
     max_length: int = 512
     seed: int = 0
-    save_steps: int = 50
+    save_steps: int = 20
     logging_steps: int = 5
 
 
 def sft(
-    expansions: Sequence[Path | str], config: SftConfig | None = None, *, out: Path | None = None, workdir: Workdir
+    expansions: Sequence[Path | str],
+    config: SftConfig | None = None,
+    *,
+    out: Path | None = None,
+    workdir: Workdir,
 ) -> Path:
     """Train a LoRA adapter on teacher expansions; returns its folder.
 
@@ -67,7 +71,7 @@ def sft(
     run = TrainingRun("train sft", msgspec.to_builtins(config), inputs, out or workdir.new("sft"))
     model, tokenizer = load_base(source, dtype=load_dtype())
     encoded, dropped = encode_rows(rows, spec, tokenize_with(tokenizer), config.max_length)
-    note(f"sft: {len(encoded)} rows from {len({r.query_id for r in rows})} queries; dropped: {dict(dropped) or 'none'}")
+    note(f"sft: {len(encoded)} rows from {len({r.query_id for r in rows})} queries{counted(dropped)}")
 
     trainer = trl.SFTTrainer(
         model=model,
@@ -85,7 +89,9 @@ def sft(
     metrics = run.train(trainer, "sft")
     trainer.model.save_pretrained(str(run.partial))
     write_spec(run.partial, msgspec.structs.replace(spec, stage="sft"))
-    return run.finish_training(trainer, base=source, rows=len(encoded), dropped=dict(dropped), metrics=metrics)
+    return run.finish_training(
+        trainer, base=source, rows=len(encoded), dropped=dict(dropped), metrics=metrics
+    )
 
 
 def select_rows(paths: Iterable[Path | str], config: SftConfig) -> list[Expansion]:
@@ -98,20 +104,15 @@ def select_rows(paths: Iterable[Path | str], config: SftConfig) -> list[Expansio
     selected = [
         row
         for row in rows
-        if (not config.models or row.model in config.models) and (not config.modes or row.mode in config.modes)
+        if (not config.models or row.model in config.models)
+        and (not config.modes or row.mode in config.modes)
     ]
     if not selected:
         found = ", ".join(sorted({f"{row.model} {row.mode}" for row in rows})) or "no rows"
         raise BadInput(f"no expansion left to train on; the files hold: {found}")
-    if not config.per_query:
-        return selected
-    by_query: dict[tuple[str, str], list[Expansion]] = {}
-    for row in selected:
-        by_query.setdefault((row.dataset, row.query_id), []).append(row)
-    draw = random.Random(config.seed)
-    return [
-        row for group in by_query.values() for row in draw.sample(group, min(config.per_query, len(group)))
-    ]
+    if 0 < config.max_rows < len(selected):
+        return random.Random(config.seed).sample(selected, config.max_rows)
+    return selected
 
 
 def encode_rows(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qe_edge.backends import default_spec
-from qe_edge.console import note
+from qe_edge.console import note, quiet_transformers
 from qe_edge.errors import BadArgument, BadInput, NotFound, require
 from qe_edge.manifest import atomic_path
 from qe_edge.models import resolve
@@ -28,6 +28,7 @@ def prepare_student(student: str, workdir: Workdir) -> tuple[str, ModelSpec]:
         BadArgument: the model is an MLX folder, is quantized, or doesn't speak ChatML.
     """
     require("transformers", "train")
+    quiet_transformers()
     ref = resolve(student)
     if ref.engine == "mlx":
         raise BadArgument(f"{student} is a quantized MLX folder; train the model it was made from")
@@ -94,12 +95,13 @@ def load_base(source: str, *, dtype: Any) -> tuple[PreTrainedModel, PreTrainedTo
     """
     from transformers import AutoModelForCausalLM
 
+    quiet_transformers()
     tokenizer = _load_tokenizer(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise NotFound(f"can't load a model from {source}: {str(error).splitlines()[0]}") from None
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise BadInput(f"its tokenizer has {len(tokenizer)} tokens, its model only {rows}", path=source)
     return model, tokenizer

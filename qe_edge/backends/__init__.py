@@ -58,7 +58,9 @@ def open_backend(ref: ModelRef, *, engine: Engine | None = None, threads: int | 
     """
     engine = engine or ref.engine
     if (engine == "llama.cpp") != ref.is_gguf:
-        raise BadArgument(f"{engine} can't run {ref.name}: llama.cpp runs .gguf files, and they run nowhere else")
+        raise BadArgument(
+            f"{engine} can't run {ref.name}: llama.cpp runs .gguf files, and they run nowhere else"
+        )
     if engine == "llama.cpp":
         from qe_edge.backends.llama_cpp import LlamaCppBackend
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qe_edge.backends import default_spec
+from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.models import Engine, ModelRef
 from qe_edge.spec import read_spec
@@ -18,6 +19,7 @@ class TransformersBackend:
     def __init__(self, ref: ModelRef, *, threads: int | None = None):
         self._torch = torch = require("torch", "train")
         transformers = require("transformers", "train")
+        quiet_transformers()
         if threads:
             torch.set_num_threads(threads)
         try:

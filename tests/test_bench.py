@@ -1,0 +1,189 @@
+"""The whole bench on a tiny collection and a tiny model in its own process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import ir_measures
+import pytest
+
+from qe_edge.bench.harness import BenchConfig, bench, default_teachers, parse_model
+from qe_edge.bench.result import read_result
+from qe_edge.bench.speed import Request, generate
+from qe_edge.datasets import load_dataset
+from qe_edge.errors import BadArgument, BadInput, NotFound, PartlyDone, QeEdgeError
+from qe_edge.export.gguf import convert_gguf
+from qe_edge.manifest import sha256
+from qe_edge.spec import read_spec
+from qe_edge.workdir import Workdir
+
+pytest.importorskip("llama_cpp")
+
+
+@pytest.fixture(scope="module")
+def student(tiny_qwen3, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "student-F16.gguf"
+    return convert_gguf(tiny_qwen3, out, dtype="f16", spec=read_spec(tiny_qwen3))
+
+
+@pytest.fixture(scope="module")
+def done(student, tmp_path_factory):
+    """One run: BM25, the tiny student with two joins, the teacher; on demo-en."""
+    work = Workdir(tmp_path_factory.mktemp("work"))
+    config = BenchConfig(
+        datasets=("demo-en",),
+        models=(f"tiny={student}",),
+        joins=("mass:0.5", "repeat:5"),
+        teachers=tuple(default_teachers(["demo-en"])),
+        max_tokens=4,
+        label="a test machine",
+    )
+    return bench(config, workdir=work), work, config
+
+
+def test_rows_are_bm25_the_model_per_join_and_the_teacher(done, student):
+    folder, _, _ = done
+    (data,) = read_result(folder).datasets
+    assert [(s.name, s.kind, s.join) for s in data.systems] == [
+        ("BM25", "bm25", ""),
+        ("tiny", "model", "mass:0.5"),
+        ("tiny", "model", "repeat:5"),
+        ("qe-edge/demo-teacher zero-shot", "teacher", "repeat:5"),
+        ("qe-edge/demo-teacher few-shot", "teacher", "repeat:5"),
+    ]
+    bm25, model, _, teacher, second = data.systems
+    assert model.sha256 == sha256(student)
+    assert model.speed.file_mb == pytest.approx(student.stat().st_size / 1e6)
+    assert model.speed.mean_tokens <= 4
+    assert model.speed.decode_tokens_per_s > 0
+    assert model.speed.peak_memory_mb > model.speed.file_mb
+    assert data.teacher == teacher.name
+    assert bm25.vs_bm25 is None
+    assert teacher.retention is None
+    assert model.helped + model.hurt <= len(data.queries)
+    means = [s.ndcg.mean for s in (bm25, model, teacher, second)]
+    assert model.vs_bm25.mean == pytest.approx(means[1] - means[0])
+    assert second.vs_teacher.mean == pytest.approx(means[3] - means[2])
+    assert second.retention.mean == pytest.approx(means[3] / means[2])
+    assert second.gain_retention.mean == pytest.approx((means[3] - means[0]) / (means[2] - means[0]))
+
+
+def test_per_query_values_are_trec_evals_on_the_written_runs(done):
+    folder, _, _ = done
+    (data,) = read_result(folder).datasets
+    qrels = load_dataset("demo-en").qrels
+    runs = sorted((folder / "runs" / "demo-en@test").iterdir())
+    assert len(runs) == len(data.systems)
+    recomputed = []
+    for run in runs:
+        loaded = list(ir_measures.read_trec_run(str(run)))
+        values = dict.fromkeys(qrels, 0.0)
+        values |= {m.query_id: m.value for m in ir_measures.iter_calc([ir_measures.nDCG @ 10], qrels, loaded)}
+        recomputed.append(values)
+    for system in data.systems:
+        assert any(values == pytest.approx(system.per_query) for values in recomputed)
+
+
+def test_an_interrupted_bench_keeps_what_was_generated(done, student, tmp_path):
+    folder, _, _ = done
+    written = next((folder / "generated").rglob("*.jsonl")).read_bytes().splitlines(keepends=True)
+    request = Request(
+        model=str(student), lang="en", queries=load_dataset("demo-en").queries, out=str(tmp_path / "g.jsonl"),
+        label="again", max_tokens=4,
+    )  # fmt: skip
+    marked = written[0].replace(b'"text":"', b'"text":"KEPT ', 1)
+    (tmp_path / "g.jsonl").write_bytes(marked + b"".join(written[1:20]))
+    rows, _, _ = generate(request)
+    assert rows[0].text.startswith("KEPT ")
+    assert [row.query_id for row in rows] == list(request.queries)
+
+
+def test_a_failing_model_leaves_the_others_and_exit_code_7(student, tmp_path):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(student.read_bytes()[:5000])
+    config = BenchConfig(datasets=("demo-en",), models=(str(broken), str(student)), max_tokens=2)
+    with pytest.raises(PartlyDone, match=r"broken\.gguf on demo-en@test: .*damaged or truncated") as error:
+        bench(config, workdir=Workdir(tmp_path))
+    assert error.value.exit_code == 7
+    result = read_result(tmp_path / "bench" / "001")
+    assert [s.name for s in result.datasets[0].systems] == ["BM25", "student-F16.gguf"]
+    assert "broken.gguf" in result.warnings[0]
+
+
+def test_a_dying_process_is_an_error_not_a_hang(student, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    request = Request(model=str(student), lang="en", queries={"q": "x"}, out=str(tmp_path / "g"), label="x")
+    with pytest.raises(QeEdgeError, match="died"):
+        generate(request)
+
+
+def test_a_model_is_not_run_on_a_language_it_does_not_speak(student, tmp_path, tiny_llama):
+    import msgspec
+
+    spec = read_spec(tiny_llama)
+    english = msgspec.structs.replace(
+        spec, prompt=msgspec.structs.replace(spec.prompt, texts={"en": spec.prompt.texts["en"]})
+    )
+    model = convert_gguf(tiny_llama, tmp_path / "english.gguf", dtype="f16", spec=english)
+    folder = bench(BenchConfig(datasets=("demo-zh",), models=(str(model),)), workdir=Workdir(tmp_path))
+    result = read_result(folder)
+    assert [s.name for s in result.datasets[0].systems] == ["BM25"]
+    assert result.warnings == ["english.gguf was not run on demo-zh@test: it speaks en only"]
+
+
+def test_too_long_queries_are_counted_and_searched_as_they_are(student, tmp_path):
+    collection = tmp_path / "long"
+    (collection / "qrels").mkdir(parents=True)
+    (collection / "corpus.jsonl").write_text('{"_id": "d1", "text": "tides"}\n')
+    queries = {"q1": "tides " * 4000, "q2": "tides"}
+    (collection / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": key, "text": text}) + "\n" for key, text in queries.items())
+    )
+    (collection / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td1\t1\n")
+    folder = bench(
+        BenchConfig(datasets=(str(collection),), models=(str(student),), max_tokens=2),
+        workdir=Workdir(tmp_path),
+    )
+    model = read_result(folder).datasets[0].systems[1]
+    assert model.failed == 1
+    assert model.per_query["q1"] == 1.0
+
+
+def test_model_labels(student):
+    assert parse_model(str(student)) == ("student-F16.gguf", str(student))
+    assert parse_model(f"before DPO={student}") == ("before DPO", str(student))
+    with pytest.raises(NotFound):
+        parse_model("nothing.gguf")
+
+
+def test_what_cannot_work_is_refused_before_any_work(student, tmp_path):
+    work = Workdir(tmp_path)
+    with pytest.raises(BadArgument, match="two models have the same name"):
+        bench(BenchConfig(datasets=("demo-en",), models=(str(student), str(student))), workdir=work)
+    with pytest.raises(BadArgument, match="can't read the join"):
+        bench(BenchConfig(datasets=("demo-en",), joins=("much",)), workdir=work)
+    with pytest.raises(BadArgument, match="at least one data set"):
+        bench(BenchConfig(datasets=()), workdir=work)
+    assert not (tmp_path / "bench").exists()
+
+
+def test_a_result_file_that_is_none_is_named(tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(BadInput, match="not a bench result"):
+        read_result(tmp_path)
+    with pytest.raises(NotFound, match="no such bench result"):
+        read_result(tmp_path / "nowhere.json")
+
+
+def test_the_child_prints_one_json_object_whatever_the_engine_says(student, tmp_path):
+    import msgspec
+
+    request = Request(
+        model=str(student), lang="en", queries={"q": "x"}, out=str(tmp_path / "g"), label="x", max_tokens=1
+    )
+    child = subprocess.run(
+        [sys.executable, "-m", "qe_edge.bench.speed"],
+        input=msgspec.json.encode(request), capture_output=True, check=True, env=os.environ,
+    )  # fmt: skip
+    assert json.loads(child.stdout)["error"] == ""

@@ -1,0 +1,170 @@
+"""The command line from outside: exit codes, stdout and stderr, defaults taken from the work folder."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qe_edge.cli import main
+from qe_edge.errors import QeEdgeError, require
+from qe_edge.manifest import atomic_path, check_writable, write_bytes
+from qe_edge.workdir import RunFolder, Workdir
+
+
+@pytest.fixture
+def qe_edge(monkeypatch, capsys):
+    """Run a command in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["qe-edge", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_doctor_names_machine_and_extras(qe_edge):
+    code, out, _ = qe_edge("doctor")
+    assert code == 0
+    assert "cores" in out
+    assert "train     train students: ok" in out
+
+
+def test_json_is_exactly_one_object(qe_edge):
+    code, out, _ = qe_edge("data", "info", "demo-en", "--json")
+    envelope = json.loads(out)
+    assert code == 0
+    assert list(envelope) == [
+        "schema_version",
+        "command",
+        "status",
+        "inputs",
+        "artifacts",
+        "metrics",
+        "warnings",
+    ]
+    assert envelope["metrics"]["queries"] == 26
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["data", "info", "nothing"], 4, "no data set 'nothing'"),
+        (["expand", "tides", "--model", "nothing.gguf"], 4, "no model 'nothing.gguf'"),
+        (["expand", "tides"], 4, "run it first, or name the input"),
+        (["merge"], 4, "`qe-edge train dpo` or `qe-edge train sft`"),
+        (["export", "--q4"], 4, "`qe-edge merge`"),
+        (["bench", "--dataset", "demo-en"], 4, "`qe-edge export`"),
+        (["report"], 4, "`qe-edge bench`"),
+        (["run", "nothing"], 4, "no recipe nothing"),
+        (["pairs", "-d", "demo-en", "-e", "nothing.jsonl"], 4, "nothing.jsonl: no such file"),
+        (["pairs", "-d", "demo-en", "-e", __file__], 5, f"{__file__}:1: not a valid expansion"),
+        (["pairs", "-d", "demo-en", "-e", __file__, "--join", "lots"], 2, "can't read the join"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_its_code(qe_edge, arguments, code, message):
+    found, out, err = qe_edge(*arguments)
+    assert found == code
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_an_error_with_json_is_an_object_too(qe_edge):
+    code, out, _ = qe_edge("data", "info", "nothing", "--json")
+    assert code == 4
+    assert json.loads(out)["status"] == "error"
+
+
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["bench"], ["search"]])
+def test_usage_errors_exit_with_2(qe_edge, arguments):
+    assert qe_edge(*arguments)[0] == 2
+
+
+def test_search_without_expansion(qe_edge):
+    code, out, _ = qe_edge("search", "popcorn", "--plain", "-k", "2")
+    assert code == 0
+    assert out.startswith(" 1. en-")
+
+
+def test_output_cut_short_by_a_pipe_is_no_error(tmp_path):
+    command = f"{sys.executable} -m qe_edge.cli data list | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("demo-en")
+    assert done.stderr == ""
+
+
+def test_a_missing_extra_is_one_line_with_the_pip_command():
+    with pytest.raises(QeEdgeError, match=r"pip install 'qe-edge\[mlx\]'") as error:
+        require("not_a_module_at_all", "mlx")
+    assert error.value.exit_code == 3
+
+
+# Outputs
+
+
+def test_a_full_disk_leaves_the_old_output(tmp_path):
+    target = tmp_path / "out.json"
+    write_bytes(target, b"old")
+    with (
+        pytest.raises(QeEdgeError, match="No space left on device; nothing was changed"),
+        atomic_path(target) as path,
+    ):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_folder_replaces_a_folder_only_when_it_is_whole(tmp_path):
+    target = tmp_path / "out"
+    for content in ("one", "two"):
+        with atomic_path(target) as path:
+            path.mkdir()
+            (path / "file").write_text(content)
+    assert (target / "file").read_text() == "two"
+    with pytest.raises(KeyboardInterrupt), atomic_path(target) as path:
+        path.mkdir()
+        raise KeyboardInterrupt
+    assert (target / "file").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_first(tmp_path, qe_edge):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QeEdgeError, match="is a file"):
+        check_writable(tmp_path / "file" / "out")
+    code, _, err = qe_edge("pairs", "-d", "demo-en", "-e", "x.jsonl", "--out", "/proc/nowhere/out")
+    assert code in (2, 4, 6)
+    assert "Traceback" not in err
+
+
+def test_numbers_count_up_and_the_newest_is_the_highest(tmp_path):
+    work = Workdir(tmp_path)
+    assert work.new("sft") == tmp_path / "sft" / "001"
+    for number in ("002", "010", "011.partial", "notes"):
+        (tmp_path / "sft" / number).mkdir(parents=True)
+    assert work.newest("dpo", "sft") == tmp_path / "sft" / "010"
+    assert work.new("sft") == tmp_path / "sft" / "011"
+
+
+def test_a_run_folder_is_resumed_by_the_same_run_alone(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text("{}")
+    RunFolder("bench", {"models": ("a",)}, {"in": source}, tmp_path / "out")
+    run = RunFolder("bench", {"models": ("a",)}, {"in": source}, tmp_path / "out")
+    source.write_text("{} ")
+    with pytest.raises(QeEdgeError, match="other settings or inputs"):
+        RunFolder("bench", {"models": ("a",)}, {"in": source}, tmp_path / "out")
+    assert run.finish(rows=3) == tmp_path / "out"
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["rows"] == 3
+    assert not Path(f"{tmp_path}/out.partial").exists()

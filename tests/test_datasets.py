@@ -1,0 +1,154 @@
+import json
+
+import pytest
+
+from qe_edge.datasets import BUILTIN, builtin_folder, describe, load_dataset
+from qe_edge.errors import BadInput, NotFound
+from qe_edge.records import Expansion, read_jsonl
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A BEIR folder of two documents and two queries."""
+    root = tmp_path / "tiny"
+    (root / "qrels").mkdir(parents=True)
+    documents = [
+        {"_id": "d1", "title": "Tides", "text": "The moon.", "metadata": {}},
+        {"_id": "d2", "text": "Bread."},
+    ]
+    queries = [{"_id": "q1", "text": "what causes tides"}, {"_id": "q2", "text": "unjudged"}]
+    (root / "corpus.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    (root / "queries.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries))
+    (root / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\n")
+    return root
+
+
+def test_a_beir_folder(folder):
+    data = load_dataset(str(folder))
+    assert list(data.documents()) == [("d1", "Tides The moon."), ("d2", "Bread.")]
+    assert data.queries == {"q1": "what causes tides"}  # judged queries only
+    assert data.qrels == {"q1": {"d1": 2, "d2": 0}}
+    info = describe(data)
+    assert (info.name, info.lang, info.documents, info.queries, info.judgments) == (
+        "tiny@test",
+        "en",
+        2,
+        1,
+        2,
+    )
+
+
+def test_the_fingerprint_follows_the_content(folder):
+    before = load_dataset(str(folder)).fingerprint()
+    assert load_dataset(str(folder)).fingerprint() == before
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    assert load_dataset(str(folder)).fingerprint() != before
+
+
+@pytest.mark.parametrize("missing", ["corpus.jsonl", "queries.jsonl", "qrels"])
+def test_a_missing_part_is_named(folder, missing):
+    (folder / missing).rename(folder / "away")
+    with pytest.raises(NotFound, match=f"has no {missing}"):
+        load_dataset(str(folder))
+
+
+def test_an_unknown_split_lists_the_known_ones(folder):
+    with pytest.raises(NotFound, match="no split 'dev'; there are: test"):
+        load_dataset(f"{folder}@dev")
+
+
+@pytest.mark.parametrize(
+    ("qrels", "line", "message"),
+    [
+        ("q1\td1\t1\n", 1, "the first line must be query-id"),
+        ("query-id\tcorpus-id\tscore\nq1\td1\n", 2, "expected query-id, corpus-id and a whole-number score"),
+        ("query-id\tcorpus-id\tscore\nq1\td1\thigh\n", 2, "whole-number score"),
+        ("query-id\tcorpus-id\tscore\nq1\td1\t1\nq9\td1\t1\n", 3, "query 'q9' is not in queries.jsonl"),
+    ],
+)
+def test_a_bad_judgment_is_named_with_its_line(folder, qrels, line, message):
+    path = folder / "qrels" / "test.tsv"
+    path.write_text(qrels)
+    with pytest.raises(BadInput, match=message) as error:
+        load_dataset(str(folder))
+    assert str(error.value).startswith(f"{path}:{line}: ")
+
+
+def test_judgments_of_unknown_documents_are_refused(folder):
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\tdX\t1\n")
+    with pytest.raises(BadInput, match="name 1 documents that the collection lacks, such as dX"):
+        describe(load_dataset(str(folder)))
+
+
+def test_a_malformed_document_is_named_with_its_line(folder):
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": 3}\n')
+    with pytest.raises(BadInput, match=r"corpus\.jsonl:3: not a valid document"):
+        describe(load_dataset(str(folder)))
+
+
+def test_an_unknown_name_says_what_there_is():
+    with pytest.raises(NotFound, match="demo-en, demo-zh, dl19"):
+        load_dataset("demo-fr")
+
+
+def test_ir_datasets_ids_are_read_through_it(monkeypatch):
+    ir_datasets = pytest.importorskip("ir_datasets")
+    from types import SimpleNamespace as Row
+
+    class Source:
+        def queries_iter(self):
+            return iter([Row(query_id="1", default_text=lambda: "tides")])
+
+        def qrels_iter(self):
+            return iter([Row(query_id="1", doc_id="a", relevance=2)])
+
+        def docs_iter(self):
+            return iter([Row(doc_id="a", default_text=lambda: "The moon.")])
+
+    asked = []
+    monkeypatch.setattr(ir_datasets, "load", lambda name: asked.append(name) or Source())
+    data = load_dataset("miracl-zh")
+    assert asked == ["miracl/zh/dev"]
+    assert (data.queries, data.qrels, list(data.documents())) == (
+        {"1": "tides"},
+        {"1": {"a": 2}},
+        [("a", "The moon.")],
+    )
+
+
+def test_a_download_that_fails_says_what_to_do(monkeypatch):
+    ir_datasets = pytest.importorskip("ir_datasets")
+
+    class Source:
+        def queries_iter(self):
+            raise OSError("no route to host")
+
+    monkeypatch.setattr(ir_datasets, "load", lambda name: Source())
+    with pytest.raises(NotFound, match=r"no route to host.*BEIR layout"):
+        load_dataset("dl19")
+
+
+def test_short_names_exist_in_ir_datasets():
+    ir_datasets = pytest.importorskip("ir_datasets")
+    from qe_edge.datasets import SHORT_NAMES
+
+    for target in SHORT_NAMES.values():
+        assert ir_datasets.load(target).has_qrels()
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_built_in_collections(name):
+    train, test = load_dataset(f"{name}@train"), load_dataset(name)
+    assert test.split == "test"
+    assert train.lang == name[-2:]
+    assert train.check() >= 150
+    assert len(train.queries) + len(test.queries) >= 60
+    assert not train.queries.keys() & test.queries.keys()
+    for data in (train, test):
+        grades = {grade for judged in data.qrels.values() for grade in judged.values()}
+        assert grades == {0, 1, 2, 3}
+        assert all(max(judged.values()) >= 2 for judged in data.qrels.values())
+        expansions = list(read_jsonl(builtin_folder(name) / "expansions" / f"{data.split}.jsonl", Expansion))
+        assert {e.query_id: e.query for e in expansions} == data.queries
+        assert {e.mode for e in expansions} == {"zero-shot", "few-shot"}

