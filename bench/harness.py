@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from qe_edge.errors import BadArgument, BadInput, PartlyDone, QeEdgeError
 from qe_edge.index import Index
 from qe_edge.join import DEFAULT_JOIN, TEACHER_JOIN, Join
 from qe_edge.manifest import cpu_name, machine, now, versions, write_json
-from qe_edge.measures import mean_interval, write_run
+from qe_edge.measures import RESAMPLES, mean_interval, write_run
 from qe_edge.models import resolve
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.workdir import RunFolder, Workdir
@@ -28,7 +29,7 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     `models` are files, folders, hub ids or built-ins, each as `MODEL` or `LABEL=MODEL`. `joins` replaces
     the models' own join; several make several rows of one generation. `teachers` are expansion files, of
-    which `teacher_models` selects (empty: all); their first row is the teacher that retention refers to.
+    which `teacher_models` selects (empty: all); the best of them is what retention refers to.
     `max_tokens` replaces the models' own token budget. `label` names the machine in reports.
     """
 
@@ -77,6 +78,8 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         machine=machine(),
         versions=versions(),
         datasets=results,
+        settings=run.record["settings"],
+        resamples=RESAMPLES,
         warnings=warnings + failures,
     )
     write_json(run.partial / RESULT, msgspec.to_builtins(result))
@@ -110,11 +113,13 @@ class _OneDataset:
             missing = len(self.data.queries) - len(expansions)
             if missing:
                 warnings.append(
-                    f"{name} lacks {missing} queries of {self.data}, which count as plain queries"
+                    f"{name} lacks {missing} queries of {self.data}, which are searched as they are"
                 )
             self.add(name, "teacher", expansions, Join.parse(self.config.teacher_join), failed=missing)
         bm25 = self.systems[0]
-        teacher = next((s for s in self.systems if s.kind == "teacher"), None)
+        # The best of the teacher's rows: the strictest one to be compared with.
+        teachers = [s for s in self.systems if s.kind == "teacher"]
+        teacher = max(teachers, key=lambda s: s.ndcg.mean, default=None)
         return DatasetResult(
             info=self.info,
             fingerprint=self.data.fingerprint(),
@@ -174,6 +179,8 @@ class _OneDataset:
         expansions = {row.query_id: row.text for row in rows if row.text}
         for join in [Join.parse(text) for text in self.config.joins] or [spec.join]:
             self.add(label, "model", expansions, join, failed=failed, speed=speed, digest=digest)
+        if speed.engine == "mlx" and sys.platform == "linux":
+            warnings.append(f"{label} ran on MLX's CPU build for Linux: its speed says nothing about MLX")
         cut = sum(row.finish_reason == "length" for row in rows)
         note(
             f"bench: {request.label}: {speed.decode_tokens_per_s:.0f} tokens/s, "

@@ -15,7 +15,7 @@ from qe_edge.bench.section import Row, Section, headline, merge
 from qe_edge.bench.table import MISSING, bounds, caveat, percent, rate, score, signed
 from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.manifest import write_bytes
-from qe_edge.measures import RESAMPLES, Interval
+from qe_edge.measures import Interval
 
 _EXAMPLES = 5
 _PNG_WIDTH = 640
@@ -72,7 +72,7 @@ def _render(runs: Sequence[BenchResult]) -> str:
         colours=charts.COLOURS,
         font=charts.FONT,
         config=charts.config(charts.css_paint),
-        resamples=RESAMPLES,
+        resamples=runs[0].resamples,
         vega=vl_convert.javascript_bundle(),
     )
 

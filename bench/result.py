@@ -42,7 +42,8 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     nDCG values lie in 0..1. Differences and ratios are paired over the queries, each with its 95 %
     bootstrap interval; they are None where there is nothing to compare with. `retention` is this
     system / teacher; `gain_retention` is (this - BM25) / (teacher - BM25).
-    `helped` and `hurt` count queries against plain BM25. `failed` generations count as the plain query.
+    `helped` and `hurt` count queries against plain BM25. `failed` counts the queries that have no expansion,
+    because a generation failed or was empty, or a teacher's file lacks them: they are searched as they are.
     """
 
     name: str
@@ -74,13 +75,15 @@ class DatasetResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BenchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One bench run on one machine."""
+    """One bench run on one machine; `settings` are the BenchConfig's, `resamples` the bootstrap's."""
 
     created: str
     label: str
     machine: dict[str, Any]
     versions: dict[str, str]
     datasets: list[DatasetResult]
+    settings: dict[str, Any]
+    resamples: int
     warnings: list[str] = []
     schema_version: int = SCHEMA_VERSION
 

@@ -98,7 +98,7 @@ def notes(dataset: DatasetResult) -> list[str]:
     if dataset.teacher is not None:
         lines.append(f"“Of teacher” and “of its gain” (over BM25) refer to {dataset.teacher}.")
     lines += [
-        f"{system.name}: failed generations, counted as the plain query: {system.failed}."
+        f"{system.name}: queries without an expansion, searched as they are: {system.failed}."
         for system in dataset.systems
         if system.failed
     ]

@@ -11,7 +11,14 @@ from qe_edge.export.gguf import convert_gguf, read_config
 from qe_edge.export.mlx import convert_mlx
 from qe_edge.export.quantize import KINDS, bits_of, quantize_gguf
 from qe_edge.export.verify import Reference, load_reference, verify_gguf, verify_mlx
-from qe_edge.manifest import MANIFEST, atomic_path, check_writable, run_record, sha256, write_json
+from qe_edge.manifest import (
+    MANIFEST,
+    atomic_path,
+    check_output,
+    run_record,
+    sha256,
+    write_json,
+)
 from qe_edge.spec import ModelSpec, read_spec
 
 FORMATS = ("gguf", "mlx")
@@ -43,7 +50,7 @@ def export_model(
         fault of the conversion itself.
 
     Raises:
-        BadArgument: an unknown kind or format.
+        BadArgument: an unknown kind or format, or an `out` that holds something else.
         NotInstalled: a format's extra is missing.
         NotFound, BadInput: the model is missing, has no qe-edge spec, or can't be converted.
         QeEdgeError: an export doesn't answer as its source does.
@@ -58,7 +65,7 @@ def export_model(
         raise BadInput("has no qe_edge.json, which holds its prompt; `qe-edge merge` writes it", path=model)
     read_config(model)
     _check_installed(formats, verify)
-    check_writable(out)
+    check_output(out, "export")
     reference = None
     if verify:
         progress("asking the source model, in float32")

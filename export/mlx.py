@@ -48,8 +48,9 @@ def convert_mlx(
         except (ValueError, KeyError, RuntimeError) as error:
             raise BadInput(f"mlx-lm can't convert it: {error}", path=model) from None
         # mlx-lm's Llama knows only the older place of this key, and assumes 10000 without it.
-        config = read_json(partial / "config.json") | {"rope_theta": theta}
-        write_json(partial / "config.json", config)
+        path = partial / "config.json"
+        write_json(path, read_json(path) | {"rope_theta": theta})
+        (partial / "README.md").unlink(missing_ok=True)  # a card that says only that the model speaks English
         if spec:
             write_spec(partial, spec)
     return out

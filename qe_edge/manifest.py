@@ -173,12 +173,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def check_writable(folder: Path) -> None:
-    """Fail before the work, not after it, when an output folder can't be written."""
-    existing = folder
+def check_output(out: Path, command: str) -> None:
+    """Fail before the work, not after it, when the output folder can't be written or must not be replaced.
+
+    A folder is replaced whole: it must be new, empty, or an earlier output of the same command.
+    """
+    existing = out
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise BadArgument(f"{existing} is a file, so {folder} can't be made there; choose another folder")
+        raise BadArgument(f"{existing} is a file, so {out} can't be made there; choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise BadArgument(f"{existing} is not writable; choose another folder with --out or --workdir")
+    if out.is_dir() and any(out.iterdir()) and read_record(out).get("command") != command:
+        raise BadArgument(f"{out} holds something other than `qe-edge {command}` made; choose a new folder")

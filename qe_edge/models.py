@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -103,4 +104,14 @@ def _folder_engine(path: Path) -> Engine:
     except msgspec.MsgspecError as error:
         raise BadInput(f"not valid JSON: {error}", path=config) from None
     # mlx-lm writes this key for its own quantization; Hugging Face's is `quantization_config`.
-    return "mlx" if "quantization" in content else "transformers"
+    return "mlx" if "quantization" in content or _written_by_mlx(path) else "transformers"
+
+
+def _written_by_mlx(path: Path) -> bool:
+    """Whether the weights' own header says so: 8 bytes of length, then JSON (the safetensors format)."""
+    for weights in sorted(path.glob("*.safetensors"))[:1]:
+        with weights.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        with suppress(msgspec.MsgspecError):
+            return msgspec.json.decode(header).get("__metadata__", {}).get("format") == "mlx"
+    return False

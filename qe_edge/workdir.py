@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from qe_edge.errors import BadArgument, NotFound
-from qe_edge.manifest import MANIFEST, check_writable, now, publish, read_record, run_record, write_json
+from qe_edge.manifest import MANIFEST, check_output, now, publish, read_record, run_record, write_json
 
 DEFAULT_WORKDIR = "qe-edge-work"
 _COMMAND = {
@@ -60,7 +60,7 @@ class RunFolder:
     """
 
     def __init__(self, command: str, settings: dict[str, Any], inputs: dict[str, Path | str], out: Path):
-        check_writable(out)
+        check_output(out, command)
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
         # Through JSON, so that it compares equal with the record of an earlier, interrupted run.

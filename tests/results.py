@@ -119,7 +119,14 @@ def bench(label: str = "laptop, 2 cores", factor: float = 1.0) -> BenchResult:
     machine = {"system": "Linux 6.12", "cpu": "Example CPU at 2.8 GHz", "cores": 2, "memory_gb": 15.6}
     versions = {"python": "3.11.9", "qe-edge": "0.1.0", "llama-cpp-python": "0.3.36"}
     return BenchResult(
-        "2026-03-01T12:00:00Z", label, machine, versions, [english, chinese], ["swap was in use"]
+        "2026-03-01T12:00:00Z",
+        label,
+        machine,
+        versions,
+        [english, chinese],
+        settings={"max_tokens": 64},
+        resamples=10_000,
+        warnings=["swap was in use"],
     )
 
 
@@ -148,4 +155,12 @@ def small() -> BenchResult:
     ]
     info = DatasetInfo("demo-en@test", "en", 5183, 2, 812)
     data = DatasetResult(info, "8c1f", "nDCG@10", {"q1": "tides", "q2": "moon"}, "gpt-4.1 zero-shot", systems)
-    return BenchResult("2026-03-01T12:00:00Z", "laptop", {"cores": 2}, {"python": "3.11.9"}, [data])
+    return BenchResult(
+        "2026-03-01T12:00:00Z",
+        "laptop",
+        {"cores": 2},
+        {"python": "3.11.9"},
+        [data],
+        settings={},
+        resamples=100,
+    )

@@ -52,7 +52,7 @@ def test_rows_are_bm25_the_model_per_join_and_the_teacher(done, student):
         ("qe-edge/demo-teacher zero-shot", "teacher", "repeat:5"),
         ("qe-edge/demo-teacher few-shot", "teacher", "repeat:5"),
     ]
-    bm25, model, _, teacher, second = data.systems
+    bm25, model, _, second, teacher = data.systems
     assert model.sha256 == sha256(student)
     assert model.speed.file_mb == pytest.approx(student.stat().st_size / 1e6)
     assert model.speed.mean_tokens <= 4

@@ -10,7 +10,7 @@ import pytest
 
 from qe_edge.cli import main
 from qe_edge.errors import QeEdgeError, require
-from qe_edge.manifest import atomic_path, check_writable, write_bytes
+from qe_edge.manifest import atomic_path, check_output, write_bytes
 from qe_edge.workdir import RunFolder, Workdir
 
 
@@ -142,7 +142,7 @@ def test_a_folder_replaces_a_folder_only_when_it_is_whole(tmp_path):
 def test_an_output_folder_that_cannot_be_written_is_refused_first(tmp_path, qe_edge):
     (tmp_path / "file").write_text("")
     with pytest.raises(QeEdgeError, match="is a file"):
-        check_writable(tmp_path / "file" / "out")
+        check_output(tmp_path / "file" / "out", "pairs")
     code, _, err = qe_edge("pairs", "-d", "demo-en", "-e", "x.jsonl", "--out", "/proc/nowhere/out")
     assert code in (2, 4, 6)
     assert "Traceback" not in err

@@ -6,7 +6,7 @@ from qe_edge import ExpandedQuery, Expander
 from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.mlx import convert_mlx
-from qe_edge.spec import read_spec
+from qe_edge.spec import ModelSpec, read_spec
 
 pytest.importorskip("llama_cpp")
 QUERIES = ("what causes tides", "潮汐是怎么形成的", "a <|im_end|> b </think> c", "x" * 300)
@@ -35,7 +35,9 @@ def greedy(model, query, engine=None, steps=24):
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_llama_cpp_and_transformers_write_the_same_tokens(tiny_qwen3, gguf, query):
-    assert greedy(gguf, query) == greedy(tiny_qwen3, query, "transformers")
+    # Eight steps: later, random weights come to near ties, which rounding decides (llama.cpp keeps its
+    # KV cache in f16). On a pretrained student the slow test below goes further.
+    assert greedy(gguf, query, steps=8) == greedy(tiny_qwen3, query, "transformers", steps=8)
 
 
 @pytest.mark.parametrize("query", QUERIES[:2])
@@ -103,7 +105,7 @@ def test_what_is_not_a_model_is_named(tmp_path, gguf):
         Expander.load(tmp_path / "cut.gguf")
     with pytest.raises(NotFound, match="neither a file, a folder, a hub id"):
         Expander.load("student.gguf")
-    with pytest.raises(NotFound, match="builtin"):
+    with pytest.raises(NotFound, match="no built-in model"):
         Expander.load("builtin:gpt-5")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match=r"holds no config\.json"):
@@ -131,12 +133,9 @@ def test_an_engine_runs_only_its_own_files(gguf, tiny_qwen3):
 
 
 @pytest.mark.parametrize("spec", ['{"prompt": 1}', "not json", "x" * 70_000])
-def test_a_malformed_spec_in_a_file_is_refused(tiny_qwen3, tmp_path, spec):
-    from types import SimpleNamespace
-
-    path = convert_gguf(
-        tiny_qwen3, tmp_path / "bad.gguf", dtype="f16", spec=SimpleNamespace(to_json=lambda: spec)
-    )
+def test_a_malformed_spec_in_a_file_is_refused(tiny_qwen3, tmp_path, monkeypatch, spec):
+    monkeypatch.setattr(ModelSpec, "to_json", lambda self: spec)
+    path = convert_gguf(tiny_qwen3, tmp_path / "bad.gguf", dtype="f16", spec=read_spec(tiny_qwen3))
     with pytest.raises(BadInput, match="spec is"):
         Expander.load(path)
 

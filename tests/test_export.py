@@ -302,8 +302,12 @@ def test_verify_catches_other_weights_and_another_spec(tiny_qwen3: Path, tmp_pat
             verify(make(other, tmp_path / f"other.{make.__name__}", spec=spec), reference)
         with pytest.raises(QeEdgeError, match="carries another qe-edge spec"):
             verify(make(tiny_qwen3, tmp_path / f"spec.{make.__name__}", spec=changed), reference)
+    bare = convert_gguf(tiny_qwen3, tmp_path / "bare.gguf")
     with pytest.raises(QeEdgeError, match="carries another qe-edge spec"):
-        verify_gguf(convert_gguf(tiny_qwen3, tmp_path / "none.gguf"), reference)
+        verify_gguf(bare, reference)
+    bare.write_bytes(bare.read_bytes()[:-1000])
+    with pytest.raises(QeEdgeError, match=r"can't load .*bounds"):
+        verify_gguf(bare, reference)
 
 
 def test_a_failed_export_changes_nothing(
@@ -314,6 +318,7 @@ def test_a_failed_export_changes_nothing(
     out = tmp_path / "out"
     out.mkdir()
     (out / "student-Q4_K_M.gguf").write_text("the old one")
+    (out / "run.json").write_text('{"command": "export"}')
 
     def full_disk(*_: Any) -> None:
         raise OSError("262144 requested and 4096 written")  # NumPy's words, without an errno
@@ -323,6 +328,14 @@ def test_a_failed_export_changes_nothing(
         export_model(tiny_qwen3, out, formats=["gguf"], verify=False)
     assert (out / "student-Q4_K_M.gguf").read_text() == "the old one"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_an_older_export_is_replaced(tiny_qwen3: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_qwen3, tmp_path / "model")
+    with pytest.raises(BadArgument, match="something other than `qe-edge export` made"):
+        export_model(model, model)
+    for _ in range(2):
+        export_model(model, tmp_path / "out", formats=["gguf"], verify=False)
 
 
 def test_llama_cpp_says_why_it_cannot_quantize(

@@ -39,7 +39,7 @@ def test_console_table() -> None:
         "gpt-4.1 zero-shot  repeat:5  .800 [.700, .900]  –  –  –  2/0  –  –  –  –",
         "2 queries, 95 % bootstrap intervals. With so few, differences smaller than the interval are noise.",
         "“Of teacher” and “of its gain” (over BM25) refer to gpt-4.1 zero-shot.",
-        "my[bold]|Q4: failed generations, counted as the plain query: 2.",
+        "my[bold]|Q4: queries without an expansion, searched as they are: 2.",
     ]
 
 

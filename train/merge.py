@@ -8,7 +8,7 @@ import msgspec
 
 from qe_edge.errors import BadInput, QeEdgeError, require
 from qe_edge.join import Join
-from qe_edge.manifest import MANIFEST, atomic_path, check_writable, run_record, write_json
+from qe_edge.manifest import MANIFEST, atomic_path, check_output, run_record, write_json
 from qe_edge.spec import read_spec, write_spec
 from qe_edge.train.sft import base_of
 from qe_edge.train.student import load_base, tokenize_with
@@ -36,7 +36,7 @@ def merge(adapter: Path, *, join: Join | None = None, out: Path | None = None, w
     if join:
         spec = msgspec.structs.replace(spec, join=join)
     out = out or workdir.new("merge")
-    check_writable(out)
+    check_output(out, "merge")
     base, tokenizer = load_base(source, dtype="auto")
     precision = base.dtype
     tokenize = tokenize_with(tokenizer)

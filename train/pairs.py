@@ -15,7 +15,7 @@ from qe_edge.datasets import Dataset, load_dataset
 from qe_edge.errors import BadInput
 from qe_edge.index import Index
 from qe_edge.join import DEFAULT_JOIN, Join
-from qe_edge.manifest import MANIFEST, atomic_path, check_writable, run_record, write_json
+from qe_edge.manifest import MANIFEST, atomic_path, check_output, run_record, write_json
 from qe_edge.measures import mean, per_query
 from qe_edge.records import Candidate, Expansion, Pair, encode_jsonl, read_jsonl
 from qe_edge.workdir import Workdir
@@ -52,7 +52,7 @@ def pairs(
     config = config or PairsConfig()
     join = Join.parse(config.join)
     out = out or workdir.new("pairs")
-    check_writable(out)
+    check_output(out, "pairs")
     data = load_dataset(dataset)
     rows = [row for path in expansions for row in read_jsonl(path, Expansion)]
     known, dropped = usable(rows, data)

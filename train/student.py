@@ -9,7 +9,7 @@ from qe_edge.backends import default_spec
 from qe_edge.console import note, quiet_transformers
 from qe_edge.errors import BadArgument, BadInput, NotFound, require
 from qe_edge.manifest import atomic_path
-from qe_edge.models import resolve
+from qe_edge.models import ModelRef, resolve
 from qe_edge.prompt import Tokenize
 from qe_edge.spec import ModelSpec, read_spec, write_spec
 from qe_edge.workdir import Workdir
@@ -36,7 +36,7 @@ def prepare_student(student: str, workdir: Workdir) -> tuple[str, ModelSpec]:
         folder = workdir.root / "base" / ref.name.removeprefix("builtin:").removesuffix(".gguf")
         spec = read_spec(folder) if folder.is_dir() else None
         if spec is None:
-            spec = _unpack_gguf(ref, folder)
+            spec = _unpack_gguf(ref, Path(ref.source), folder)
         return str(folder.resolve()), spec
     tokenizer, config = _load_tokenizer(ref.source), _load_config(ref.source)
     if getattr(config, "quantization_config", None):
@@ -45,28 +45,41 @@ def prepare_student(student: str, workdir: Workdir) -> tuple[str, ModelSpec]:
     return str(ref.path.resolve()) if ref.path else ref.name, spec
 
 
-def _unpack_gguf(ref: Any, folder: Path) -> ModelSpec:
+def _unpack_gguf(ref: ModelRef, file: Path, folder: Path) -> ModelSpec:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     require("gguf", "train")
     note(f"unpacking {ref.name} to {folder} (once)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(ref.path.parent, gguf_file=ref.path.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(
-            ref.path.parent,
-            gguf_file=ref.path.name,
+            file.parent,
+            gguf_file=file.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
         )
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise BadInput(f"transformers can't read this GGUF: {error}", path=ref.path) from None
+        raise BadInput(f"transformers can't read this GGUF: {error}", path=file) from None
+    _restore_digits(tokenizer, file)
     spec = default_spec(ref, tokenizer.chat_template)
     with atomic_path(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_spec(partial, spec)
     return spec
+
+
+def _restore_digits(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """transformers forgets SmolLM's first cut, into single digits, when it reads the vocabulary of a GGUF."""
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    field = GGUFReader(str(file)).get_field("tokenizer.ggml.pre")
+    if field and field.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
 
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -1,0 +1,94 @@
+"""The whole pipeline from a recipe file, on a tiny student; and the recipes that ship."""
+
+from pathlib import Path
+
+import pytest
+
+from qe_edge import Expander
+from qe_edge.bench.result import read_result
+from qe_edge.errors import BadInput, NotFound
+from qe_edge.recipe import load_recipe, run_recipe
+from qe_edge.spec import read_spec
+from qe_edge.workdir import Workdir
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+title = "a tiny student"
+[pairs]
+dataset = "demo-en@train"
+expansions = ["{{builtin}}/demo-en/expansions/train.jsonl"]
+join = "mass:2"
+max_per_query = 1
+[sft]
+expansions = ["{{builtin}}/demo-en/expansions/train.jsonl"]
+student = "{student}"
+max_rows = 8
+rank = 4
+[dpo]
+learning_rate = {rate}
+[export]
+kinds = ["Q4_K_M"]
+formats = ["gguf"]
+[bench]
+datasets = ["demo-en"]
+teachers = ["{{builtin}}/demo-en/expansions/test.jsonl"]
+"""
+
+
+@pytest.mark.parametrize("recipe", ["demo", *(ROOT / "recipes").glob("*.toml")], ids=str)
+def test_the_recipes_that_ship_can_be_read(recipe, tmp_path):
+    assert load_recipe(recipe, data=tmp_path).title
+
+
+def test_the_demo_trains_on_train_queries_alone():
+    recipe = load_recipe("demo")
+    files = (*recipe.sft.expansions, *recipe.pairs.expansions)
+    assert all(Path(path).name == "train.jsonl" and Path(path).is_file() for path in files)
+    assert recipe.pairs.dataset == "demo-en@train"
+    assert recipe.bench.datasets == ("demo-en", "demo-zh")
+
+
+def test_a_recipe_that_does_not_fit_is_named(tmp_path):
+    file = tmp_path / "bad.toml"
+    file.write_text('title = "x"\nnonsense = 1\n')
+    with pytest.raises(BadInput, match=r"bad\.toml: not a valid recipe: .*nonsense"):
+        load_recipe(file)
+    file.write_text("title = ")
+    with pytest.raises(BadInput, match="not a valid recipe"):
+        load_recipe(file)
+    with pytest.raises(BadInput, match=r"uses \{data\}; name that folder with --data"):
+        load_recipe(next((ROOT / "recipes").glob("*.toml")))
+    with pytest.raises(NotFound, match="no recipe nothing"):
+        load_recipe("nothing")
+
+
+def test_a_recipe_runs_to_a_benchmarked_student_and_skips_what_is_done(tiny_qwen3, tmp_path, capsys):
+    pytest.importorskip("trl")
+    pytest.importorskip("llama_cpp")
+    file = tmp_path / "tiny.toml"
+    file.write_text(TINY.format(student=tiny_qwen3.as_posix(), rate="1e-4"))
+    work = Workdir(tmp_path / "work")
+    out = run_recipe(load_recipe(file), workdir=work)
+
+    (data,) = read_result(out["bench"]).datasets
+    assert [s.name for s in data.systems] == [
+        "BM25",
+        "untrained",
+        "SFT Q4_K_M",
+        "SFT+DPO Q4_K_M",
+        "qe-edge/demo-teacher zero-shot",
+        "qe-edge/demo-teacher few-shot",
+    ]
+    assert read_spec(out["merge dpo"]).stage == "dpo"
+    with Expander.load(out["export dpo"] / "student-Q4_K_M.gguf") as expander:
+        assert str(expander.spec.join) == "mass:2"
+        assert expander.spec.stage == "dpo"
+
+    capsys.readouterr()
+    assert run_recipe(load_recipe(file), workdir=work) == out
+    assert capsys.readouterr().err.count("done before") == 8
+
+    file.write_text(TINY.format(student=tiny_qwen3.as_posix(), rate="2e-4"))
+    again = run_recipe(load_recipe(file), workdir=work)
+    changed = {stage for stage in out if again[stage] != out[stage]}
+    assert changed == {"dpo", "merge dpo", "export dpo", "bench"}
