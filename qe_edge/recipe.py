@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import msgspec
 from qe_edge.bench.harness import BenchConfig, bench
 from qe_edge.console import note
 from qe_edge.datasets import builtin_folder
-from qe_edge.errors import BadInput, NotFound
+from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.export import export_model
 from qe_edge.join import Join
 from qe_edge.manifest import sha256, write_json
@@ -99,6 +100,7 @@ def load_recipe(path: Path | str, *, data: Path | None = None) -> Recipe:
 
 def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
     """Run every stage that is not done yet; returns each stage's output folder."""
+    _check_installed(recipe)
     stages = _Stages(workdir)
     p, s = recipe.pairs, recipe.sft
     note(f"recipe: {recipe.title}")
@@ -131,6 +133,16 @@ def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
     )
     stages.run("bench", config, [stages.out["export dpo"]], lambda: bench(config, workdir=workdir))
     return stages.out
+
+
+def _check_installed(recipe: Recipe) -> None:
+    """Fail before hours of work, not after them."""
+    needed = {"trl": "train", "llama_cpp": "llama", "gguf": "llama", "altair": "report"}
+    if "mlx" in recipe.export.formats:
+        needed["mlx_lm"] = "mlx"
+    for module, extra in needed.items():
+        if find_spec(module) is None:
+            require(module, extra)
 
 
 def _export(model: Path, part: ExportPart, workdir: Workdir) -> Path:

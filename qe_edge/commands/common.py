@@ -1,0 +1,61 @@
+"""What the commands share: their common options, and how a result is printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qe_edge.console import note
+
+WorkdirOption = Annotated[
+    Path,
+    typer.Option("--workdir", envvar="QE_EDGE_WORKDIR", help="Where outputs go and inputs are looked for."),
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Output folder (default: a new one in the work folder).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A .gguf file, a model folder, a hub id or builtin:NAME (default: newest export).",
+    ),
+]
+WORKDIR = Path("qe-edge-work")
+
+
+def took(what: str, path: Path | str) -> None:
+    """Say which earlier output a command took because none was named."""
+    note(f"{what}: {path} (the newest; name another to use that)")
+
+
+def emit(
+    as_json: bool,
+    command: str,
+    text: str,
+    *,
+    inputs: dict[str, Any] | None = None,
+    artifacts: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+    warnings: list[str] | None = None,
+    status: str = "ok",
+) -> None:
+    """The result on stdout: the text, or with --json the envelope of it."""
+    if as_json:
+        import msgspec
+
+        envelope = {
+            "schema_version": 1,
+            "command": command,
+            "status": status,
+            "inputs": inputs or {},
+            "artifacts": artifacts or {},
+            "metrics": metrics or {},
+            "warnings": warnings or [],
+        }
+        text = msgspec.json.encode(envelope, enc_hook=str).decode()
+    print(text)

@@ -1,0 +1,128 @@
+"""`export`, `bench` and `report`: from a merged student to files and figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took
+from qe_edge.workdir import Workdir
+
+
+def export(
+    model: Annotated[Path | None, typer.Argument(help="A merged model folder (default: the newest).")] = None,
+    q4: Annotated[bool, typer.Option("--q4", help="Q4_K_M GGUF and 4-bit MLX (the default).")] = False,
+    q8: Annotated[bool, typer.Option("--q8", help="Q8_0 GGUF and 8-bit MLX.")] = False,
+    f16: Annotated[bool, typer.Option("--f16", help="F16 GGUF and bf16 MLX.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="BF16 GGUF and bf16 MLX.")] = False,
+    quant: Annotated[
+        list[str] | None, typer.Option(help="Another of llama.cpp's kinds, such as Q6_K.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="gguf or mlx (default: both).")
+    ] = None,
+    out: OutOption = None,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+) -> None:
+    """Turn a merged model into quantized GGUF and MLX, checked against the original."""
+    from qe_edge.console import note
+    from qe_edge.export import export_model
+
+    work = Workdir(workdir)
+    if model is None:
+        model = work.newest("merge")
+        took("model", model)
+    named = {"Q4_K_M": q4, "Q8_0": q8, "F16": f16, "BF16": bf16}
+    kinds = [kind for kind, wanted in named.items() if wanted] + list(quant or [])
+    out = out or work.new("export")
+    report = export_model(
+        model, out, kinds=kinds or ["Q4_K_M"], formats=formats or ["gguf", "mlx"], progress=note
+    )
+    lines = [f"{out / name}  {size / 1e6:.1f} MB" for name, size in report["files"].items()]
+    emit(json, "export", "\n".join(lines), inputs={"model": model}, artifacts={"folder": out}, metrics=report)
+
+
+def bench(
+    dataset: Annotated[
+        list[str], typer.Option("--dataset", "-d", help="NAME or NAME@SPLIT; repeat for several.")
+    ],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", help="MODEL or LABEL=MODEL; repeat for several (default: the newest export)."
+        ),
+    ] = None,
+    join: Annotated[
+        list[str] | None, typer.Option(help="Instead of the models' own join; several make several rows.")
+    ] = None,
+    teacher: Annotated[
+        list[Path] | None, typer.Option(help="Teacher expansions of these queries (JSON Lines).")
+    ] = None,
+    teacher_model: Annotated[list[str] | None, typer.Option(help="Take only this teacher's rows.")] = None,
+    teacher_join: str = "repeat:5",
+    threads: Annotated[int | None, typer.Option(help="CPU threads (default: the engine's choice).")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Instead of the models' own token budget.")] = None,
+    hardware_label: Annotated[str, typer.Option(help="What to call this machine in reports.")] = "",
+    out: OutOption = None,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+) -> None:
+    """Measure nDCG@10 beside tokens per second: BM25, models and teacher."""
+    from qe_edge.bench.harness import BenchConfig, default_models, default_teachers
+    from qe_edge.bench.harness import bench as verb
+
+    work = Workdir(workdir)
+    if not model:
+        model = default_models(work)
+        took("models", ", ".join(model))
+    config = BenchConfig(
+        datasets=tuple(dataset),
+        models=tuple(model),
+        joins=tuple(join or ()),
+        teachers=tuple(str(path) for path in teacher or default_teachers(dataset)),
+        teacher_models=tuple(teacher_model or ()),
+        teacher_join=teacher_join,
+        threads=threads,
+        max_tokens=max_tokens,
+        label=hardware_label,
+    )
+    emit_bench(json, "bench", verb(config, out=out, workdir=work))
+
+
+def emit_bench(json: bool, command: str, folder: Path) -> None:
+    from qe_edge.bench.result import RESULT, read_result
+    from qe_edge.bench.table import console_table
+
+    result = read_result(folder)
+    rows = {
+        str(data.info.name): {f"{s.name} {s.join}".strip(): s.ndcg.mean for s in data.systems}
+        for data in result.datasets
+    }
+    text = f"{console_table(result)}\nresult: {folder / RESULT}\nnext:   qe-edge report {folder / RESULT}"
+    emit(
+        json, command, text, artifacts={"folder": folder}, metrics={"ndcg@10": rows}, warnings=result.warnings
+    )
+
+
+def report(
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="Result files or folders (default: the newest bench).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The HTML file (default: beside the first result).")
+    ] = None,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+) -> None:
+    """Draw one self-contained HTML report from bench results of one or several machines."""
+    from qe_edge.bench.report import report as verb
+
+    if not results:
+        results = [Workdir(workdir).newest("bench")]
+        took("result", results[0])
+    folder = results[0] if results[0].is_dir() else results[0].parent
+    file = verb(results, out or folder / "report.html")
+    emit(json, "report", str(file), inputs={"results": [str(r) for r in results]}, artifacts={"report": file})

@@ -1,0 +1,45 @@
+"""`run` and `demo`: the whole way at once."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption
+from qe_edge.commands.measure import emit_bench
+from qe_edge.workdir import Workdir
+
+
+def run(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file (TOML), or the name of one that ships with qe-edge.")
+    ],
+    data: Annotated[Path | None, typer.Option(help="What {data} stands for in the recipe's paths.")] = None,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+) -> None:
+    """Run a recipe: pairs, SFT, DPO, merge, export, bench and report. Run again, it goes on."""
+    from qe_edge.bench.report import report as draw
+    from qe_edge.recipe import load_recipe, run_recipe
+
+    out = run_recipe(load_recipe(recipe, data=data), workdir=Workdir(workdir))
+    html = draw([out["bench"]], out["bench"] / "report.html")
+    emit_bench(json, "run", out["bench"])
+    if not json:
+        student = min(out["export dpo"].glob("*.gguf"), key=lambda file: file.stat().st_size)
+        program = "qe-edge" if shutil.which("qe-edge") else sys.argv[0]
+        question = '"why do my ears pop on a plane"'
+        print(
+            f"report: {html}\nmodel:  {student}\n\nNow try:\n"
+            f"  {program} expand {question} --model {student}\n"
+            f"  {program} search {question} --dataset demo-en --model {student}"
+        )
+
+
+def demo(workdir: WorkdirOption = WORKDIR, json: JsonOption = False) -> None:
+    """Run the whole pipeline on the built-in student and collection: the recipe `demo`."""
+    run("demo", None, workdir, json)

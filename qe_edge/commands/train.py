@@ -1,0 +1,169 @@
+"""`pairs`, `train sft`, `train dpo` and `merge`: from expansions to a merged student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took
+from qe_edge.workdir import Workdir
+
+train_app = typer.Typer(help="Train a student: SFT, then DPO.", no_args_is_help=True)
+
+
+def pairs(
+    dataset: Annotated[str, typer.Option("--dataset", "-d", help="Judged queries, as NAME or NAME@SPLIT.")],
+    expansions: Annotated[
+        list[Path], typer.Option("--expansions", "-e", help="Candidate expansions (JSON Lines).")
+    ],
+    join: Annotated[
+        str, typer.Option(help="How query and expansion are joined: mass:R, repeat:N or adaptive:B.")
+    ] = "mass:0.7",
+    min_gap: Annotated[
+        float, typer.Option(help="nDCG@10 difference from which two candidates make a pair.")
+    ] = 0.05,
+    max_per_query: Annotated[int, typer.Option(help="Pairs kept of each query, widest gap first.")] = 4,
+    out: OutOption = None,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+) -> None:
+    """Score candidate expansions by retrieval and build preference pairs."""
+    from qe_edge.manifest import read_json
+    from qe_edge.train.pairs import REPORT, PairsConfig
+    from qe_edge.train.pairs import pairs as verb
+
+    config = PairsConfig(join=join, min_gap=min_gap, max_per_query=max_per_query)
+    folder = verb(dataset, expansions, config, out=out, workdir=Workdir(workdir))
+    report = read_json(folder / REPORT)
+    text = f"{report['pairs']} pairs of {report['queries_with_pairs']} queries in {folder}"
+    emit(json, "pairs", text, inputs={"dataset": dataset}, artifacts={"folder": folder}, metrics=report)
+
+
+@train_app.command("sft")
+def train_sft(
+    expansions: Annotated[
+        list[Path], typer.Option("--expansions", "-e", help="Teacher expansions (JSON Lines).")
+    ],
+    student: Annotated[
+        str, typer.Option(help="Hub id, folder, GGUF file or builtin:NAME.")
+    ] = "builtin:smollm2-135m",
+    models: Annotated[
+        list[str] | None, typer.Option("--teacher-model", help="Take only this model's rows.")
+    ] = None,
+    modes: Annotated[
+        list[str] | None, typer.Option("--mode", help="Take only zero-shot or few-shot rows.")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(help="Rows drawn at random; 0 takes all.")] = 0,
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 32,
+    alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 64,
+    learning_rate: float = 3e-4,
+    epochs: float = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Rows in memory at a time.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 2,
+    max_length: Annotated[int, typer.Option(help="Tokens; longer rows are dropped and counted.")] = 512,
+    seed: int = 0,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
+    out: OutOption = None,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+) -> None:
+    """Fine-tune a LoRA adapter on teacher expansions. Run again after Ctrl-C, it goes on."""
+    from qe_edge.train.sft import SftConfig, sft
+
+    config = SftConfig(
+        student=student,
+        models=tuple(models or ()),
+        modes=tuple(modes or ()),
+        max_rows=max_rows,
+        rank=rank,
+        alpha=alpha,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        max_length=max_length,
+        seed=seed,
+        save_steps=save_steps,
+    )
+    print_training(json, "train sft", sft(expansions, config, out=out, workdir=Workdir(workdir)))
+
+
+@train_app.command("dpo")
+def train_dpo(
+    pairs: Annotated[Path | None, typer.Option(help="A pairs.jsonl (default: the newest).")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="An SFT folder (default: the newest).")] = None,
+    beta: Annotated[float, typer.Option(help="Pull towards the SFT model.")] = 0.1,
+    loss: Annotated[
+        list[str] | None, typer.Option(help="sigmoid, sigmoid_norm, sft …; several are summed.")
+    ] = None,
+    learning_rate: float = 5e-5,
+    epochs: float = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Pairs in memory at a time.")] = 2,
+    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 4,
+    max_length: Annotated[int, typer.Option(help="Tokens; longer pairs are dropped and counted.")] = 512,
+    seed: int = 0,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
+    out: OutOption = None,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+) -> None:
+    """Align the SFT student with retrieval's own preferences. Run again after Ctrl-C, it goes on."""
+    from qe_edge.train.dpo import DpoConfig, dpo
+    from qe_edge.train.pairs import PAIRS
+
+    work = Workdir(workdir)
+    if pairs is None:
+        pairs = work.newest("pairs") / PAIRS
+        took("pairs", pairs)
+    if adapter is None:
+        adapter = work.newest("sft")
+        took("adapter", adapter)
+    config = DpoConfig(
+        beta=beta,
+        loss=tuple(loss or ("sigmoid",)),
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        max_length=max_length,
+        seed=seed,
+        save_steps=save_steps,
+    )
+    print_training(json, "train dpo", dpo(pairs, adapter, config, out=out, workdir=work))
+
+
+def print_training(json: bool, command: str, folder: Path) -> None:
+    from qe_edge.manifest import read_record
+
+    record = read_record(folder)
+    metrics = record["metrics"] | {"rows": record["rows"], "dropped": record["dropped"]}
+    text = f"adapter in {folder} ({record['rows']} rows, mean loss {record['metrics']['train_loss']:.3f})"
+    emit(json, command, text, inputs=record["inputs"], artifacts={"adapter": folder}, metrics=metrics)
+
+
+def merge(
+    adapter: Annotated[
+        Path | None, typer.Argument(help="A trained adapter (default: the newest DPO, else SFT).")
+    ] = None,
+    join: Annotated[
+        str | None, typer.Option(help="The join that travels with the student, such as mass:1.")
+    ] = None,
+    out: OutOption = None,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+) -> None:
+    """Merge an adapter into its base model: a plain Hugging Face folder."""
+    from qe_edge.join import Join
+    from qe_edge.manifest import read_record
+    from qe_edge.train.merge import merge as verb
+
+    work = Workdir(workdir)
+    if adapter is None:
+        adapter = work.newest("dpo", "sft")
+        took("adapter", adapter)
+    folder = verb(adapter, join=Join.parse(join) if join else None, out=out, workdir=work)
+    checks = read_record(folder)["checks"]
+    text = f"model in {folder} (logit cosine to base + adapter {checks['logit_cosine']})"
+    emit(json, "merge", text, inputs={"adapter": adapter}, artifacts={"model": folder}, metrics=checks)
