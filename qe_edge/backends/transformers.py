@@ -24,8 +24,11 @@ class TransformersBackend:
             torch.set_num_threads(threads)
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(ref.source)
+            # On a CPU in float32, whatever the file holds: bf16 is emulated there, slower and less exact.
             self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                ref.source, dtype="auto", device_map="auto" if torch.cuda.is_available() else None
+                ref.source,
+                dtype="auto" if torch.cuda.is_available() else torch.float32,
+                device_map="auto" if torch.cuda.is_available() else None,
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().split("\n")[0]
