@@ -6,6 +6,8 @@ READY  := $(VENV)/.ready
 # llama.cpp is compiled once; its build takes all cores.
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# setuptools warns of every editable installation.
+$(READY): export PYTHONWARNINGS = ignore
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint format clean
