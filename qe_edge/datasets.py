@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -81,21 +81,19 @@ class Dataset:
         judged = msgspec.json.encode([sorted(self.queries.items()), self.qrels], order="sorted")
         return hashlib.sha256(self.collection_hash().encode() + judged).hexdigest()
 
-    def check(self) -> int:
-        """Read the whole collection and return its size.
+    def check_judgments(self, known: Iterable[str]) -> None:
+        """Check that the judgments fit the collection, of which `known` are the document ids.
 
         Raises:
-            BadInput: judgments name documents that it lacks, so that the ideal ranking can't be reached.
+            BadInput: they name documents that it lacks, so that the ideal ranking can't be reached.
         """
-        known = {doc_id for doc_id, _ in self.documents()}
-        missing = sorted({d for grades in self.qrels.values() for d in grades} - known)
+        missing = sorted({doc_id for grades in self.qrels.values() for doc_id in grades}.difference(known))
         if missing:
             raise BadInput(
                 f"the judgments of {self} name {len(missing)} documents that the collection lacks, "
                 f"such as {', '.join(missing[:3])}; take them out of the judgments or add the documents",
                 path=self.folder,
             )
-        return len(known)
 
 
 def load_dataset(name: str) -> Dataset:
@@ -221,4 +219,6 @@ class DatasetInfo(msgspec.Struct, frozen=True):
 
 def describe(dataset: Dataset) -> DatasetInfo:
     """Count a data set, checking its judgments on the way."""
-    return DatasetInfo(str(dataset), dataset.lang, dataset.check(), len(dataset.queries), dataset.judgments())
+    ids = [doc_id for doc_id, _ in dataset.documents()]
+    dataset.check_judgments(ids)
+    return DatasetInfo(str(dataset), dataset.lang, len(ids), len(dataset.queries), dataset.judgments())

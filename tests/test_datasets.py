@@ -142,7 +142,7 @@ def test_built_in_collections(name):
     train, test = load_dataset(f"{name}@train"), load_dataset(name)
     assert test.split == "test"
     assert train.lang == name[-2:]
-    assert train.check() >= 150
+    assert describe(train).documents >= 150
     assert len(train.queries) + len(test.queries) >= 60
     assert not train.queries.keys() & test.queries.keys()
     for data in (train, test):

@@ -39,7 +39,7 @@ def test_weighted_unique_terms_score_as_repeated_terms_do_in_bm25s():
         expected = reference.get_scores(repeated)
         weights = Join("repeat", 5)(index.analyze(" ".join(query)), index.analyze(" ".join(expansion)))
         found = dict(index.search(weights, k=200))
-        assert [found.get(str(i), 0) for i in range(200)] == pytest.approx(expected, rel=1e-5, abs=2e-4)
+        assert [found.get(str(i), 0) for i in range(200)] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_scores_decrease_strictly_and_ties_keep_the_collections_order():

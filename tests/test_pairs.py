@@ -109,3 +109,10 @@ def test_no_usable_pair_is_an_error_with_the_counts(tmp_path, collection):
 def test_expansions_of_other_queries_are_an_error(tmp_path, collection):
     with pytest.raises(BadInput, match="none of the 1 expansions is of a judged query"):
         build(tmp_path, collection, [candidate("q9", "x")])
+
+
+def test_judgments_of_unknown_documents_are_refused(tmp_path, collection):
+    with (collection / "qrels" / "train.tsv").open("a") as file:
+        file.write("q1\tnowhere\t1\n")
+    with pytest.raises(BadInput, match="such as nowhere"):
+        build(tmp_path, collection, [candidate("q1", "moon"), candidate("q1", "dough")])

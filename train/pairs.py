@@ -58,7 +58,9 @@ def pairs(
     known, dropped = usable(rows, data)
     if not known:
         raise BadInput(f"none of the {len(rows)} expansions is of a judged query of {data}")
-    candidates, plain = score(known, data, Index.for_dataset(data, workdir.root / "index"), join)
+    index = Index.for_dataset(data, workdir.root / "index")
+    data.check_judgments(index.ids)
+    candidates, plain = score(known, data, index, join)
     made, why_not = make_pairs(list(zip(known, candidates, strict=True)), config)
     report = summarize(candidates, plain, made, dropped + why_not, queries=len(data.queries))
     if not made:
