@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
+from results import bench
 
 from qe_edge.cli import main
 from qe_edge.errors import QeEdgeError, require
-from qe_edge.manifest import atomic_path, check_output, write_bytes
+from qe_edge.manifest import atomic_path, check_output, write_bytes, write_json
 from qe_edge.workdir import RunFolder, Workdir
 
 
@@ -94,6 +96,17 @@ def test_search_without_expansion(qe_edge):
     code, out, _ = qe_edge("search", "popcorn", "--plain", "-k", "2")
     assert code == 0
     assert out.startswith(" 1. en-")
+
+
+def test_report_draws_the_newest_bench_and_prints_markdown(qe_edge, tmp_path):
+    pytest.importorskip("altair")
+    folder = Workdir().new("bench")
+    write_json(folder / "result.json", msgspec.to_builtins(bench("laptop")))
+    code, out, err = qe_edge("report", "--png", tmp_path / "chart.png", "--markdown")
+    assert (code, err) == (0, f"result: {folder} (the newest; name another to use that)\n")
+    assert out.startswith("### demo-en@test\n\n| system | join | nDCG@10 |")
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_output_cut_short_by_a_pipe_is_no_error(tmp_path):

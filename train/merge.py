@@ -15,8 +15,7 @@ from qe_edge.train.student import load_base, tokenize_with
 from qe_edge.workdir import Workdir
 
 PROBES = ("what causes tides", "how long does bread keep", "2023 tax rate")
-# Merging rounds the sum of two products once more, and bf16 keeps 8 bits: on the embedded student the
-# cosine of the next-token logits stays above .9999; a wrong merge is far below.
+# A merged weight is rounded once more, to the base's precision; bf16 keeps 8 bits.
 MIN_COSINE = 0.999
 
 
@@ -44,8 +43,9 @@ def merge(adapter: Path, *, join: Join | None = None, out: Path | None = None, w
     model = peft.PeftModel.from_pretrained(base.float(), str(adapter)).eval()
     with torch.inference_mode():
         before = [model(ids).logits[0, -1] for ids in probes]
-        merged = model.merge_and_unload(safe_merge=True).to(precision)
-        after = [merged(ids).logits[0, -1].float() for ids in probes]
+        # Rounded to what is saved, and compared in float32: arithmetic in bf16 would drown the difference.
+        merged = model.merge_and_unload(safe_merge=True).to(precision).float()
+        after = [merged(ids).logits[0, -1] for ids in probes]
     cosine = min(
         float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for a, b in zip(before, after, strict=True)
     )
@@ -60,7 +60,7 @@ def merge(adapter: Path, *, join: Join | None = None, out: Path | None = None, w
         ),
     }
     with atomic_path(out) as partial:
-        merged.save_pretrained(partial)
+        merged.to(precision).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_spec(partial, spec)
         settings = {"join": str(spec.join), "precision": str(precision).removeprefix("torch.")}

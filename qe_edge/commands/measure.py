@@ -114,15 +114,28 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="The HTML file (default: beside the first result).")
     ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Also draw the first result's chart as a picture.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
     """Draw one self-contained HTML report from bench results of one or several machines."""
+    from qe_edge.bench.report import chart_png
     from qe_edge.bench.report import report as verb
+    from qe_edge.bench.result import read_result
+    from qe_edge.bench.table import markdown_table
 
     if not results:
         results = [Workdir(workdir).newest("bench")]
         took("result", results[0])
     folder = results[0] if results[0].is_dir() else results[0].parent
-    file = verb(results, out or folder / "report.html")
-    emit(json, "report", str(file), inputs={"results": [str(r) for r in results]}, artifacts={"report": file})
+    artifacts = {"report": verb(results, out or folder / "report.html")}
+    if png:
+        artifacts["png"] = chart_png(read_result(results[0]), png)
+    text = "\n".join(str(path) for path in artifacts.values())
+    if markdown:
+        datasets = [data for path in results for data in read_result(path).datasets]
+        text = "\n".join(f"### {data.info.name}\n\n{markdown_table(data)}" for data in datasets)
+    emit(json, "report", text, inputs={"results": [str(r) for r in results]}, artifacts=artifacts)
