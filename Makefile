@@ -15,7 +15,8 @@ $(READY): export PYTHONWARNINGS = ignore
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-# torch first and pinned: left to itself, pip would fetch a build with gigabytes of CUDA.
+# torch is pinned in constraints.txt. On Linux, PyPI's build of it brings gigabytes of CUDA: on a machine
+# without an NVIDIA GPU, have PIP_EXTRA_INDEX_URL name PyTorch's own index of CPU builds.
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV): about 5 minutes the first time, most of it compiling llama.cpp"
 	$(PYTHON) -m venv $(VENV)
@@ -44,5 +45,5 @@ format: $(READY)  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## Delete everything that was made
-	rm -rf $(VENV) build *.egg-info qe-edge-work
+clean:  ## Delete the environment and build files; trained models in qe-edge-work stay
+	rm -rf $(VENV) build *.egg-info

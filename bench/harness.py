@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,13 @@ from qe_edge.bench.result import RESULT, BenchResult, DatasetResult, Kind, Speed
 from qe_edge.bench.speed import Request, WrongLanguage, generate
 from qe_edge.console import note
 from qe_edge.datasets import BUILTIN, Dataset, builtin_folder, describe, load_dataset
-from qe_edge.errors import BadArgument, BadInput, PartlyDone, QeEdgeError
+from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.index import Index
 from qe_edge.join import DEFAULT_JOIN, TEACHER_JOIN, Join
 from qe_edge.manifest import cpu_name, machine, now, versions, write_json
 from qe_edge.measures import RESAMPLES, mean_interval, write_run
 from qe_edge.models import resolve
-from qe_edge.records import Expansion, read_jsonl
+from qe_edge.records import Count, Expansion, read_jsonl
 from qe_edge.workdir import RunFolder, Workdir
 
 
@@ -30,7 +31,8 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     `models` are files, folders, hub ids or built-ins, each as `MODEL` or `LABEL=MODEL`. `joins` replaces
     the models' own join; several make several rows of one generation. `teachers` are expansion files, of
     which `teacher_models` selects (empty: all); the best of them is what retention refers to.
-    `max_tokens` replaces the models' own token budget. `label` names the machine in reports.
+    `max_tokens` replaces the models' own token budget, `analyzer` the one of the collection's language.
+    `label` names the machine in reports.
     """
 
     datasets: tuple[str, ...]
@@ -39,18 +41,20 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     teachers: tuple[str, ...] = ()
     teacher_models: tuple[str, ...] = ()
     teacher_join: str = str(TEACHER_JOIN)
-    threads: int | None = None
-    max_tokens: int | None = None
+    threads: Count | None = None
+    max_tokens: Count | None = None
+    analyzer: str = ""
     label: str = ""
 
 
 def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> Path:
     """Run a benchmark; returns its folder.
 
-    It holds `result.json`, TREC runs under `runs/` and every generation under `generated/`.
+    It holds `result.json`, TREC runs under `runs/` and every generation under `generated/`. A model that
+    fails is named in the result's `failures`, and the others' rows are there all the same.
 
     Raises:
-        PartlyDone: a model failed; the others' results were written all the same.
+        QeEdgeError: every model failed.
     """
     if not config.datasets:
         raise BadArgument("name at least one data set with --dataset")
@@ -68,6 +72,10 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     warnings: list[str] = []
     failures: list[str] = []
     results = []
+    for path in config.teachers:  # a bad file is found before hours of generation
+        if not any(_is_of(row, data) for row in read_jsonl(path, Expansion) for data in loaded):
+            warnings.append(f"{path} holds no expansion of these queries")
+            note(f"bench: {warnings[-1]}")
     for data in loaded:
         note(f"bench: {data}")
         one = _OneDataset(data, config, run.partial, workdir)
@@ -80,13 +88,13 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         datasets=results,
         settings=run.record["settings"],
         resamples=RESAMPLES,
-        warnings=warnings + failures,
+        warnings=warnings,
+        failures=failures,
     )
+    if failures and not any(system.kind == "model" for data in results for system in data.systems):
+        raise QeEdgeError(f"every model failed: {'; '.join(failures)}")
     write_json(run.partial / RESULT, msgspec.to_builtins(result))
-    folder = run.finish()
-    if failures:
-        raise PartlyDone(f"{'; '.join(failures)}. What succeeded is in {folder}")
-    return folder
+    return run.finish()
 
 
 class _OneDataset:
@@ -94,9 +102,10 @@ class _OneDataset:
 
     def __init__(self, data: Dataset, config: BenchConfig, folder: Path, workdir: Workdir):
         self.data, self.config, self.folder = data, config, folder
-        self.slug = _slug(str(data))
+        # Two collections may have the same name, and two labels the same slug: a hash tells them apart.
+        self.slug = f"{_slug(str(data))}-{data.fingerprint()[:8]}"
         self.info = describe(data)
-        self.index = Index.for_dataset(data, workdir.root / "index")
+        self.index = Index.for_dataset(data, workdir.root / "index", analyzer=config.analyzer)
         self.systems: list[System] = []
 
     def measure(
@@ -143,7 +152,8 @@ class _OneDataset:
     ) -> None:
         run = retrieve(self.data, self.index, expansions, join)
         shown = str(join) if shown_join is None else shown_join
-        write_run(self.folder / "runs" / self.slug / f"{_slug(f'{name} {shown}')}.trec", run, _slug(name))
+        file = f"{_slug(f'{name} {shown}')}-{_hash(name + shown)}.trec"
+        write_run(self.folder / "runs" / self.slug / file, run, _slug(name))
         values = values_of(self.data, run)
         self.systems.append(
             System(
@@ -164,7 +174,7 @@ class _OneDataset:
             model=model,
             lang=self.info.lang,
             queries=self.data.queries,
-            out=str(self.folder / "generated" / self.slug / f"{_slug(label)}.jsonl"),
+            out=str(self.folder / "generated" / self.slug / f"{_slug(label)}-{_hash(label)}.jsonl"),
             label=f"{label} on {self.data}",
             threads=self.config.threads,
             max_tokens=self.config.max_tokens,
@@ -188,12 +198,12 @@ class _OneDataset:
         )
 
     def teachers(self) -> Iterator[tuple[str, dict[str, str]]]:
-        """(model and mode, expansion of each query) of every teacher that knows this data set's queries."""
+        """(model and mode, each query's first expansion) of every teacher that knows these queries."""
         found: dict[str, dict[str, str]] = {}
         for path in self.config.teachers:
             for row in read_jsonl(path, Expansion):
                 wanted = not self.config.teacher_models or row.model in self.config.teacher_models
-                if wanted and self.data.queries.get(row.query_id) == row.query:
+                if wanted and _is_of(row, self.data):
                     found.setdefault(f"{row.model} {row.mode}", {}).setdefault(row.query_id, row.text)
         yield from sorted(found.items(), key=lambda item: "few-shot" in item[0])
 
@@ -224,6 +234,15 @@ def default_teachers(datasets: Sequence[str]) -> list[str]:
         if base in BUILTIN:
             found.append(str(builtin_folder(base) / "expansions" / f"{split or 'test'}.jsonl"))
     return found
+
+
+def _is_of(row: Expansion, data: Dataset) -> bool:
+    """Whether a row expands a query of this data set; ids alone may be another set's."""
+    return data.queries.get(row.query_id) == row.query
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _slug(text: str) -> str:

@@ -21,7 +21,8 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How fast a model wrote its expansions, one query at a time, its KV cache emptied before each.
 
     Rates are totals over totals after one warm-up query; a cold start is `load_s` apart.
-    `mean_tokens` counts what the model wrote per query. `threads` is None where the engine chose.
+    `mean_tokens` counts what the model wrote per query. `threads` is None where the engine takes no such
+    setting (MLX).
     """
 
     engine: str
@@ -75,7 +76,11 @@ class DatasetResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BenchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One bench run on one machine; `settings` are the BenchConfig's, `resamples` the bootstrap's."""
+    """One bench run on one machine.
+
+    `settings` are the BenchConfig's, `resamples` the bootstrap's; `failures` name the models that have
+    no row because they failed.
+    """
 
     created: str
     label: str
@@ -85,6 +90,7 @@ class BenchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     settings: dict[str, Any]
     resamples: int
     warnings: list[str] = []
+    failures: list[str] = []
     schema_version: int = SCHEMA_VERSION
 
 

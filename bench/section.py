@@ -148,6 +148,8 @@ def verdict(difference: Interval, queries: int) -> str:
         f"The difference of {signed(difference.mean)} has a 95 % interval from "
         f"{signed(difference.low)} to {signed(difference.high)}"
     )
+    if difference.low == difference.high:
+        return f"{figures}, which says nothing: the queries do not vary."
     if difference.low > 0:
         return f"{figures}: the gain is unlikely to be chance."
     if difference.high < 0:

@@ -21,6 +21,7 @@ from qe_edge.bench.result import Speed
 from qe_edge.console import progress
 from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.expander import Expander
+from qe_edge.manifest import usable_cores
 from qe_edge.models import Engine, resolve
 from qe_edge.records import Lang, encode_jsonl, read_jsonl
 from qe_edge.spec import ModelSpec
@@ -105,7 +106,7 @@ def _speed(rows: list[Generated], reply: Reply, request: Request) -> Speed:
     decoded = sum(row.tokens - (row.finish_reason == "length") for row in done)
     return Speed(
         engine=request.engine or ref.engine,
-        threads=request.threads,
+        threads=None if ref.engine == "mlx" else request.threads or usable_cores(),
         load_s=reply.load_s,
         prefill_tokens_per_s=sum(row.prompt_tokens for row in done) / sum(row.prefill_s for row in done),
         decode_tokens_per_s=decoded / max(sum(row.decode_s for row in done), 1e-9),
@@ -119,6 +120,7 @@ def _speed(rows: list[Generated], reply: Reply, request: Request) -> Speed:
 
 def _work(request: Request) -> Reply:
     """In the child: load, warm up, expand what is missing."""
+    _cut_incomplete_line(Path(request.out))
     done = (
         {row.query_id for row in read_jsonl(request.out, Generated)} if Path(request.out).exists() else set()
     )
@@ -145,6 +147,13 @@ def _work(request: Request) -> Reply:
     return Reply(expander.spec, load_s, _peak_memory_mb())
 
 
+def _cut_incomplete_line(path: Path) -> None:
+    """A process killed while it wrote leaves half a row; that query is expanded again."""
+    if path.exists():
+        content = path.read_bytes()
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
 def _expand(expander: Expander, query_id: str, query: str) -> Generated:
     try:
         expanded = expander.expand(query)
@@ -162,6 +171,11 @@ def _expand(expander: Expander, query_id: str, query: str) -> Generated:
 
 
 def _peak_memory_mb() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss survives exec and would be the parent's
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
     if sys.platform == "win32":
         import psutil
 

@@ -55,7 +55,7 @@ def caveat(queries: int) -> str:
     """How many queries there were, and what so few cannot show."""
     text = f"{queries} {'query' if queries == 1 else 'queries'}, 95 % bootstrap intervals."
     if queries < FEW_QUERIES:
-        text += " With so few, differences smaller than the interval are noise."
+        text += " So few cannot tell small differences from chance: see the interval of “vs BM25”."
     return text
 
 

@@ -56,8 +56,7 @@ def export_model(
         QeEdgeError: an export doesn't answer as its source does.
     """
     kinds, formats = list(dict.fromkeys(kinds)), list(dict.fromkeys(formats))
-    _check_choices("kind", kinds, (*KINDS, *UNQUANTIZED))
-    _check_choices("format", formats, FORMATS)
+    check_choices(kinds, formats)
     if not model.is_dir():
         raise NotFound(f"{model}: no such model folder")
     spec = read_spec(model)
@@ -85,7 +84,13 @@ def export_model(
     return {"files": files, "checks": checks}
 
 
-def _check_choices(what: str, chosen: list[str], known: Sequence[str]) -> None:
+def check_choices(kinds: Sequence[str], formats: Sequence[str]) -> None:
+    """Refuse unknown kinds and formats, listing the known ones."""
+    _check("kind", kinds, (*KINDS, *UNQUANTIZED))
+    _check("format", formats, FORMATS)
+
+
+def _check(what: str, chosen: Sequence[str], known: Sequence[str]) -> None:
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
         problem = f"unknown {what} {', '.join(unknown)}" if unknown else f"no {what} given"

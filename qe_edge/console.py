@@ -43,12 +43,20 @@ def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callabl
     if not sys.stderr.isatty():
         yield lambda steps=1, info="": None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TaskProgressColumn(text_format="", show_speed=True),
         TimeRemainingColumn(),
         TextColumn("{task.fields[info]}"),
     )

@@ -6,9 +6,9 @@ A data set is written `NAME` or `NAME@SPLIT`, where a split names a file of judg
 
 from __future__ import annotations
 
-import csv
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -52,7 +52,7 @@ class Dataset:
     ):
         self.name = name
         self.split = split
-        self.queries = {query_id: queries[query_id] for query_id in qrels}  # a test set: only judged queries
+        self.queries = {query_id: queries[query_id] for query_id in qrels}  # judged queries only
         self.qrels = qrels
         self.documents = documents
         self.folder = folder
@@ -141,6 +141,8 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
         raise NotFound(f"{folder} has no split {split!r}; there are: {', '.join(found) or '(none)'}")
     queries: dict[str, str] = {}
     for query in read_jsonl(folder / "queries.jsonl", Query):
+        if query.id in queries:
+            raise BadInput(f"query {query.id!r} is there twice", path=folder / "queries.jsonl")
         queries[query.id] = query.text
     qrels = _read_qrels(folder / "qrels" / f"{split}.tsv", queries)
 
@@ -153,26 +155,27 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
 
 def _read_qrels(path: Path, queries: dict[str, str]) -> Qrels:
     qrels: Qrels = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if next(rows, None) != _HEADER:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"not UTF-8 text: {error}", path=path) from None
+    if not lines or lines[0].split("\t") != _HEADER:
+        raise BadInput(f"the first line must be {' '.join(_HEADER)}, separated by tabs", path=path, line=1)
+    for number, line in enumerate(lines[1:], 2):
+        if not line:
+            continue
+        try:
+            query_id, doc_id, grade = line.split("\t")
+            score = int(grade)
+        except ValueError:
             raise BadInput(
-                f"the first line must be {' '.join(_HEADER)}, separated by tabs", path=path, line=1
-            )
-        for number, row in enumerate(rows, 2):
-            if not row:
-                continue
-            try:
-                query_id, doc_id, grade = row
-                qrels.setdefault(query_id, {})[doc_id] = int(grade)
-            except ValueError:
-                raise BadInput(
-                    f"expected query-id, corpus-id and a whole-number score, got {row}",
-                    path=path,
-                    line=number,
-                ) from None
-            if query_id not in queries:
-                raise BadInput(f"query {query_id!r} is not in queries.jsonl", path=path, line=number)
+                f"expected query-id, corpus-id and a whole-number score, got {line[:100]!r}",
+                path=path,
+                line=number,
+            ) from None
+        if query_id not in queries:
+            raise BadInput(f"query {query_id!r} is not in queries.jsonl", path=path, line=number)
+        qrels.setdefault(query_id, {})[doc_id] = score
     if not qrels:
         raise BadInput("holds no judgment", path=path)
     return qrels
@@ -189,7 +192,8 @@ def _load_ir_datasets(name: str, split: str) -> Dataset:
         queries = {query.query_id: query.default_text() for query in source.queries_iter()}
         qrels: Qrels = {}
         for judgment in source.qrels_iter():
-            qrels.setdefault(judgment.query_id, {})[judgment.doc_id] = judgment.relevance
+            if judgment.query_id in queries:
+                qrels.setdefault(judgment.query_id, {})[judgment.doc_id] = judgment.relevance
     except AttributeError:
         raise NotFound(
             f"ir_datasets has no queries or no judgments for {dataset_id}; name a split of it"
@@ -207,6 +211,20 @@ def _load_ir_datasets(name: str, split: str) -> Dataset:
     return Dataset(name, split, queries, qrels, documents)
 
 
+def check_ids(ids: Sequence[str], source: Path | None) -> None:
+    """Document ids must be unique, and without blanks, which separate the columns of a TREC run file.
+
+    Raises:
+        BadInput: one is not.
+    """
+    twice = next((doc_id for doc_id, count in Counter(ids).items() if count > 1), None)
+    if twice is not None:
+        raise BadInput(f"document {twice!r} is there twice", path=source)
+    broken = next((doc_id for doc_id in ids if not doc_id or len(doc_id.split()) != 1), None)
+    if broken is not None:
+        raise BadInput(f"document id {broken!r} is empty or holds blanks", path=source)
+
+
 class DatasetInfo(msgspec.Struct, frozen=True):
     """The size of a data set, for people and for results."""
 
@@ -220,5 +238,6 @@ class DatasetInfo(msgspec.Struct, frozen=True):
 def describe(dataset: Dataset) -> DatasetInfo:
     """Count a data set, checking its judgments on the way."""
     ids = [doc_id for doc_id, _ in dataset.documents()]
+    check_ids(ids, dataset.folder)
     dataset.check_judgments(ids)
     return DatasetInfo(str(dataset), dataset.lang, len(ids), len(dataset.queries), dataset.judgments())

@@ -54,7 +54,7 @@ class Expander:
 
     def __init__(self, backend: Backend, *, max_tokens: int | None = None):
         self.backend = backend
-        self.max_tokens = max_tokens or backend.spec.prompt.max_tokens
+        self.max_tokens = backend.spec.prompt.max_tokens if max_tokens is None else max_tokens
         self._end = set(backend.tokenize(self.spec.prompt.end, True))
         if len(self._end) != 1:
             raise BadInput(

@@ -24,7 +24,7 @@ K1, B = 0.9, 0.4
 _META = "qe_edge_index.json"
 
 Ranking = list[tuple[str, float]]
-"""(document id, score), best first, scores strictly decreasing."""
+"""(document id, score), best first; equal scores in the collection's order."""
 
 
 class IndexMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,9 +58,10 @@ class Index:
         return cls(retriever.scores, vocab, ids, IndexMeta(analyzer, k1, b, len(ids)))
 
     @classmethod
-    def for_dataset(cls, dataset: Dataset, cache: Path) -> Index:
-        """The index of a data set's documents with its language's analyzer, kept under `cache`."""
-        analyzer = analyzer_for(dataset.lang)
+    def for_dataset(cls, dataset: Dataset, cache: Path, *, analyzer: str = "") -> Index:
+        """The index of a data set's documents, kept under `cache`; its language decides the analyzer."""
+        analyzer = analyzer or analyzer_for(dataset.lang)
+        get_analyzer(analyzer)
         folder = cache / f"{Path(dataset.name).name}-{dataset.collection_hash()[:12]}-{analyzer}"
         if not folder.exists():
             cls.build(dataset.documents(), analyzer=analyzer).save(folder)
@@ -104,8 +105,7 @@ class Index:
     def search(self, weights: Mapping[str, float], k: int = 10) -> Ranking:
         """The k best documents for weighted terms; documents that match nothing are left out.
 
-        Equal scores are ordered by the document's place in the collection, then made to decrease
-        strictly, so that every tool that reads the ranking sees the same order.
+        Equal scores are ordered by the document's place in the collection.
         """
         scores = np.zeros(len(self.ids), dtype=np.float64)
         for term, weight in weights.items():
@@ -144,12 +144,4 @@ def _top(scores: np.ndarray, k: int) -> list[tuple[int, float]]:
         kth = np.partition(scores[candidates], -k)[-k]
         candidates = candidates[scores[candidates] >= kth]
     order = candidates[np.lexsort((candidates, -scores[candidates]))][:k]
-    top: list[tuple[int, float]] = []
-    previous = float("inf")
-    for i in order.tolist():
-        score = float(scores[i])
-        if score >= previous:
-            score = previous - 1e-6  # visible at the six decimals of a TREC run file
-        top.append((i, score))
-        previous = score
-    return top
+    return [(i, float(scores[i])) for i in order.tolist()]

@@ -34,7 +34,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     On any error, a full disk and Ctrl-C included, the half-written output is removed and an
     existing `target` stays as it was.
     """
-    target = Path(target)
+    target = Path(target).resolve()
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it is not there, or neither is its folder
             path.unlink()
 
 
@@ -122,6 +122,11 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def usable_cores() -> int:
+    """The processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
     """What the figures of a run were measured on. No host or user name."""
     import psutil
@@ -129,7 +134,7 @@ def machine() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.release()}",
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
     }
 
@@ -178,7 +183,7 @@ def check_output(out: Path, command: str) -> None:
 
     A folder is replaced whole: it must be new, empty, or an earlier output of the same command.
     """
-    existing = out
+    existing = out.resolve()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():

@@ -39,7 +39,12 @@ def per_query(qrels: Qrels, run: Run, measure: str = "nDCG@10") -> dict[str, flo
         parsed = ir_measures.parse_measure(measure)
     except (NameError, ValueError, SyntaxError):
         raise BadArgument(f"no measure {measure!r}; write it as ir_measures does, such as nDCG@10") from None
-    scored = {query_id: dict(ranking) for query_id, ranking in run.items() if query_id in qrels}
+    # By rank: trec_eval would order equal scores by document id, and holds scores in float32.
+    scored = {
+        query_id: {doc_id: -float(rank) for rank, (doc_id, _) in enumerate(ranking)}
+        for query_id, ranking in run.items()
+        if query_id in qrels
+    }
     values = dict.fromkeys(qrels, 0.0)
     for metric in ir_measures.iter_calc([parsed], qrels, scored):
         values[metric.query_id] = metric.value
@@ -91,10 +96,15 @@ def _bootstrap(samples, statistic, seed: int) -> Interval:  # type: ignore[no-un
 
 
 def write_run(path: Path | str, run: Run, tag: str) -> None:
-    """Write a TREC run file: `qid Q0 docid rank score tag`."""
-    lines = (
-        f"{query_id} Q0 {doc_id} {rank} {score:.6f} {tag}\n"
-        for query_id, ranking in run.items()
-        for rank, (doc_id, score) in enumerate(ranking, 1)
-    )
+    """Write a TREC run file: `qid Q0 docid rank score tag`.
+
+    Scores decrease strictly as float32, which trec_eval holds them in, so that every tool sees this order.
+    """
+    lines = []
+    for query_id, ranking in run.items():
+        previous = np.float32(np.inf)
+        for rank, (doc_id, exact) in enumerate(ranking, 1):
+            score = min(np.float32(exact), np.nextafter(previous, np.float32(-np.inf)))
+            lines.append(f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n")
+            previous = score
     write_bytes(path, "".join(lines).encode())

@@ -65,7 +65,7 @@ def resolve(name: str | Path) -> ModelRef:
         return ModelRef(path.name, "llama.cpp", path)
     if path.is_dir():
         return ModelRef(text, _folder_engine(path), path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith("."):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".") and path.suffix != ".gguf":
         return ModelRef(text, "transformers", None)
     raise NotFound(
         f"no model {text!r}: it is neither a file, a folder, a hub id (org/name), "

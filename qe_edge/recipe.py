@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from importlib import resources
 from importlib.util import find_spec
@@ -20,12 +20,14 @@ from typing import Any
 import msgspec
 
 from qe_edge.bench.harness import BenchConfig, bench
+from qe_edge.bench.result import read_result
 from qe_edge.console import note
-from qe_edge.datasets import builtin_folder
+from qe_edge.datasets import builtin_folder, load_dataset
 from qe_edge.errors import BadInput, NotFound, require
-from qe_edge.export import export_model
+from qe_edge.export import check_choices, export_model
 from qe_edge.join import Join
-from qe_edge.manifest import sha256, write_json
+from qe_edge.manifest import read_json, sha256, write_json
+from qe_edge.models import resolve
 from qe_edge.train.dpo import DpoConfig, dpo
 from qe_edge.train.merge import merge
 from qe_edge.train.pairs import PAIRS, PairsConfig, pairs
@@ -87,7 +89,10 @@ def load_recipe(path: Path | str, *, data: Path | None = None) -> Recipe:
         if not shipped.is_file():
             raise NotFound(f"no recipe {path}: neither a file nor a recipe that ships with qe-edge")
         file = Path(str(shipped))
-    text = file.read_text(encoding="utf-8").replace("{builtin}", builtin_folder("").as_posix())
+    try:
+        text = file.read_text(encoding="utf-8-sig").replace("{builtin}", builtin_folder("").as_posix())
+    except UnicodeDecodeError as error:
+        raise BadInput(f"not UTF-8 text: {error}", path=path) from None
     if "{data}" in text:
         if data is None:
             raise BadInput("uses {data}; name that folder with --data", path=path)
@@ -99,39 +104,52 @@ def load_recipe(path: Path | str, *, data: Path | None = None) -> Recipe:
 
 
 def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
-    """Run every stage that is not done yet; returns each stage's output folder."""
-    _check_installed(recipe)
-    stages = _Stages(workdir)
-    p, s = recipe.pairs, recipe.sft
-    note(f"recipe: {recipe.title}")
-    sft_files = [Path(path) for path in s.expansions]
-    pair_files = [Path(path) for path in p.expansions]
+    """Run every stage that is not done yet; returns each stage's output folder.
 
-    stages.run(
-        "pairs", p, pair_files, lambda: pairs(p.dataset, pair_files, _as(PairsConfig, p), workdir=workdir)
-    )
-    stages.run("sft", s, sft_files, lambda: sft(sft_files, _as(SftConfig, s), workdir=workdir))
-    adapter = stages.out["sft"]
-    pair_file = stages.out["pairs"] / PAIRS
-    stages.run(
-        "dpo", recipe.dpo, [pair_file, adapter], lambda: dpo(pair_file, adapter, recipe.dpo, workdir=workdir)
-    )
+    Everything that can be wrong with a recipe is looked for before the first stage.
+    """
+    _check_installed(recipe)
+    p, s, e, b = recipe.pairs, recipe.sft, recipe.export, recipe.bench
     join = Join.parse(recipe.join or p.join)
-    for trained in ("sft", "dpo"):
-        folder = stages.out[trained]
-        stages.run(f"merge {trained}", join, [folder], partial(merge, folder, join=join, workdir=workdir))
-    # SFT alone is exported for comparison only, so one small file is enough.
-    sft_export = ExportPart(kinds=recipe.export.kinds[:1], formats=("gguf",))
-    for trained, part in (("sft", sft_export), ("dpo", recipe.export)):
-        folder = stages.out[f"merge {trained}"]
-        stages.run(f"export {trained}", part, [folder], partial(_export, folder, part, workdir))
-    config = BenchConfig(
-        datasets=recipe.bench.datasets,
-        models=(f"untrained={s.student}", *_ggufs(stages.out, "sft"), *_ggufs(stages.out, "dpo")),
-        teachers=recipe.bench.teachers,
-        teacher_models=recipe.bench.teacher_models,
+    check_choices(e.kinds, e.formats)
+    student = resolve(s.student)
+    judged = load_dataset(p.dataset)
+    benched = [load_dataset(name) for name in b.datasets]
+    for path in (*p.expansions, *s.expansions, *b.teachers):
+        if not Path(path).is_file():
+            raise NotFound(f"{path}: no such file; the recipe names it")
+
+    stages = _Stages(workdir)
+    note(f"recipe: {recipe.title}")
+    inputs = [judged.fingerprint(), *map(sha256, p.expansions)]
+    stages.run(
+        "pairs", p, inputs, lambda: pairs(p.dataset, p.expansions, _as(PairsConfig, p), workdir=workdir)
     )
-    stages.run("bench", config, [stages.out["export dpo"]], lambda: bench(config, workdir=workdir))
+    inputs = [sha256(student.path) if student.path else student.name, *map(sha256, s.expansions)]
+    stages.run("sft", s, inputs, lambda: sft(s.expansions, _as(SftConfig, s), workdir=workdir))
+    pair_file, adapter = stages.out["pairs"] / PAIRS, stages.out["sft"]
+    inputs = [sha256(pair_file), sha256(adapter)]
+    stages.run("dpo", recipe.dpo, inputs, lambda: dpo(pair_file, adapter, recipe.dpo, workdir=workdir))
+    # SFT alone is exported for comparison only, so one small file is enough.
+    for trained, part in (("sft", ExportPart(kinds=e.kinds[:1], formats=("gguf",))), ("dpo", e)):
+        folder = stages.out[trained]
+        made = partial(merge, folder, join=join, workdir=workdir)
+        stages.run(f"merge {trained}", join, [sha256(folder)], made)
+        model = stages.out[f"merge {trained}"]
+        stages.run(f"export {trained}", part, [sha256(model)], partial(_export, model, part, workdir))
+    files = [*_ggufs(stages.out, "sft"), *_ggufs(stages.out, "dpo")]
+    config = BenchConfig(
+        datasets=b.datasets,
+        models=(f"untrained={s.student}", *files),
+        joins=(str(join),),
+        teachers=b.teachers,
+        teacher_models=b.teacher_models,
+    )
+    inputs = [*(data.fingerprint() for data in benched), *map(sha256, b.teachers)]
+    inputs += [sha256(stages.out[f"export {trained}"]) for trained in ("sft", "dpo")]
+    stages.run("bench", b, inputs, lambda: bench(config, workdir=workdir))
+    if read_result(stages.out["bench"]).failures:
+        stages.forget("bench")  # so that the next run tries the failed models again
     return stages.out
 
 
@@ -163,24 +181,29 @@ def _as(kind: Any, part: Any) -> Any:
 
 
 class _Stages:
-    """Which stages are done. A stage's key covers its settings and the content of its inputs."""
+    """Which stages are done, each under a key that covers its settings and the content of its inputs."""
 
     def __init__(self, workdir: Workdir):
         self.file = workdir.root / STATE
         self.out: dict[str, Path] = {}
-        self.done: dict[str, dict[str, str]] = (
-            msgspec.json.decode(self.file.read_bytes()) if self.file.is_file() else {}
-        )
+        self.keys: dict[str, str] = {}
+        self.done: dict[str, str] = read_json(self.file) if self.file.is_file() else {}
 
-    def run(self, stage: str, settings: Any, inputs: Sequence[Path], make: Callable[[], Path]) -> None:
-        content = [msgspec.to_builtins(settings), [sha256(path) for path in inputs if path.exists()]]
-        key = hashlib.sha256(msgspec.json.encode(content)).hexdigest()
-        before = self.done.get(stage, {})
-        if before.get("key") == key and Path(before["out"]).exists():
-            self.out[stage] = Path(before["out"])
-            note(f"{stage}: done before, in {before['out']}")
+    def run(self, stage: str, settings: Any, inputs: list[str], make: Callable[[], Path]) -> None:
+        """Make the stage's output, unless the same was made before and is still there."""
+        content = msgspec.json.encode([stage, msgspec.to_builtins(settings), inputs])
+        key = self.keys[stage] = hashlib.sha256(content).hexdigest()
+        before = self.done.get(key)
+        if before and Path(before).exists():
+            self.out[stage] = Path(before)
+            note(f"{stage}: done before, in {before}")
             return
         note(f"{stage}: started")
         self.out[stage] = make()
-        self.done[stage] = {"key": key, "out": str(self.out[stage])}
+        self.done[key] = str(self.out[stage])
+        write_json(self.file, self.done)
+
+    def forget(self, stage: str) -> None:
+        """Have the next run make a stage again."""
+        del self.done[self.keys[stage]]
         write_json(self.file, self.done)

@@ -6,13 +6,14 @@ Unknown, missing and mistyped keys are errors that name the file and the line. L
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from qe_edge.errors import BadInput, NotFound
+from qe_edge.errors import BadArgument, BadInput, NotFound
 
 Lang = Literal["en", "zh"]
 Mode = Literal["zero-shot", "few-shot", "student"]
@@ -80,6 +81,10 @@ class Query(msgspec.Struct, frozen=True):
     text: str
 
 
+# Bounds of settings, which hold wherever a configuration is read: from flags or from a recipe.
+Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e9)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
 R = TypeVar("R", bound=msgspec.Struct)
 
 
@@ -100,6 +105,8 @@ def read_jsonl(path: Path | str, kind: type[R]) -> Iterator[R]:
         raise BadInput("is a folder, expected a JSON Lines file", path=path) from None
     with file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
@@ -109,6 +116,19 @@ def read_jsonl(path: Path | str, kind: type[R]) -> Iterator[R]:
                 raise BadInput(
                     f"not a valid {kind.__name__.lower()}: {what}", path=path, line=number
                 ) from None
+
+
+def configured(kind: type[R], **values: Any) -> R:
+    """A configuration from values that are not checked yet.
+
+    Raises:
+        BadArgument: a value is out of its bounds.
+    """
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        what = str(error)[:1].lower() + str(error)[1:]
+        raise BadArgument(what.replace("`$.", "`").replace("_", "-")) from None
 
 
 def encode_jsonl(rows: Iterable[msgspec.Struct]) -> bytes:

@@ -23,11 +23,11 @@ class Hit(msgspec.Struct, frozen=True):
 
 
 def search(
-    query: str, dataset: str, *, expander: Expander | None, cache: Path, k: int = 5
+    query: str, dataset: str, *, expander: Expander | None, cache: Path, k: int = 5, analyzer: str = ""
 ) -> tuple[list[Hit], ExpandedQuery | None]:
     """The k best documents for the expanded query; for the plain one without an expander."""
     data = load_dataset(dataset)
-    index = Index.for_dataset(data, cache)
+    index = Index.for_dataset(data, cache, analyzer=analyzer)
     plain = index.search_text(query, join=DEFAULT_JOIN, k=k)
     expanded = expander.expand(query) if expander else None
     ranking = index.search(expanded.terms(index.meta.analyzer), k) if expanded else plain

@@ -2,7 +2,7 @@
 
 qe-edge-work/
     pairs/001/ sft/001/ dpo/001/ merge/001/ export/001/ bench/001/   one folder a run, newest = highest
-    base/ index/                                                    rebuilt when deleted
+    base/ index/                                                    caches; base/ is needed until merged
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from qe_edge.errors import BadArgument, NotFound
-from qe_edge.manifest import MANIFEST, check_output, now, publish, read_record, run_record, write_json
+from qe_edge.manifest import MANIFEST, check_output, now, publish, read_record, remove, run_record, write_json
 
 DEFAULT_WORKDIR = "qe-edge-work"
 _COMMAND = {
@@ -44,10 +44,12 @@ class Workdir:
         return self.root / stage / f"{number:03d}"
 
     def newest(self, *stages: str) -> Path:
-        """The newest finished output of the first of the stages that has one."""
-        for stage in stages:
-            if numbers := self._numbers(stage):
-                return self.root / stage / f"{numbers[-1]:03d}"
+        """The newest finished output of any of the stages."""
+        last = [
+            self.root / stage / f"{numbers[-1]:03d}" for stage in stages if (numbers := self._numbers(stage))
+        ]
+        if last:
+            return max(last, key=lambda folder: folder.stat().st_mtime)
         wanted = " or ".join(f"`{_COMMAND[stage]}`" for stage in stages)
         raise NotFound(f"{self.root} holds no output of {wanted}; run it first, or name the input")
 
@@ -55,9 +57,13 @@ class Workdir:
 class RunFolder:
     """The output folder of work that can be resumed: `<out>.partial` until it is whole, then `out`.
 
+    `work` matches the files that are worth resuming; a partial folder without any is simply replaced.
+
     Raises:
         BadArgument: an interrupted run with other settings or inputs lies there.
     """
+
+    work = "generated/*/*"
 
     def __init__(self, command: str, settings: dict[str, Any], inputs: dict[str, Path | str], out: Path):
         check_output(out, command)
@@ -67,10 +73,12 @@ class RunFolder:
         self.record = msgspec.json.decode(msgspec.json.encode(run_record(command, settings, inputs)))
         before = read_record(self.partial)
         if before and any(before[key] != self.record[key] for key in ("command", "settings", "inputs")):
-            raise BadArgument(
-                f"{self.partial} holds an interrupted run with other settings or inputs; "
-                "run it again as it was to finish it, or delete that folder"
-            )
+            if any(self.partial.glob(self.work)):
+                raise BadArgument(
+                    f"{self.partial} holds an interrupted run with other settings or inputs; "
+                    "run it again as it was to finish it, or delete that folder"
+                )
+            remove(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
         write_json(self.partial / MANIFEST, self.record)
 

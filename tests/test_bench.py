@@ -12,7 +12,7 @@ from qe_edge.bench.harness import BenchConfig, bench, default_teachers, parse_mo
 from qe_edge.bench.result import read_result
 from qe_edge.bench.speed import Request, generate
 from qe_edge.datasets import load_dataset
-from qe_edge.errors import BadArgument, BadInput, NotFound, PartlyDone, QeEdgeError
+from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.manifest import sha256
 from qe_edge.spec import read_spec
@@ -73,7 +73,7 @@ def test_per_query_values_are_trec_evals_on_the_written_runs(done):
     folder, _, _ = done
     (data,) = read_result(folder).datasets
     qrels = load_dataset("demo-en").qrels
-    runs = sorted((folder / "runs" / "demo-en@test").iterdir())
+    runs = sorted((folder / "runs").glob("demo-en@test-*/*.trec"))
     assert len(runs) == len(data.systems)
     recomputed = []
     for run in runs:
@@ -99,16 +99,44 @@ def test_an_interrupted_bench_keeps_what_was_generated(done, student, tmp_path):
     assert [row.query_id for row in rows] == list(request.queries)
 
 
-def test_a_failing_model_leaves_the_others_and_exit_code_7(student, tmp_path):
+def test_a_failing_model_leaves_the_others(student, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(student.read_bytes()[:5000])
     config = BenchConfig(datasets=("demo-en",), models=(str(broken), str(student)), max_tokens=2)
-    with pytest.raises(PartlyDone, match=r"broken\.gguf on demo-en@test: .*damaged or truncated") as error:
-        bench(config, workdir=Workdir(tmp_path))
-    assert error.value.exit_code == 7
-    result = read_result(tmp_path / "bench" / "001")
+    result = read_result(bench(config, workdir=Workdir(tmp_path)))
     assert [s.name for s in result.datasets[0].systems] == ["BM25", "student-F16.gguf"]
-    assert "broken.gguf" in result.warnings[0]
+    (failure,) = result.failures
+    assert "broken.gguf on demo-en@test: " in failure
+    assert "damaged or truncated" in failure
+
+    with pytest.raises(QeEdgeError, match="every model failed"):
+        bench(BenchConfig(datasets=("demo-en",), models=(str(broken),)), workdir=Workdir(tmp_path / "none"))
+    assert not (tmp_path / "none" / "bench" / "001").exists()
+
+
+def test_labels_and_collections_of_one_name_do_not_share_generations(student, tmp_path):
+    for name, query in (("one", "tides"), ("two", "bread")):
+        qrels = tmp_path / name / "tiny" / "qrels"
+        qrels.mkdir(parents=True)
+        (qrels.parent / "corpus.jsonl").write_text('{"_id": "d1", "text": "tides bread"}\n')
+        (qrels.parent / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": query}) + "\n")
+        (qrels / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    config = BenchConfig(
+        datasets=(str(tmp_path / "one" / "tiny"), str(tmp_path / "two" / "tiny")),
+        models=(f"a+b={student}", f"a b={student}"),
+        max_tokens=2,
+    )
+    folder = bench(config, workdir=Workdir(tmp_path))
+    assert len(list(folder.glob("generated/*/*.jsonl"))) == 4
+    assert len(list(folder.glob("runs/*/*.trec"))) == 6
+
+
+def test_the_peak_memory_is_the_childs_own(student, tmp_path):
+    ballast = bytearray(600_000_000)
+    request = Request(model=str(student), lang="en", queries={"q": "x"}, out=str(tmp_path / "g"), label="x")
+    _, speed, _ = generate(request)
+    assert len(ballast) == 600_000_000
+    assert student.stat().st_size / 1e6 < speed.peak_memory_mb < 500
 
 
 def test_a_dying_process_is_an_error_not_a_hang(student, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from results import bench
 
 from qe_edge.cli import main
+from qe_edge.datasets import builtin_folder
 from qe_edge.errors import QeEdgeError, require
 from qe_edge.manifest import atomic_path, check_output, write_bytes, write_json
 from qe_edge.workdir import RunFolder, Workdir
@@ -63,7 +65,7 @@ def test_json_is_exactly_one_object(qe_edge):
         (["expand", "tides", "--model", "nothing.gguf"], 4, "no model 'nothing.gguf'"),
         (["expand", "tides"], 4, "run it first, or name the input"),
         (["merge"], 4, "`qe-edge train dpo` or `qe-edge train sft`"),
-        (["export", "--q4"], 4, "`qe-edge merge`"),
+        (["export", "--q4"], 4, "or `qe-edge merge`"),
         (["bench", "--dataset", "demo-en"], 4, "`qe-edge export`"),
         (["report"], 4, "`qe-edge bench`"),
         (["run", "nothing"], 4, "no recipe nothing"),
@@ -79,6 +81,27 @@ def test_a_users_mistake_is_one_line_and_its_code(qe_edge, arguments, code, mess
     assert err.startswith("error: ")
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "sft", "-e", "x", "--epochs", "-1"], "`epochs`"),
+        (["train", "sft", "-e", "x", "--rank", "0"], "`rank`"),
+        (["train", "sft", "-e", "x", "--mode", "nonsense"], "`modes"),
+        (["train", "dpo", "--pairs", "x", "--adapter", "x", "--beta", "0"], "`beta`"),
+        (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "0"], "`min-gap`"),
+        (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "nan"], "`min-gap`"),
+        (["pairs", "-d", "demo-en", "-e", "x", "--max-per-query", "-1"], "`max-per-query`"),
+        (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--threads", "0"], "`threads`"),
+        (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--max-tokens", "0"], "`max-tokens`"),
+        (["search", "x", "--plain", "--analyzer", "german"], "no analyzer named 'german'"),
+    ],
+)
+def test_values_out_of_bounds_are_named(qe_edge, arguments, message):
+    code, _, err = qe_edge(*arguments)
+    assert code == 2
+    assert message in err
 
 
 def test_an_error_with_json_is_an_object_too(qe_edge):
@@ -105,7 +128,7 @@ def test_report_draws_the_newest_bench_and_prints_markdown(qe_edge, tmp_path):
     code, out, err = qe_edge("report", "--png", tmp_path / "chart.png", "--markdown")
     assert (code, err) == (0, f"result: {folder} (the newest; name another to use that)\n")
     assert out.startswith("### demo-en@test\n\n| system | join | nDCG@10 |")
-    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -156,9 +179,10 @@ def test_an_output_folder_that_cannot_be_written_is_refused_first(tmp_path, qe_e
     (tmp_path / "file").write_text("")
     with pytest.raises(QeEdgeError, match="is a file"):
         check_output(tmp_path / "file" / "out", "pairs")
-    code, _, err = qe_edge("pairs", "-d", "demo-en", "-e", "x.jsonl", "--out", "/proc/nowhere/out")
-    assert code in (2, 4, 6)
-    assert "Traceback" not in err
+    expansions = builtin_folder("demo-en") / "expansions" / "train.jsonl"
+    for out in (tmp_path / "file" / "out", "/proc/nowhere/out"):
+        code, _, err = qe_edge("pairs", "-d", "demo-en@train", "-e", expansions, "--out", out)
+        assert (code, err.count("error: ")) in ((2, 1), (6, 1))
 
 
 def test_numbers_count_up_and_the_newest_is_the_highest(tmp_path):
@@ -166,14 +190,20 @@ def test_numbers_count_up_and_the_newest_is_the_highest(tmp_path):
     assert work.new("sft") == tmp_path / "sft" / "001"
     for number in ("002", "010", "011.partial", "notes"):
         (tmp_path / "sft" / number).mkdir(parents=True)
+    (tmp_path / "dpo" / "001").mkdir(parents=True)
+    os.utime(tmp_path / "dpo" / "001", (1, 1))
     assert work.newest("dpo", "sft") == tmp_path / "sft" / "010"
+    assert work.newest("dpo") == tmp_path / "dpo" / "001"
     assert work.new("sft") == tmp_path / "sft" / "011"
 
 
 def test_a_run_folder_is_resumed_by_the_same_run_alone(tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text("{}")
-    RunFolder("bench", {"models": ("a",)}, {"in": source}, tmp_path / "out")
+    first = RunFolder("bench", {"models": ("b",)}, {"in": source}, tmp_path / "out")
+    RunFolder("bench", {"models": ("a",)}, {"in": source}, tmp_path / "out")  # nothing to lose in the first
+    (first.partial / "generated" / "x").mkdir(parents=True)
+    (first.partial / "generated" / "x" / "rows.jsonl").touch()
     run = RunFolder("bench", {"models": ("a",)}, {"in": source}, tmp_path / "out")
     source.write_text("{} ")
     with pytest.raises(QeEdgeError, match="other settings or inputs"):

@@ -87,6 +87,34 @@ def test_a_malformed_document_is_named_with_its_line(folder):
         describe(load_dataset(str(folder)))
 
 
+def test_ids_must_be_unique_and_without_blanks(folder):
+    corpus = (folder / "corpus.jsonl").read_text()
+    (folder / "corpus.jsonl").write_text(corpus + '{"_id": "d1", "text": "again"}\n')
+    with pytest.raises(BadInput, match="document 'd1' is there twice"):
+        describe(load_dataset(str(folder)))
+    (folder / "corpus.jsonl").write_text(corpus + '{"_id": "d 3", "text": "x"}\n')
+    with pytest.raises(BadInput, match="'d 3' is empty or holds blanks"):
+        describe(load_dataset(str(folder)))
+    with (folder / "queries.jsonl").open("a") as file:
+        file.write('{"_id": "q1", "text": "again"}\n')
+    with pytest.raises(BadInput, match="query 'q1' is there twice"):
+        load_dataset(str(folder))
+
+
+def test_windows_line_ends_and_a_byte_order_mark_are_read(folder):
+    for path in (folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / "test.tsv"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert describe(load_dataset(str(folder))).judgments == 2
+
+
+def test_other_encodings_are_named(folder):
+    (folder / "qrels" / "test.tsv").write_bytes(
+        "query-id\tcorpus-id\tscore\nq1\td\xe9\t1\n".encode("latin-1")
+    )
+    with pytest.raises(BadInput, match="not UTF-8 text"):
+        load_dataset(str(folder))
+
+
 def test_an_unknown_name_says_what_there_is():
     with pytest.raises(NotFound, match="demo-en, demo-zh, dl19"):
         load_dataset("demo-fr")

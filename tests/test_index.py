@@ -1,5 +1,4 @@
 import random
-from itertools import pairwise
 
 import bm25s
 import numpy as np
@@ -42,12 +41,10 @@ def test_weighted_unique_terms_score_as_repeated_terms_do_in_bm25s():
         assert [found.get(str(i), 0) for i in range(200)] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_scores_decrease_strictly_and_ties_keep_the_collections_order():
+def test_ties_keep_the_collections_order():
     index = Index.build([(f"d{i}", "same text here") for i in range(9)], analyzer="english")
     ranking = index.search({"text": 1.0}, k=5)
     assert [doc_id for doc_id, _ in ranking] == ["d0", "d1", "d2", "d3", "d4"]
-    assert all(a > b for (_, a), (_, b) in pairwise(ranking))
-    assert len({f"{score:.6f}" for _, score in ranking}) == 5
 
 
 def test_saved_and_opened_it_finds_the_same(index, tmp_path):

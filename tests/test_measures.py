@@ -1,3 +1,4 @@
+import ir_measures
 import numpy as np
 import pytest
 
@@ -49,4 +50,16 @@ def test_a_ratio_to_nothing_has_no_interval():
 
 def test_run_files_are_trecs(tmp_path):
     write_run(tmp_path / "x.trec", {"q1": [("d2", 1.5), ("d1", 1.25)]}, "bm25")
-    assert (tmp_path / "x.trec").read_text() == "q1 Q0 d2 1 1.500000 bm25\nq1 Q0 d1 2 1.250000 bm25\n"
+    assert (tmp_path / "x.trec").read_text() == "q1 Q0 d2 1 1.5 bm25\nq1 Q0 d1 2 1.25 bm25\n"
+
+
+@pytest.mark.parametrize("score", [3.0, 300.0, 10.0000004])
+def test_ties_in_a_run_file_keep_their_order_in_trec_eval(tmp_path, score):
+    ranking = [("a", score), ("b", score), ("c", score - 1e-9)]
+    write_run(tmp_path / "x.trec", {"q": ranking}, "x")
+    loaded = list(ir_measures.read_trec_run(str(tmp_path / "x.trec")))
+    for place, doc_id in enumerate("abc", 1):
+        qrels = {"q": {doc_id: 1}}
+        (found,) = ir_measures.iter_calc([ir_measures.RR], qrels, loaded)
+        assert found.value == pytest.approx(1 / place)
+        assert per_query(qrels, {"q": ranking}, "RR") == pytest.approx({"q": 1 / place})

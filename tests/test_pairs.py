@@ -54,6 +54,7 @@ def test_the_better_retriever_is_chosen_and_everything_is_counted(tmp_path, coll
             candidate("q2", "yeast"),
             candidate("q2", "yeast in dough", "few-shot"),
             candidate("q9", "not judged"),
+            Expansion("other", "q2", "another set's query", "en", "teacher", "zero-shot", "text"),
         ],
     )
     (pair,) = read_jsonl(folder / "pairs.jsonl", Pair)
@@ -64,6 +65,7 @@ def test_the_better_retriever_is_chosen_and_everything_is_counted(tmp_path, coll
     assert report["dropped"] == {
         "duplicate expansion": 1,
         "empty expansion": 1,
+        "other query of that id": 1,
         "query not judged in this split": 1,
         "tie": 1,
     }

@@ -6,7 +6,7 @@ import pytest
 
 from qe_edge import Expander
 from qe_edge.bench.result import read_result
-from qe_edge.errors import BadInput, NotFound
+from qe_edge.errors import BadInput, NotFound, QeEdgeError
 from qe_edge.recipe import load_recipe, run_recipe
 from qe_edge.spec import read_spec
 from qe_edge.workdir import Workdir
@@ -60,6 +60,25 @@ def test_a_recipe_that_does_not_fit_is_named(tmp_path):
         load_recipe(next((ROOT / "recipes").glob("*.toml")))
     with pytest.raises(NotFound, match="no recipe nothing"):
         load_recipe("nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('kinds = ["Q4_K_M"]', 'kinds = ["Q4"]'), "unknown kind Q4"),
+        (('formats = ["gguf"]', 'formats = ["onnx"]'), "unknown format onnx"),
+        (('join = "mass:2"', 'join = "lots"'), "can't read the join"),
+        (('datasets = ["demo-en"]', 'datasets = ["demo-fr"]'), "no data set 'demo-fr'"),
+        (("expansions/test.jsonl", "expansions/nothing.jsonl"), "no such file; the recipe names it"),
+        (('student = "', 'student = "/nowhere'), "no model"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_found_before_the_first_stage(tiny_qwen3, tmp_path, change, message):
+    file = tmp_path / "tiny.toml"
+    file.write_text(TINY.format(student=tiny_qwen3.as_posix(), rate="1e-4").replace(*change))
+    with pytest.raises(QeEdgeError, match=message):
+        run_recipe(load_recipe(file), workdir=Workdir(tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_recipe_runs_to_a_benchmarked_student_and_skips_what_is_done(tiny_qwen3, tmp_path, capsys):

@@ -37,7 +37,8 @@ def test_console_table() -> None:
         "BM25  –  .434 [.360, .500]  –  –  –  –  –  –  –  –",
         "my[bold]|Q4  mass:0.7  .485 [.412, .561]  +.051 [−.003, +.101]  61 %  −6 %  1/1  158  385  105  245",
         "gpt-4.1 zero-shot  repeat:5  .800 [.700, .900]  –  –  –  2/0  –  –  –  –",
-        "2 queries, 95 % bootstrap intervals. With so few, differences smaller than the interval are noise.",
+        "2 queries, 95 % bootstrap intervals. "
+        "So few cannot tell small differences from chance: see the interval of “vs BM25”.",
         "“Of teacher” and “of its gain” (over BM25) refer to gpt-4.1 zero-shot.",
         "my[bold]|Q4: queries without an expansion, searched as they are: 2.",
     ]

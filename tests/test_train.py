@@ -240,6 +240,21 @@ def test_interrupted_or_killed_training_goes_on_to_the_same_losses(
     assert losses(resumed) == pytest.approx(losses(trained), abs=1e-5)
 
 
+def test_a_half_written_checkpoint_is_passed_over(tiny_qwen3, trained, files):
+    work = Workdir(os.environ["QE_EDGE_WORKDIR"])
+    command = [sys.executable, "-c", SCRIPT, str(tiny_qwen3), str(files / "expansions.jsonl"), "SIGKILL"]
+    subprocess.run(command, capture_output=True, check=False)
+    (work.root / "sft" / "001.partial" / "checkpoint-4").mkdir()
+    resumed = sft([files / "expansions.jsonl"], sft_config(tiny_qwen3), workdir=work)
+    assert losses(resumed) == pytest.approx(losses(trained), abs=1e-5)
+
+
+def test_blank_queries_are_dropped_and_counted(tiny_qwen3):
+    blank = Expansion("t", "q", " ", "en", "m", "zero-shot", "text")
+    encoded, dropped = encode_rows([*rows(1), blank], read_spec(tiny_qwen3), byte_ids, 5000)
+    assert (len(encoded), dropped) == (1, {"empty": 1})
+
+
 def test_a_model_that_does_not_speak_chatml_is_refused(tiny_qwen3, files):
     import shutil
 

@@ -12,7 +12,7 @@ import msgspec
 from qe_edge.console import note
 from qe_edge.errors import BadInput, require
 from qe_edge.prompt import Tokenize
-from qe_edge.records import Pair, read_jsonl
+from qe_edge.records import Count, Pair, Positive, read_jsonl
 from qe_edge.spec import ModelSpec, read_spec, write_spec
 from qe_edge.train.loop import TrainingRun, counted, load_dtype, trainer_arguments
 from qe_edge.train.sft import base_of
@@ -27,16 +27,16 @@ class DpoConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     adding `sft` keeps the chosen text likely. A step takes `batch_size * accumulate` pairs.
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     loss: tuple[str, ...] = ("sigmoid",)
-    learning_rate: float = 5e-5
-    epochs: float = 1.0
-    batch_size: int = 2
-    accumulate: int = 4
-    max_length: int = 512
+    learning_rate: Positive = 5e-5
+    epochs: Positive = 1.0
+    batch_size: Count = 2
+    accumulate: Count = 4
+    max_length: Count = 512
     seed: int = 0
-    save_steps: int = 20
-    logging_steps: int = 5
+    save_steps: Count = 20
+    logging_steps: Count = 5
 
 
 def dpo(
@@ -97,11 +97,12 @@ def encode_pairs(
     """Pairs -> {"prompt_ids", "chosen_ids", "rejected_ids"}, and how many were dropped, by reason."""
     encoded, dropped = [], Counter[str]()
     for row in rows:
+        if not row.query.strip() or not row.chosen.strip() or not row.rejected.strip():
+            dropped["empty"] += 1
+            continue
         prompt = spec.prompt.encode(row.query, tokenize)
         chosen, rejected = (spec.prompt.encode_answer(text, tokenize) for text in (row.chosen, row.rejected))
-        if not row.chosen.strip() or not row.rejected.strip():
-            dropped["empty"] += 1
-        elif chosen == rejected:
+        if chosen == rejected:
             dropped["equal sides"] += 1
         elif len(prompt) + max(len(chosen), len(rejected)) > max_length:
             dropped["too long"] += 1

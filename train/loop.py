@@ -24,11 +24,15 @@ class Interrupted(QeEdgeError):
 class TrainingRun(RunFolder):
     """A training run's folder, with checkpoints in it while it is not whole."""
 
-    def checkpoint(self) -> str | None:
-        """The last checkpoint of an interrupted run."""
-        from transformers.trainer_utils import get_last_checkpoint
+    work = "checkpoint-*/trainer_state.json"
 
-        return get_last_checkpoint(str(self.partial))
+    def checkpoint(self) -> str | None:
+        """The last whole checkpoint of an interrupted run; trainer_state.json is the last file of one."""
+        whole = [path.parent for path in self.partial.glob(self.work)]
+        for path in self.partial.glob("checkpoint-*"):
+            if path not in whole:
+                remove(path)
+        return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
     def train(self, trainer: Any, label: str) -> dict[str, float]:
         """Train to the end, from the last checkpoint if there is one; return the last logged figures.

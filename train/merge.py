@@ -11,7 +11,7 @@ from qe_edge.join import Join
 from qe_edge.manifest import MANIFEST, atomic_path, check_output, run_record, write_json
 from qe_edge.spec import read_spec, write_spec
 from qe_edge.train.sft import base_of
-from qe_edge.train.student import load_base, tokenize_with
+from qe_edge.train.student import load_base, save_model, tokenize_with
 from qe_edge.workdir import Workdir
 
 PROBES = ("what causes tides", "how long does bread keep", "2023 tax rate")
@@ -60,7 +60,7 @@ def merge(adapter: Path, *, join: Join | None = None, out: Path | None = None, w
         ),
     }
     with atomic_path(out) as partial:
-        merged.to(precision).save_pretrained(partial)
+        save_model(merged.to(precision), partial)
         tokenizer.save_pretrained(partial)
         write_spec(partial, spec)
         settings = {"join": str(spec.join), "precision": str(precision).removeprefix("torch.")}

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -17,7 +17,7 @@ from qe_edge.index import Index
 from qe_edge.join import DEFAULT_JOIN, Join
 from qe_edge.manifest import MANIFEST, atomic_path, check_output, run_record, write_json
 from qe_edge.measures import mean, per_query
-from qe_edge.records import Candidate, Expansion, Pair, encode_jsonl, read_jsonl
+from qe_edge.records import Candidate, Count, Expansion, Pair, encode_jsonl, read_jsonl
 from qe_edge.workdir import Workdir
 
 PAIRS, CANDIDATES, REPORT = "pairs.jsonl", "candidates.jsonl", "report.json"
@@ -26,12 +26,14 @@ PAIRS, CANDIDATES, REPORT = "pairs.jsonl", "candidates.jsonl", "report.json"
 class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`min_gap` is the nDCG@10 difference (0..1) from which two candidates make a pair.
 
-    Of each query at most `max_per_query` pairs are kept, widest gap first.
+    Of each query at most `max_per_query` pairs are kept, widest gap first. `analyzer` replaces the one
+    of the collection's language.
     """
 
     join: str = str(DEFAULT_JOIN)
-    min_gap: float = 0.05
-    max_per_query: int = 4
+    min_gap: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.05
+    max_per_query: Count = 4
+    analyzer: str = ""
 
 
 def pairs(
@@ -58,7 +60,7 @@ def pairs(
     known, dropped = usable(rows, data)
     if not known:
         raise BadInput(f"none of the {len(rows)} expansions is of a judged query of {data}")
-    index = Index.for_dataset(data, workdir.root / "index")
+    index = Index.for_dataset(data, workdir.root / "index", analyzer=config.analyzer)
     data.check_judgments(index.ids)
     candidates, plain = score(known, data, index, join)
     made, why_not = make_pairs(list(zip(known, candidates, strict=True)), config)
@@ -86,6 +88,8 @@ def usable(rows: Iterable[Expansion], data: Dataset) -> tuple[list[Expansion], C
     for row in rows:
         if row.query_id not in data.queries:
             dropped["query not judged in this split"] += 1
+        elif row.query != data.queries[row.query_id]:
+            dropped["other query of that id"] += 1
         elif not row.text.strip():
             dropped["empty expansion"] += 1
         elif (row.query_id, row.text) in seen:

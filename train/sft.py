@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -14,7 +15,7 @@ from qe_edge.errors import BadInput, require
 from qe_edge.manifest import MANIFEST
 from qe_edge.models import DEFAULT_STUDENT
 from qe_edge.prompt import Tokenize
-from qe_edge.records import Expansion, read_jsonl
+from qe_edge.records import Count, Expansion, Mode, Positive, read_jsonl
 from qe_edge.spec import ModelSpec, write_spec
 from qe_edge.train.loop import TrainingRun, counted, load_dtype, trainer_arguments
 from qe_edge.train.student import load_base, prepare_student, tokenize_with
@@ -35,18 +36,18 @@ class SftConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     student: str = DEFAULT_STUDENT
     models: tuple[str, ...] = ()
-    modes: tuple[str, ...] = ()
-    max_rows: int = 0
-    rank: int = 32
-    alpha: int = 64
-    learning_rate: float = 3e-4
-    epochs: float = 1.0
-    batch_size: int = 4
-    accumulate: int = 2
-    max_length: int = 512
+    modes: tuple[Mode, ...] = ()
+    max_rows: Annotated[int, msgspec.Meta(ge=0)] = 0
+    rank: Count = 32
+    alpha: Count = 64
+    learning_rate: Positive = 3e-4
+    epochs: Positive = 1.0
+    batch_size: Count = 4
+    accumulate: Count = 2
+    max_length: Count = 512
     seed: int = 0
-    save_steps: int = 20
-    logging_steps: int = 5
+    save_steps: Count = 20
+    logging_steps: Count = 5
 
 
 def sft(
@@ -124,7 +125,7 @@ def encode_rows(
     """
     encoded, dropped, seen = [], Counter[str](), set()
     for row in rows:
-        if not row.text.strip():
+        if not row.text.strip() or not row.query.strip():
             dropped["empty"] += 1
             continue
         if (row.query, row.text) in seen:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qe_edge.backends import default_spec
 from qe_edge.console import note, quiet_transformers
 from qe_edge.errors import BadArgument, BadInput, NotFound, require
-from qe_edge.manifest import atomic_path
+from qe_edge.manifest import atomic_path, sha256
 from qe_edge.models import ModelRef, resolve
 from qe_edge.prompt import Tokenize
 from qe_edge.spec import ModelSpec, read_spec, write_spec
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def prepare_student(student: str, workdir: Workdir) -> tuple[str, ModelSpec]:
     """What transformers loads the base model from (a folder or a hub id), and the base's spec.
 
-    A GGUF (a `builtin:` model is one) is unpacked once to `<workdir>/base/<name>`: training needs
+    A GGUF (a `builtin:` model is one) is unpacked once to `<workdir>/base/<name>-<hash>`: training needs
     plain weights, and merging needs the same ones again.
 
     Raises:
@@ -33,7 +34,8 @@ def prepare_student(student: str, workdir: Workdir) -> tuple[str, ModelSpec]:
     if ref.engine == "mlx":
         raise BadArgument(f"{student} is a quantized MLX folder; train the model it was made from")
     if ref.is_gguf:
-        folder = workdir.root / "base" / ref.name.removeprefix("builtin:").removesuffix(".gguf")
+        name = ref.name.removeprefix("builtin:").removesuffix(".gguf")
+        folder = workdir.root / "base" / f"{name}-{sha256(ref.source)[:8]}"
         spec = read_spec(folder) if folder.is_dir() else None
         if spec is None:
             spec = _unpack_gguf(ref, Path(ref.source), folder)
@@ -64,7 +66,7 @@ def _unpack_gguf(ref: ModelRef, file: Path, folder: Path) -> ModelSpec:
     _restore_digits(tokenizer, file)
     spec = default_spec(ref, tokenizer.chat_template)
     with atomic_path(folder) as partial:
-        model.save_pretrained(partial)
+        save_model(model, partial)
         tokenizer.save_pretrained(partial)
         write_spec(partial, spec)
     return spec
@@ -118,6 +120,16 @@ def load_base(source: str, *, dtype: Any) -> tuple[PreTrainedModel, PreTrainedTo
     if len(tokenizer) > rows:
         raise BadInput(f"its tokenizer has {len(tokenizer)} tokens, its model only {rows}", path=source)
     return model, tokenizer
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Save weights and configuration; a full disk is an OSError, as everywhere else."""
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from None
 
 
 def tokenize_with(tokenizer: PreTrainedTokenizerBase) -> Tokenize:

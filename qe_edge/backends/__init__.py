@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from qe_edge.errors import BadArgument
+from qe_edge.manifest import usable_cores
 from qe_edge.models import Engine, ModelRef
 from qe_edge.prompt import prompt_for
 from qe_edge.spec import ModelSpec
@@ -54,9 +55,11 @@ def open_backend(ref: ModelRef, *, engine: Engine | None = None, threads: int | 
     """Load a model into its engine.
 
     `engine` overrides the model's own, for the folders that both MLX and transformers can read.
-    `threads` applies to llama.cpp and transformers on a CPU; MLX takes no such setting.
+    `threads` (all usable cores by default) applies to llama.cpp and transformers on a CPU; MLX takes no
+    such setting.
     """
     engine = engine or ref.engine
+    threads = threads or usable_cores()  # llama.cpp's own default is half of them
     if (engine == "llama.cpp") != ref.is_gguf:
         raise BadArgument(
             f"{engine} can't run {ref.name}: llama.cpp runs .gguf files, and they run nowhere else"

@@ -17,7 +17,7 @@ CONTEXT = 2048
 class LlamaCppBackend:
     engine: Engine = "llama.cpp"
 
-    def __init__(self, ref: ModelRef, *, threads: int | None = None):
+    def __init__(self, ref: ModelRef, *, threads: int):
         llama_cpp = require("llama_cpp", "llama")
         try:
             self._llama = llama_cpp.Llama(

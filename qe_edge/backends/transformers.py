@@ -16,12 +16,11 @@ from qe_edge.spec import read_spec
 class TransformersBackend:
     engine: Engine = "transformers"
 
-    def __init__(self, ref: ModelRef, *, threads: int | None = None):
+    def __init__(self, ref: ModelRef, *, threads: int):
         self._torch = torch = require("torch", "train")
         transformers = require("transformers", "train")
         quiet_transformers()
-        if threads:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(ref.source)
             # On a CPU in float32, whatever the file holds: bf16 is emulated there, slower and less exact.

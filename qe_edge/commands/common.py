@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from qe_edge.console import note
+from qe_edge.workdir import DEFAULT_WORKDIR
 
 WorkdirOption = Annotated[
     Path,
-    typer.Option("--workdir", envvar="QE_EDGE_WORKDIR", help="Where outputs go and inputs are looked for."),
+    typer.Option("--workdir", envvar="QE_EDGE_WORKDIR", help="Where outputs go and inputs are found."),
 ]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Output folder (default: a new one in the work folder).")
@@ -25,7 +26,11 @@ ModelOption = Annotated[
         help="A .gguf file, a model folder, a hub id or builtin:NAME (default: newest export).",
     ),
 ]
-WORKDIR = Path("qe-edge-work")
+AnalyzerOption = Annotated[
+    str,
+    typer.Option("--analyzer", help="english, cjk or jieba (default: the collection's language decides)."),
+]
+WORKDIR = Path(DEFAULT_WORKDIR)
 
 
 def took(what: str, path: Path | str) -> None:

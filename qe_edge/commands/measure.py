@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took
+from qe_edge.commands.common import WORKDIR, AnalyzerOption, JsonOption, OutOption, WorkdirOption, emit, took
+from qe_edge.console import note
+from qe_edge.errors import PartlyDone
+from qe_edge.records import configured
 from qe_edge.workdir import Workdir
 
 
@@ -28,13 +31,11 @@ def export(
     json: JsonOption = False,
 ) -> None:
     """Turn a merged model into quantized GGUF and MLX, checked against the original."""
-    from qe_edge.console import note
     from qe_edge.export import export_model
 
     work = Workdir(workdir)
     if model is None:
-        model = work.newest("merge")
-        took("model", model)
+        model = _newest_model(work)
     named = {"Q4_K_M": q4, "Q8_0": q8, "F16": f16, "BF16": bf16}
     kinds = [kind for kind, wanted in named.items() if wanted] + list(quant or [])
     out = out or work.new("export")
@@ -43,6 +44,18 @@ def export(
     )
     lines = [f"{out / name}  {size / 1e6:.1f} MB" for name, size in report["files"].items()]
     emit(json, "export", "\n".join(lines), inputs={"model": model}, artifacts={"folder": out}, metrics=report)
+
+
+def _newest_model(work: Workdir) -> Path:
+    """The newest merged model; an adapter that is newer still is merged first."""
+    newest = work.newest("dpo", "sft", "merge")
+    if newest.parent.name == "merge":
+        took("model", newest)
+        return newest
+    from qe_edge.train.merge import merge
+
+    took("adapter, which is merged first", newest)
+    return merge(newest, workdir=work)
 
 
 def bench(
@@ -65,6 +78,7 @@ def bench(
     teacher_join: str = "repeat:5",
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: the engine's choice).")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Instead of the models' own token budget.")] = None,
+    analyzer: AnalyzerOption = "",
     hardware_label: Annotated[str, typer.Option(help="What to call this machine in reports.")] = "",
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
@@ -78,7 +92,8 @@ def bench(
     if not model:
         model = default_models(work)
         took("models", ", ".join(model))
-    config = BenchConfig(
+    config = configured(
+        BenchConfig,
         datasets=tuple(dataset),
         models=tuple(model),
         joins=tuple(join or ()),
@@ -87,12 +102,14 @@ def bench(
         teacher_join=teacher_join,
         threads=threads,
         max_tokens=max_tokens,
+        analyzer=analyzer,
         label=hardware_label,
     )
     emit_bench(json, "bench", verb(config, out=out, workdir=work))
 
 
-def emit_bench(json: bool, command: str, folder: Path) -> None:
+def emit_bench(json: bool, command: str, folder: Path, *, report: Path | None = None) -> None:
+    """Print a bench's table; then, if a model failed, exit with the code for work done in part."""
     from qe_edge.bench.result import RESULT, read_result
     from qe_edge.bench.table import console_table
 
@@ -101,10 +118,19 @@ def emit_bench(json: bool, command: str, folder: Path) -> None:
         str(data.info.name): {f"{s.name} {s.join}".strip(): s.ndcg.mean for s in data.systems}
         for data in result.datasets
     }
-    text = f"{console_table(result)}\nresult: {folder / RESULT}\nnext:   qe-edge report {folder / RESULT}"
+    following = f"report: {report}" if report else f"next:   qe-edge report {folder / RESULT}"
     emit(
-        json, command, text, artifacts={"folder": folder}, metrics={"ndcg@10": rows}, warnings=result.warnings
+        json,
+        command,
+        f"{console_table(result)}\nresult: {folder / RESULT}\n{following}",
+        artifacts={"folder": folder} | ({"report": report} if report else {}),
+        metrics={"ndcg@10": rows},
+        warnings=result.failures + result.warnings,
+        status="partial" if result.failures else "ok",
     )
+    if result.failures:
+        note(f"error: {'; '.join(result.failures)}")
+        raise typer.Exit(PartlyDone.exit_code)
 
 
 def report(

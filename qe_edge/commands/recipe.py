@@ -28,13 +28,13 @@ def run(
 
     out = run_recipe(load_recipe(recipe, data=data), workdir=Workdir(workdir))
     html = draw([out["bench"]], out["bench"] / "report.html")
-    emit_bench(json, "run", out["bench"])
+    emit_bench(json, "run", out["bench"], report=html)
     if not json:
         student = min(out["export dpo"].glob("*.gguf"), key=lambda file: file.stat().st_size)
         program = "qe-edge" if shutil.which("qe-edge") else sys.argv[0]
         question = '"why do my ears pop on a plane"'
         print(
-            f"report: {html}\nmodel:  {student}\n\nNow try:\n"
+            f"model:  {student}\n\nNow try:\n"
             f"  {program} expand {question} --model {student}\n"
             f"  {program} search {question} --dataset demo-en --model {student}"
         )

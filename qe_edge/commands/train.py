@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took
+from qe_edge.commands.common import WORKDIR, AnalyzerOption, JsonOption, OutOption, WorkdirOption, emit, took
+from qe_edge.records import configured
 from qe_edge.workdir import Workdir
 
 train_app = typer.Typer(help="Train a student: SFT, then DPO.", no_args_is_help=True)
@@ -25,6 +26,7 @@ def pairs(
         float, typer.Option(help="nDCG@10 difference from which two candidates make a pair.")
     ] = 0.05,
     max_per_query: Annotated[int, typer.Option(help="Pairs kept of each query, widest gap first.")] = 4,
+    analyzer: AnalyzerOption = "",
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
@@ -34,7 +36,9 @@ def pairs(
     from qe_edge.train.pairs import REPORT, PairsConfig
     from qe_edge.train.pairs import pairs as verb
 
-    config = PairsConfig(join=join, min_gap=min_gap, max_per_query=max_per_query)
+    config = configured(
+        PairsConfig, join=join, min_gap=min_gap, max_per_query=max_per_query, analyzer=analyzer
+    )
     folder = verb(dataset, expansions, config, out=out, workdir=Workdir(workdir))
     report = read_json(folder / REPORT)
     text = f"{report['pairs']} pairs of {report['queries_with_pairs']} queries in {folder}"
@@ -72,7 +76,8 @@ def train_sft(
     """Fine-tune a LoRA adapter on teacher expansions. Run again after Ctrl-C, it goes on."""
     from qe_edge.train.sft import SftConfig, sft
 
-    config = SftConfig(
+    config = configured(
+        SftConfig,
         student=student,
         models=tuple(models or ()),
         modes=tuple(modes or ()),
@@ -120,7 +125,8 @@ def train_dpo(
     if adapter is None:
         adapter = work.newest("sft")
         took("adapter", adapter)
-    config = DpoConfig(
+    config = configured(
+        DpoConfig,
         beta=beta,
         loss=tuple(loss or ("sigmoid",)),
         learning_rate=learning_rate,

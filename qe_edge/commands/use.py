@@ -8,9 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, ModelOption, WorkdirOption, emit, took
-from qe_edge.errors import BadInput
-from qe_edge.expander import Expander
+from qe_edge.commands.common import (
+    WORKDIR,
+    AnalyzerOption,
+    JsonOption,
+    ModelOption,
+    WorkdirOption,
+    emit,
+    took,
+)
+from qe_edge.console import note
+from qe_edge.errors import BadInput, PartlyDone
+from qe_edge.expander import ExpandedQuery, Expander
 from qe_edge.workdir import Workdir
 
 
@@ -37,27 +46,50 @@ def expand(
 ) -> None:
     """Expand queries with a student."""
     if queries == ["-"]:
-        queries = [line.strip() for line in sys.stdin if line.strip()]
+        text = sys.stdin.buffer.read()
+        try:
+            queries = [line for line in text.decode("utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise BadInput(f"not UTF-8 text: {error}", path="<stdin>") from None
         if not queries:
             raise BadInput("stdin holds no query")
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
     with _expander(model, workdir, max_tokens) as expander:
-        rows: list[dict[str, Any]] = [
-            {
-                "query": query,
-                "text": expanded.text,
-                "terms": expanded.terms(),
-                "tokens": expanded.tokens,
-                "finish_reason": expanded.finish_reason,
-                "prefill_s": round(expanded.prefill_s, 4),
-                "decode_s": round(expanded.decode_s, 4),
-            }
-            for query, expanded in zip(queries, map(expander.expand, queries), strict=True)
-        ]
-    shown = (
-        "  ".join(f"{term}^{weight:.3g}" for term, weight in row["terms"].items()) if terms else row["text"]
-        for row in rows
-    )
-    emit(json, "expand", "\n".join(shown), inputs={"model": model}, metrics={"expansions": rows})
+        for query in queries:
+            try:
+                expanded = expander.expand(query)
+            except BadInput as error:
+                if len(queries) == 1:
+                    raise
+                failures.append(f"{query[:40]!r}: {error}")
+                note(f"error: {failures[-1]}")
+                continue
+            rows.append(_row(expanded))
+            if not json:
+                print(_weighted(expanded.terms()) if terms else expanded.text, flush=True)
+    if json:
+        metrics = {"expansions": rows}
+        status = "partial" if failures else "ok"
+        emit(True, "expand", "", inputs={"model": model}, metrics=metrics, warnings=failures, status=status)
+    if failures:
+        raise typer.Exit(PartlyDone.exit_code)
+
+
+def _row(expanded: ExpandedQuery) -> dict[str, Any]:
+    return {
+        "query": expanded.query,
+        "text": expanded.text,
+        "terms": expanded.terms(),
+        "tokens": expanded.tokens,
+        "finish_reason": expanded.finish_reason,
+        "prefill_s": round(expanded.prefill_s, 4),
+        "decode_s": round(expanded.decode_s, 4),
+    }
+
+
+def _weighted(terms: dict[str, float]) -> str:
+    return "  ".join(f"{term}^{weight:.3g}" for term, weight in terms.items())
 
 
 def search(
@@ -68,6 +100,7 @@ def search(
     model: ModelOption = None,
     plain: Annotated[bool, typer.Option("--plain", help="Without expansion.")] = False,
     k: Annotated[int, typer.Option("-k", min=1, help="Results to show.")] = 5,
+    analyzer: AnalyzerOption = "",
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
@@ -77,7 +110,7 @@ def search(
     from qe_edge.search import search as verb
 
     expander = None if plain else _expander(model, workdir)
-    hits, expanded = verb(query, dataset, expander=expander, cache=workdir / "index", k=k)
+    hits, expanded = verb(query, dataset, expander=expander, cache=workdir / "index", k=k, analyzer=analyzer)
     if expander:
         expander.close()
     lines = [f"expansion: {expanded.text}\n"] if expanded else []
