@@ -15,7 +15,7 @@ import numpy as np
 
 from qe_edge.errors import BadInput, QeEdgeError, require
 from qe_edge.export.quantize import KINDS, bits_of, captured_log
-from qe_edge.prompt import Tokenize
+from qe_edge.prompt import Tokenize, hugging_face
 from qe_edge.spec import GGUF_KEY, ModelSpec, parse_spec, read_spec
 
 # Logits are compared on the prompts of these.
@@ -71,7 +71,7 @@ def load_reference(source: Path) -> Reference:
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"transformers can't load it: {error}", path=source) from None
     probes = [*QUERIES, *HOSTILE, " ".join(map(str, tokenizer.added_tokens_decoder.values()))]
-    tokenize = _hf_tokenize(tokenizer)
+    tokenize = hugging_face(tokenizer)
     prompts = [spec.prompt.encode(probe, tokenize) for probe in probes]
     with torch.inference_mode():
         rows = [model.eval()(torch.tensor([ids])).logits[0, -1] for ids in prompts[: len(QUERIES)]]
@@ -120,7 +120,7 @@ def verify_mlx(folder: Path, source: Path | Reference) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise QeEdgeError(f"mlx-lm can't load {folder}: {error}") from None
     _check_spec(read_spec(folder), reference, folder)
-    _check_ids(_hf_tokenize(tokenizer._tokenizer), reference, folder)
+    _check_ids(hugging_face(tokenizer._tokenizer), reference, folder)
     # The question is the weights, so the arithmetic is the reference's.
     model.set_dtype(mx.float32)
     # Without Metal, MLX multiplies matrices at about 1.5 GFLOP/s: a minute for a prompt to Qwen3-0.6B.
@@ -128,12 +128,6 @@ def verify_mlx(folder: Path, source: Path | Reference) -> dict[str, Any]:
     rows = [np.array(model(mx.array([ids]))[0, -1]) for ids in reference.prompts[:queries]]
     bits = config["quantization"]["bits"] if "quantization" in config else 16
     return _check_logits(rows, reference, bits, folder)
-
-
-def _hf_tokenize(tokenizer: Any) -> Tokenize:
-    return lambda text, special: tokenizer.encode(
-        text, add_special_tokens=False, split_special_tokens=not special
-    )
 
 
 def _llama_logits(llama: Any, ids: list[int]) -> np.ndarray:

@@ -12,7 +12,7 @@ import tomllib
 import unicodedata
 from collections.abc import Callable, Iterator
 from importlib import resources
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -104,6 +104,15 @@ class PromptSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What the student is trained to write: the expansion's ids and one end token."""
         answer = [t for piece in _plain(text.strip()) for t in tokenize(piece.text, piece.special)]
         return answer + tokenize(self.end, True)
+
+
+def hugging_face(tokenizer: Any) -> Tokenize:
+    """A Hugging Face tokenizer as `PromptSpec.encode` wants it."""
+
+    def tokenize(text: str, special: bool) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
+
+    return tokenize
 
 
 def _plain(text: str) -> Iterator[Piece]:

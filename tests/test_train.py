@@ -10,7 +10,7 @@ import pytest
 
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.manifest import read_record
-from qe_edge.prompt import prompt_for
+from qe_edge.prompt import hugging_face, prompt_for
 from qe_edge.records import Expansion, Pair, encode_jsonl
 from qe_edge.spec import read_spec
 from qe_edge.workdir import Workdir
@@ -83,11 +83,9 @@ def read_json_list(path):
 def test_the_ids_trained_on_are_prompt_expansion_and_one_end_token(tiny_qwen3):
     from transformers import AutoTokenizer
 
-    from qe_edge.train.student import tokenize_with
-
     tokenizer = AutoTokenizer.from_pretrained(tiny_qwen3)
     spec = read_spec(tiny_qwen3)
-    (row,), dropped = encode_rows(rows(1), spec, tokenize_with(tokenizer), 512)
+    (row,), dropped = encode_rows(rows(1), spec, hugging_face(tokenizer), 512)
     assert (
         tokenizer.decode(row["input_ids"])
         == spec.prompt.render("query number 0") + TEXTS[0] + " case 0<|im_end|>"

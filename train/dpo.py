@@ -11,12 +11,12 @@ import msgspec
 
 from qe_edge.console import note
 from qe_edge.errors import BadInput, require
-from qe_edge.prompt import Tokenize
+from qe_edge.prompt import Tokenize, hugging_face
 from qe_edge.records import Count, Pair, Positive, read_jsonl
 from qe_edge.spec import ModelSpec, read_spec, write_spec
 from qe_edge.train.loop import TrainingRun, counted, load_dtype, trainer_arguments
 from qe_edge.train.sft import base_of
-from qe_edge.train.student import load_base, tokenize_with
+from qe_edge.train.student import load_base
 from qe_edge.workdir import Workdir
 
 
@@ -66,7 +66,7 @@ def dpo(
         out or workdir.new("dpo"),
     )
     base, tokenizer = load_base(source, dtype=load_dtype())
-    encoded, dropped = encode_pairs(rows, spec, tokenize_with(tokenizer), config.max_length)
+    encoded, dropped = encode_pairs(rows, spec, hugging_face(tokenizer), config.max_length)
     note(f"dpo: {len(encoded)} pairs from {len({r.query_id for r in rows})} queries{counted(dropped)}")
 
     class TokenizedDPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]

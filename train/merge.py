@@ -9,9 +9,10 @@ import msgspec
 from qe_edge.errors import BadInput, QeEdgeError, require
 from qe_edge.join import Join
 from qe_edge.manifest import MANIFEST, atomic_path, check_output, run_record, write_json
+from qe_edge.prompt import hugging_face
 from qe_edge.spec import read_spec, write_spec
 from qe_edge.train.sft import base_of
-from qe_edge.train.student import load_base, save_model, tokenize_with
+from qe_edge.train.student import load_base, save_model
 from qe_edge.workdir import Workdir
 
 PROBES = ("what causes tides", "how long does bread keep", "2023 tax rate")
@@ -38,7 +39,7 @@ def merge(adapter: Path, *, join: Join | None = None, out: Path | None = None, w
     check_output(out, "merge")
     base, tokenizer = load_base(source, dtype="auto")
     precision = base.dtype
-    tokenize = tokenize_with(tokenizer)
+    tokenize = hugging_face(tokenizer)
     probes = [torch.tensor([spec.prompt.encode(query, tokenize)]) for query in PROBES]
     model = peft.PeftModel.from_pretrained(base.float(), str(adapter)).eval()
     with torch.inference_mode():

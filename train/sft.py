@@ -14,11 +14,11 @@ from qe_edge.console import note
 from qe_edge.errors import BadInput, require
 from qe_edge.manifest import MANIFEST
 from qe_edge.models import DEFAULT_STUDENT
-from qe_edge.prompt import Tokenize
+from qe_edge.prompt import Tokenize, hugging_face
 from qe_edge.records import Count, Expansion, Mode, Positive, read_jsonl
 from qe_edge.spec import ModelSpec, write_spec
 from qe_edge.train.loop import TrainingRun, counted, load_dtype, trainer_arguments
-from qe_edge.train.student import load_base, prepare_student, tokenize_with
+from qe_edge.train.student import load_base, prepare_student
 from qe_edge.workdir import Workdir
 
 # Every linear layer of Qwen3 and Llama but the output: with tied embeddings, an adapted lm_head
@@ -71,7 +71,7 @@ def sft(
     inputs = {f"expansions[{i}]": path for i, path in enumerate(expansions)}
     run = TrainingRun("train sft", msgspec.to_builtins(config), inputs, out or workdir.new("sft"))
     model, tokenizer = load_base(source, dtype=load_dtype())
-    encoded, dropped = encode_rows(rows, spec, tokenize_with(tokenizer), config.max_length)
+    encoded, dropped = encode_rows(rows, spec, hugging_face(tokenizer), config.max_length)
     note(f"sft: {len(encoded)} rows from {len({r.query_id for r in rows})} queries{counted(dropped)}")
 
     trainer = trl.SFTTrainer(

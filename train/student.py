@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,6 @@ from qe_edge.console import note, quiet_transformers
 from qe_edge.errors import BadArgument, BadInput, NotFound, require
 from qe_edge.manifest import atomic_path, sha256
 from qe_edge.models import ModelRef, resolve
-from qe_edge.prompt import Tokenize
 from qe_edge.spec import ModelSpec, read_spec, write_spec
 from qe_edge.workdir import Workdir
 
@@ -55,12 +56,13 @@ def _unpack_gguf(ref: ModelRef, file: Path, folder: Path) -> ModelSpec:
     note(f"unpacking {ref.name} to {folder} (once)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-        )
+        with redirect_stderr(StringIO()):  # a bar that transformers offers no way to turn off
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.bfloat16,
+            )
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise BadInput(f"transformers can't read this GGUF: {error}", path=file) from None
     _restore_digits(tokenizer, file)
@@ -130,12 +132,3 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(folder)
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error)) from None
-
-
-def tokenize_with(tokenizer: PreTrainedTokenizerBase) -> Tokenize:
-    """The tokenizer as the prompt renderer wants it."""
-
-    def tokenize(text: str, special: bool) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
-
-    return tokenize

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from qe_edge.backends import default_spec
 from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.models import Engine, ModelRef
+from qe_edge.prompt import hugging_face
 from qe_edge.spec import read_spec
 
 
@@ -28,7 +29,7 @@ class MlxBackend:
         self.spec = read_spec(ref.path) or default_spec(ref, self._tokenizer.chat_template)
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
+        return hugging_face(self._tokenizer)(text, special)
 
     def detokenize(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)

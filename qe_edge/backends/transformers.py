@@ -10,6 +10,7 @@ from qe_edge.backends import default_spec
 from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.models import Engine, ModelRef
+from qe_edge.prompt import hugging_face
 from qe_edge.spec import read_spec
 
 
@@ -42,7 +43,7 @@ class TransformersBackend:
         )
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
+        return hugging_face(self._tokenizer)(text, special)
 
     def detokenize(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
