@@ -150,9 +150,7 @@ def print_training(json: bool, command: str, folder: Path) -> None:
 
 
 def merge(
-    adapter: Annotated[
-        Path | None, typer.Argument(help="A trained adapter (default: the newest DPO, else SFT).")
-    ] = None,
+    adapter: Annotated[Path | None, typer.Argument(help="A trained adapter (default: the newest).")] = None,
     join: Annotated[
         str | None, typer.Option(help="The join that travels with the student, such as mass:1.")
     ] = None,
