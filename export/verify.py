@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, QeEdgeError, require
 from qe_edge.export.quantize import KINDS, bits_of, captured_log
 from qe_edge.prompt import Tokenize, hugging_face
@@ -62,6 +63,7 @@ def load_reference(source: Path) -> Reference:
         BadInput: transformers can't load the folder, or it has no qe-edge spec.
     """
     torch, transformers = require("torch", "train"), require("transformers", "train")
+    quiet_transformers()
     spec = read_spec(source)
     if spec is None:
         raise BadInput("has no qe_edge.json; `qe-edge merge` writes it", path=source)

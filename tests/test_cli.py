@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from results import bench
 
+from qe_edge import __version__
 from qe_edge.cli import main
 from qe_edge.datasets import builtin_folder
 from qe_edge.errors import QeEdgeError, require
@@ -66,7 +67,7 @@ def test_json_is_exactly_one_object(qe_edge):
         (["expand", "tides"], 4, "run it first, or name the input"),
         (["merge"], 4, "`qe-edge train dpo` or `qe-edge train sft`"),
         (["export", "--q4"], 4, "or `qe-edge merge`"),
-        (["bench", "--dataset", "demo-en"], 4, "`qe-edge export`"),
+        (["bench", "--dataset", "nothing"], 4, "`qe-edge export`"),
         (["report"], 4, "`qe-edge bench`"),
         (["run", "nothing"], 4, "no recipe nothing"),
         (["pairs", "-d", "demo-en", "-e", "nothing.jsonl"], 4, "nothing.jsonl: no such file"),
@@ -113,6 +114,17 @@ def test_an_error_with_json_is_an_object_too(qe_edge):
 @pytest.mark.parametrize("arguments", [["--nonsense"], ["bench"], ["search"]])
 def test_usage_errors_exit_with_2(qe_edge, arguments):
     assert qe_edge(*arguments)[0] == 2
+
+
+def test_version(qe_edge):
+    assert qe_edge("--version") == (0, f"{__version__}\n", "")
+
+
+def test_bench_without_a_model_measures_bm25_and_the_teacher(qe_edge):
+    code, out, err = qe_edge("bench", "-d", "demo-en")
+    assert code == 0
+    assert "demo-en@test" in out
+    assert "no model is run" in err
 
 
 def test_search_without_expansion(qe_edge):

@@ -66,9 +66,8 @@ def pairs(
     made, why_not = make_pairs(list(zip(known, candidates, strict=True)), config)
     report = summarize(candidates, plain, made, dropped + why_not, queries=len(data.queries))
     if not made:
-        raise BadInput(
-            f"no two candidates of one query differ by {config.min_gap} nDCG@10; counts: {report['dropped']}"
-        )
+        why = report["dropped"] or "no query has two candidates"
+        raise BadInput(f"no two candidates of one query differ by {config.min_gap} nDCG@10; counts: {why}")
     with atomic_path(out) as partial:
         partial.mkdir()
         (partial / PAIRS).write_bytes(encode_jsonl(made))

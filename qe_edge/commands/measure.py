@@ -9,7 +9,7 @@ import typer
 
 from qe_edge.commands.common import WORKDIR, AnalyzerOption, JsonOption, OutOption, WorkdirOption, emit, took
 from qe_edge.console import note
-from qe_edge.errors import PartlyDone
+from qe_edge.errors import NotFound, PartlyDone
 from qe_edge.records import configured
 from qe_edge.workdir import Workdir
 
@@ -89,15 +89,21 @@ def bench(
     from qe_edge.bench.harness import bench as verb
 
     work = Workdir(workdir)
+    teachers = tuple(str(path) for path in teacher or default_teachers(dataset))
     if not model:
-        model = default_models(work)
-        took("models", ", ".join(model))
+        try:
+            model = default_models(work)
+            took("models", ", ".join(model))
+        except NotFound as error:
+            if not teachers:
+                raise
+            note(f"no model is run: {error}")
     config = configured(
         BenchConfig,
         datasets=tuple(dataset),
-        models=tuple(model),
+        models=tuple(model or ()),
         joins=tuple(join or ()),
-        teachers=tuple(str(path) for path in teacher or default_teachers(dataset)),
+        teachers=teachers,
         teacher_models=tuple(teacher_model or ()),
         teacher_join=teacher_join,
         threads=threads,

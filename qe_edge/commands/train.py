@@ -41,7 +41,9 @@ def pairs(
     )
     folder = verb(dataset, expansions, config, out=out, workdir=Workdir(workdir))
     report = read_json(folder / REPORT)
+    dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
     text = f"{report['pairs']} pairs of {report['queries_with_pairs']} queries in {folder}"
+    text += f"\nnot used: {dropped}" if dropped else ""
     emit(json, "pairs", text, inputs={"dataset": dataset}, artifacts={"folder": folder}, metrics=report)
 
 
