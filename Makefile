@@ -18,7 +18,7 @@ help:  ## List the targets
 # torch is pinned in constraints.txt. On Linux, PyPI's build of it brings gigabytes of CUDA: on a machine
 # without an NVIDIA GPU, have PIP_EXTRA_INDEX_URL name PyTorch's own index of CPU builds.
 $(READY): pyproject.toml constraints.txt
-	@echo "setting up $(VENV): about 5 minutes the first time, most of it compiling llama.cpp"
+	@echo "setting up $(VENV): several minutes the first time, most of it compiling llama.cpp"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
