@@ -12,9 +12,10 @@ from qe_edge.commands.common import emit
 from qe_edge.commands.look import data_app, doctor
 from qe_edge.commands.measure import bench, export, report
 from qe_edge.commands.recipe import demo, run
+from qe_edge.commands.teach import teach
 from qe_edge.commands.train import merge, pairs, train_app
 from qe_edge.commands.use import expand, search
-from qe_edge.errors import QeEdgeError
+from qe_edge.errors import PartlyDone, QeEdgeError
 
 app = typer.Typer(
     help="Distil a big model's query expansions into a small model that runs on your own device.",
@@ -41,7 +42,7 @@ def _root(
     """Holds the options that need no command."""
 
 
-for command in (demo, doctor, pairs, merge, export, bench, report, expand, search, run):
+for command in (demo, doctor, teach, pairs, merge, export, bench, report, expand, search, run):
     app.command()(command)
 app.add_typer(train_app, name="train")
 app.add_typer(data_app, name="data")
@@ -58,7 +59,8 @@ def main() -> None:
     except QeEdgeError as error:
         print(f"error: {error}", file=sys.stderr)
         if as_json:
-            emit(True, " ".join(sys.argv[1:2]), "", status="error", warnings=[str(error)])
+            status = "partial" if isinstance(error, PartlyDone) else "error"
+            emit(True, " ".join(sys.argv[1:2]), "", status=status, warnings=[str(error)])
         sys.exit(error.exit_code)
     except BrokenPipeError:  # such as `qe-edge data list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

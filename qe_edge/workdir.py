@@ -1,6 +1,7 @@
 """Where outputs go, and how a command finds the newest output of the stage before it.
 
 qe-edge-work/
+    teach/<data set>/                            one folder a data set, which every `qe-edge teach` adds to
     pairs/001/ sft/001/ dpo/001/ merge/001/ export/001/ bench/001/   one folder a run, newest = highest
     base/ index/                                                    caches; base/ is needed until merged
 """
@@ -42,6 +43,10 @@ class Workdir:
         """The folder of a stage's next run; an interrupted run's folder is given again, to be resumed."""
         number = max(self._numbers(stage), default=0) + 1
         return self.root / stage / f"{number:03d}"
+
+    def teach_folder(self, dataset: str) -> Path:
+        """Where a data set's candidates are collected."""
+        return self.root / "teach" / dataset.replace("/", "-")
 
     def newest(self, *stages: str) -> Path:
         """The newest finished output of any of the stages."""

@@ -1,0 +1,136 @@
+"""Expansions made elsewhere -> our rows."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from qe_edge.analysis import detect_language
+from qe_edge.datasets import Dataset
+from qe_edge.errors import BadArgument, BadInput, NotFound
+from qe_edge.manifest import MANIFEST, check_output, run_record, write_json
+from qe_edge.records import Expansion, Mode, read_jsonl
+from qe_edge.train.checks import problem_of
+from qe_edge.train.ledger import Ledger
+from qe_edge.train.teach import EXPANSIONS
+
+Format = Literal["querygym", "query2doc", "jsonl"]
+# QueryGym writes `query query query query query passage` where it is asked for "concat".
+QUERYGYM_REPEATS = 5
+
+
+class Query2Doc(msgspec.Struct, frozen=True):
+    """A line of intfloat/query2doc_msmarco (Wang et al., arXiv 2303.07678)."""
+
+    query_id: str | int
+    query: str
+    pseudo_doc: str
+
+
+class ImportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How to read a file, and whose work it holds."""
+
+    format: Format = "jsonl"
+    model: str = ""
+    mode: Mode = "zero-shot"
+    keep_bad: bool = False
+
+
+def import_expansions(source: Path, config: ImportConfig, data: Dataset | None, *, out: Path) -> Counter[str]:
+    """Check the expansions in a file and append the new ones to `out/expansions.jsonl`; returns counts.
+
+    - `jsonl`: our own rows; `data`, `model` and `mode` are not needed.
+    - `query2doc`: JSON Lines with `query_id`, `query`, `pseudo_doc`.
+    - `querygym`: tab-separated query id and text, with or without the header and the query's repetitions.
+
+    Importing a file twice adds nothing.
+
+    Raises:
+        BadArgument: the format needs a data set, a model or a mode that is not given.
+        BadInput: a malformed line, or no row at all is of the data set.
+    """
+    if config.format == "jsonl":
+        rows = read_jsonl(source, Expansion)
+    elif data is None or not config.model:
+        raise BadArgument(
+            f"{config.format} files name neither data set nor model: give --dataset and --model"
+        )
+    else:
+        read = _query2doc if config.format == "query2doc" else _querygym
+        rows = _of_dataset(read(source), data, config)
+    check_output(out, "teach")
+    counts: Counter[str] = Counter()
+    imported = [_checked(row, config) for row in rows]
+    if not imported:
+        raise BadInput(f"holds no expansion{f' of a query of {data}' if data else ''}", path=source)
+    settings = {"dataset": str(data), **msgspec.to_builtins(config)}
+    with Ledger(out / EXPANSIONS) as ledger:
+        write_json(out / MANIFEST, run_record("teach", settings, {"import": source}))
+        for row in imported:
+            if row.key in ledger.keys:
+                counts["already there"] += 1
+            else:
+                ledger.append(row)
+                counts[row.problem or "good"] += 1
+    return counts
+
+
+def _checked(row: Expansion, config: ImportConfig) -> Expansion:
+    problem = row.problem or problem_of(row.query, row.text, row.finish_reason)
+    content = msgspec.json.encode(["import", row.dataset, row.query_id, row.model, row.mode, row.text])
+    return msgspec.structs.replace(
+        row,
+        key=row.key or hashlib.sha256(content).hexdigest()[:16],
+        problem=problem,
+        text="" if problem and not config.keep_bad else row.text,
+    )
+
+
+def _of_dataset(texts: Iterator[tuple[str, str]], data: Dataset, config: ImportConfig) -> Iterator[Expansion]:
+    """Rows of the data set's judged queries; others are left out, as `pairs` would."""
+    for query_id, text in texts:
+        if query_id in data.queries:
+            query = data.queries[query_id]
+            yield Expansion(
+                dataset=data.name,
+                query_id=query_id,
+                query=query,
+                lang=detect_language(query),
+                model=config.model,
+                mode=config.mode,
+                text=_without_repeats(query, " ".join(text.split())),
+            )
+
+
+def _query2doc(path: Path) -> Iterator[tuple[str, str]]:
+    for row in read_jsonl(path, Query2Doc):
+        yield str(row.query_id), row.pseudo_doc
+
+
+def _querygym(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        # Split at \n alone, and read quotes as letters: that is how QueryGym writes.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise NotFound(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"not UTF-8 text: {error}", path=path) from None
+    for number, row in enumerate(
+        csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\"), 1
+    ):
+        if not row or (number == 1 and row[0] == "qid"):
+            continue
+        if len(row) < 2:
+            raise BadInput("expected a query id, a tab and the text", path=path, line=number)
+        yield row[0], " ".join(row[1:])
+
+
+def _without_repeats(query: str, text: str) -> str:
+    repeated = " ".join([" ".join(query.split())] * QUERYGYM_REPEATS)
+    return text[len(repeated) :].strip() if text.startswith(repeated) else text

@@ -1,0 +1,98 @@
+"""The file a teacher's answers go to: append-only, one line each, safe against kill -9 at any moment."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from qe_edge.console import note
+from qe_edge.errors import QeEdgeError, require
+from qe_edge.records import Expansion, read_jsonl
+
+SYNC_EVERY = 1.0  # seconds; what a power cut can lose, unlike a kill
+
+
+class Ledger:
+    """Every candidate ever answered, by its key. One process at a time writes it.
+
+    Raises:
+        QeEdgeError: another process is writing it.
+        BadInput: a line other than a torn last one is damaged.
+    """
+
+    def __init__(self, path: Path):
+        filelock = require("filelock", "teach")
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(str(path) + ".lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise QeEdgeError(
+                f"another `qe-edge teach` is writing {path}; let it finish or stop it"
+            ) from None
+        self.keys: set[str] = set()
+        self.problems: Counter[str] = Counter()
+        self.prompt_tokens = self.completion_tokens = 0
+        try:
+            self._drop_torn_line()
+            if path.exists():
+                for row in read_jsonl(path, Expansion):
+                    self._count(row)
+            self._file = path.open("ab", buffering=0)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._synced = time.monotonic()
+
+    def _drop_torn_line(self) -> None:
+        """A process killed while writing leaves a line without its end: that candidate is asked for again."""
+        if not self.path.exists():
+            return
+        with self.path.open("r+b") as file:
+            content_end = file.seek(0, os.SEEK_END)
+            position = content_end
+            while position > 0:  # back to the last line end, a block at a time
+                start = max(0, position - 4096)
+                file.seek(start)
+                newline = file.read(position - start).rfind(b"\n")
+                if newline >= 0:
+                    position = start + newline + 1
+                    break
+                position = start
+            if position < content_end:
+                file.truncate(position)
+                note(f"{self.path}: dropped an unfinished last line")
+
+    def _count(self, row: Expansion) -> None:
+        if row.key:
+            self.keys.add(row.key)
+        if row.problem:
+            self.problems[row.problem] += 1
+        self.prompt_tokens += row.prompt_tokens or 0
+        self.completion_tokens += row.completion_tokens or 0
+
+    def append(self, row: Expansion) -> None:
+        """Write a row: in the operating system's hands when this returns."""
+        line = memoryview(msgspec.json.encode(row) + b"\n")
+        while line:  # an unbuffered write may take less than all
+            line = line[self._file.write(line) :]
+        self._count(row)
+        if time.monotonic() - self._synced > SYNC_EVERY:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._lock.release()
