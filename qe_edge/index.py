@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 K1, B = 0.9, 0.4
 _META = "qe_edge_index.json"
+_ARRAYS = {"data": "data", "indices": "rows", "indptr": "starts"}  # bm25s's name: ours
 
 Ranking = list[tuple[str, float]]
 """(document id, score), best first; equal scores in the collection's order."""
@@ -40,13 +41,20 @@ class Index:
     """Search weighted terms with BM25 (Lucene's variant, Kamphuis et al. 2020)."""
 
     def __init__(
-        self, scores: Mapping[str, np.ndarray], vocab: dict[str, int], ids: list[str], meta: IndexMeta
+        self,
+        scores: Mapping[str, np.ndarray],
+        vocab: dict[str, int],
+        ids: list[str],
+        meta: IndexMeta,
+        folder: Path | None = None,
     ):
-        # bm25s keeps every term's score in every document as a CSC matrix; a column is a posting list.
-        self._data, self._rows, self._starts = scores["data"], scores["indices"], scores["indptr"]
-        self._vocab = vocab
+        # bm25s keeps every term's score in every document as a CSC matrix; a column is a posting list,
+        # in the documents' order.
+        self.data, self.rows, self.starts = scores["data"], scores["indices"], scores["indptr"]
+        self.vocab = vocab
         self.ids = ids
         self.meta = meta
+        self.folder = folder  # where it is saved
         self.analyze = get_analyzer(meta.analyzer)
 
     @classmethod
@@ -71,9 +79,9 @@ class Index:
         """Write the index; an older one of that name is replaced once the new one is whole."""
         with atomic_path(folder) as path:
             path.mkdir()
-            for name, array in (("data", self._data), ("rows", self._rows), ("starts", self._starts)):
-                np.save(path / f"{name}.npy", array)
-            (path / "vocab.json").write_bytes(msgspec.json.encode(self._vocab))
+            for name in _ARRAYS.values():
+                np.save(path / f"{name}.npy", getattr(self, name))
+            (path / "vocab.json").write_bytes(msgspec.json.encode(self.vocab))
             (path / "ids.json").write_bytes(msgspec.json.encode(self.ids))
             (path / _META).write_bytes(msgspec.json.encode(self.meta))
 
@@ -89,13 +97,17 @@ class Index:
         if not (folder / _META).is_file():
             raise NotFound(f"{folder}: no index there")
         try:
-            names = {"data": "data", "indices": "rows", "indptr": "starts"}
-            scores = {key: np.load(folder / f"{name}.npy", mmap_mode="r") for key, name in names.items()}
+            # As plain arrays over the mapped file: slicing np.memmap itself costs far more.
+            scores = {
+                key: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+                for key, name in _ARRAYS.items()
+            }
             return cls(
                 scores,
                 msgspec.json.decode((folder / "vocab.json").read_bytes(), type=dict[str, int]),
                 msgspec.json.decode((folder / "ids.json").read_bytes(), type=list[str]),
                 msgspec.json.decode((folder / _META).read_bytes(), type=IndexMeta),
+                folder,
             )
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             raise BadInput(
@@ -109,11 +121,11 @@ class Index:
         """
         scores = np.zeros(len(self.ids), dtype=np.float64)
         for term, weight in weights.items():
-            column = self._vocab.get(term)
+            column = self.vocab.get(term)
             if column is not None:
-                start, end = self._starts[column], self._starts[column + 1]
+                start, end = self.starts[column], self.starts[column + 1]
                 # A document stands in a posting list once, so this needs no np.add.at.
-                scores[self._rows[start:end]] += weight * self._data[start:end]
+                scores[self.rows[start:end]] += weight * self.data[start:end].astype(np.float64)
         return [(self.ids[i], score) for i, score in _top(scores, k)]
 
     def search_text(self, query: str, expansion: str = "", *, join: Join, k: int = 10) -> Ranking:

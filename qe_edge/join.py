@@ -53,19 +53,21 @@ class Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __call__(self, query_terms: Sequence[str], expansion_terms: Sequence[str]) -> dict[str, float]:
         """Weights of the unique terms. Without expansion terms: the plain query, each term counted."""
-        query, expansion = Counter(query_terms), Counter(expansion_terms)
-        query_weight = expansion_weight = 1.0
-        if expansion and query:
-            if self.rule == "repeat":
-                query_weight = self.value
-            elif self.rule == "adaptive":
-                query_weight = max(1.0, len(expansion_terms) // len(query_terms) // self.value)
-            else:
-                expansion_weight = self.value * len(query_terms) / len(expansion_terms)
-        weights = {term: query_weight * count for term, count in query.items()}
-        for term, count in expansion.items():
-            weights[term] = weights.get(term, 0.0) + expansion_weight * count
+        of_query, of_expansion = self.scales(len(query_terms), len(expansion_terms))
+        weights = {term: of_query * count for term, count in Counter(query_terms).items()}
+        for term, count in Counter(expansion_terms).items():
+            weights[term] = weights.get(term, 0.0) + of_expansion * count
         return weights
+
+    def scales(self, query_length: int, expansion_length: int) -> tuple[float, float]:
+        """What one occurrence of a term weighs in the query and in the expansion; lengths are in terms."""
+        if not query_length or not expansion_length:
+            return 1.0, 1.0
+        if self.rule == "repeat":
+            return self.value, 1.0
+        if self.rule == "adaptive":
+            return max(1.0, expansion_length // query_length // self.value), 1.0
+        return 1.0, self.value * query_length / expansion_length
 
 
 DEFAULT_JOIN = Join()

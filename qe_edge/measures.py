@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -28,27 +29,48 @@ class Interval(msgspec.Struct, frozen=True):
     high: float
 
 
-def per_query(qrels: Qrels, run: Run, measure: str = "nDCG@10") -> dict[str, float]:
-    """The measure's value for every judged query; a query that the run lacks counts 0.
+def parse_measure(measure: str) -> Any:
+    """A measure of ir_measures by its name.
+
+    Raises:
+        BadArgument: it knows none of that name.
+    """
+    import ir_measures
+
+    try:
+        return ir_measures.parse_measure(measure)
+    except (NameError, ValueError, SyntaxError):
+        raise BadArgument(f"no measure {measure!r}; write it as ir_measures does, such as nDCG@10") from None
+
+
+def depth(measures: Iterable[str]) -> int:
+    """How many results the measures look at; those without a cutoff are given 1000."""
+    return max(parse_measure(measure).params.get("cutoff", 1000) for measure in measures)
+
+
+def evaluate(qrels: Qrels, run: Run, measures: Sequence[str]) -> dict[str, dict[str, float]]:
+    """measure -> its value for every judged query; a query that the run lacks counts 0.
 
     Same values as trec_eval on the written run file: linear gain, no cut of unjudged documents.
     """
     import ir_measures
 
-    try:
-        parsed = ir_measures.parse_measure(measure)
-    except (NameError, ValueError, SyntaxError):
-        raise BadArgument(f"no measure {measure!r}; write it as ir_measures does, such as nDCG@10") from None
+    parsed = {parse_measure(measure): measure for measure in measures}
     # By rank: trec_eval would order equal scores by document id, and holds scores in float32.
     scored = {
         query_id: {doc_id: -float(rank) for rank, (doc_id, _) in enumerate(ranking)}
         for query_id, ranking in run.items()
         if query_id in qrels
     }
-    values = dict.fromkeys(qrels, 0.0)
-    for metric in ir_measures.iter_calc([parsed], qrels, scored):
-        values[metric.query_id] = metric.value
+    values = {measure: dict.fromkeys(qrels, 0.0) for measure in measures}
+    for metric in ir_measures.iter_calc(list(parsed), qrels, scored):
+        values[parsed[metric.measure]][metric.query_id] = metric.value
     return values
+
+
+def per_query(qrels: Qrels, run: Run, measure: str = "nDCG@10") -> dict[str, float]:
+    """One measure's value for every judged query; see `evaluate`."""
+    return evaluate(qrels, run, [measure])[measure]
 
 
 def mean(values: Mapping[str, float]) -> float:

@@ -49,7 +49,7 @@ class Expansion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
 
 class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Two candidates of one query, ordered by retrieval. nDCG values lie in 0..1."""
+    """Two candidates of one query, ordered by retrieval's reward; nDCG@10 values lie in 0..1."""
 
     dataset: str
     query_id: str
@@ -59,6 +59,8 @@ class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rejected: str
     chosen_ndcg: float
     rejected_ndcg: float
+    chosen_reward: float
+    rejected_reward: float
     chosen_model: str
     chosen_mode: Mode
     rejected_model: str
@@ -66,14 +68,15 @@ class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A scored candidate: what `pairs` measured, whether or not a pair came of it."""
+    """A scored candidate, whether or not a pair came of it; the plain query is one of them."""
 
     dataset: str
     query_id: str
     model: str
-    mode: Mode
+    mode: Mode | Literal["plain"]
     ndcg: float
     plain_ndcg: float
+    reward: float
     text: str
 
 

@@ -48,6 +48,13 @@ class Workdir:
         """Where a data set's candidates are collected."""
         return self.root / "teach" / dataset.replace("/", "-")
 
+    def taught(self, dataset: str) -> Path:
+        """The candidates that `teach` collected for a data set."""
+        file = self.teach_folder(dataset) / "expansions.jsonl"
+        if not file.is_file():
+            raise NotFound(f"{file}: no such file; run `qe-edge teach`, or name a file with --expansions")
+        return file
+
     def newest(self, *stages: str) -> Path:
         """The newest finished output of any of the stages."""
         last = [

@@ -50,7 +50,7 @@ def test_ties_keep_the_collections_order():
 def test_saved_and_opened_it_finds_the_same(index, tmp_path):
     index.save(tmp_path / "index")
     opened = Index.open(tmp_path / "index")
-    assert isinstance(opened._data, np.memmap)
+    assert isinstance(opened.data.base, np.memmap)
     assert opened.meta == index.meta
     assert opened.search_text("moon tides", "sun", join=Join()) == index.search_text(
         "moon tides", "sun", join=Join()

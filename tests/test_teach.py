@@ -16,7 +16,8 @@ from qe_edge.datasets import load_dataset, load_queries
 from qe_edge.errors import BadArgument, BadInput, NotFound, PartlyDone, QeEdgeError
 from qe_edge.manifest import read_json
 from qe_edge.records import Expansion, read_jsonl
-from qe_edge.train.teach import AskConfig, TeachConfig, teach
+from qe_edge.train.plan import TeachConfig
+from qe_edge.train.teach import AskConfig, teach
 
 pytest.importorskip("openai")
 

@@ -1,38 +1,55 @@
-"""Retrieval decides: score candidate expansions by nDCG@10 under BM25, pair the better with the worse."""
+"""Retrieval decides: score candidate expansions under BM25, pair the better with the worse."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
-from qe_edge.console import progress
+from qe_edge.analysis import count_words
 from qe_edge.datasets import Dataset, load_dataset
 from qe_edge.errors import BadInput
 from qe_edge.index import Index
 from qe_edge.join import DEFAULT_JOIN, Join
 from qe_edge.manifest import MANIFEST, atomic_path, check_output, run_record, write_json
-from qe_edge.measures import mean, per_query
-from qe_edge.records import Candidate, Count, Expansion, Pair, encode_jsonl, read_jsonl
+from qe_edge.records import Candidate, Count, Expansion, Pair, Problem, encode_jsonl, read_jsonl
+from qe_edge.train.pair_report import summarize
+from qe_edge.train.scoring import NDCG, Executor, Reward, score
 from qe_edge.workdir import Workdir
 
 PAIRS, CANDIDATES, REPORT = "pairs.jsonl", "candidates.jsonl", "report.json"
+Strategy = Literal["best-worst", "all-above-gap", "best-vs-sampled"]
+# Share of index terms in common from which two expansions are one expansion, slightly reworded.
+NEAR_DUPLICATE = 0.9
 
 
 class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`min_gap` is the nDCG@10 difference (0..1) from which two candidates make a pair.
+    """How candidates are scored and which of them make pairs.
 
-    Of each query at most `max_per_query` pairs are kept, widest gap first. `analyzer` replaces the one
-    of the collection's language.
+    `reward` is a measure of ir_measures or a mix, `0.7*nDCG@10 + 0.3*R@100`; `length_penalty` is taken off
+    it for every hundred words. `min_gap` is the difference of rewards from which two candidates make a pair.
+
+    - `all-above-gap`: every two that differ enough, widest gap first.
+    - `best-worst`: one pair a query.
+    - `best-vs-sampled`: the best against others, drawn with `seed` from those that are worse enough.
+
+    Of each query at most `max_per_query` pairs are kept. `accept` lets rows in that `teach` marked with a
+    problem. `analyzer` replaces the one of the collection's language.
     """
 
     join: str = str(DEFAULT_JOIN)
+    reward: str = NDCG
+    length_penalty: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.0
+    strategy: Strategy = "all-above-gap"
     min_gap: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.05
     max_per_query: Count = 4
+    seed: int = 0
+    accept: tuple[Problem, ...] = ()
     analyzer: str = ""
 
 
@@ -43,31 +60,61 @@ def pairs(
     *,
     out: Path | None = None,
     workdir: Workdir,
+    executor: Executor = "local",
+    workers: int = 0,
 ) -> Path:
     """Build preference pairs for a data set's judged queries; returns a folder.
 
-    It holds `pairs.jsonl`, every candidate's score in `candidates.jsonl`, and the counts in `report.json`.
+    It holds `pairs.jsonl`, every candidate's score (the plain query's too) in `candidates.jsonl`, and what
+    came of them in `report.json`. Scores are kept in the work folder: a rerun scores only what is new.
 
     Raises:
         BadInput: no expansion is of a judged query, or no two candidates differ enough.
     """
     config = config or PairsConfig()
-    join = Join.parse(config.join)
+    join, reward = Join.parse(config.join), Reward.parse(config.reward, config.length_penalty)
     out = out or workdir.new("pairs")
     check_output(out, "pairs")
     data = load_dataset(dataset)
     rows = [row for path in expansions for row in read_jsonl(path, Expansion)]
-    known, dropped = usable(rows, data)
+    known, dropped = usable(rows, data, config.accept)
     if not known:
-        raise BadInput(f"none of the {len(rows)} expansions is of a judged query of {data}")
+        raise BadInput(
+            f"none of the {len(rows)} expansions can be scored on {data}; dropped: {dict(dropped)}"
+        )
     index = Index.for_dataset(data, workdir.root / "index", analyzer=config.analyzer)
     data.check_judgments(index.ids)
-    candidates, plain = score(known, data, index, join)
-    made, why_not = make_pairs(list(zip(known, candidates, strict=True)), config)
-    report = summarize(candidates, plain, made, dropped + why_not, queries=len(data.queries))
+
+    queries = list(dict.fromkeys(row.query_id for row in known))
+    items = [(query_id, "") for query_id in queries] + [(row.query_id, row.text) for row in known]
+    values = score(
+        items,
+        data,
+        index,
+        join,
+        reward.measures,
+        cache=workdir.root / "scores",
+        executor=executor,
+        workers=workers,
+    )
+    plain = {query_id: found[NDCG] for query_id, found in zip(queries, values, strict=False)}
+    candidates = [
+        _plain_candidate(data, query_id, plain[query_id], reward, values[i])
+        for i, query_id in enumerate(queries)
+    ]
+    candidates += [
+        _candidate(row, found, reward, plain[row.query_id])
+        for row, found in zip(known, values[len(queries) :], strict=True)
+    ]
+    made, why_not = make_pairs(
+        list(zip(known, candidates[len(queries) :], strict=True)), config, index.analyze
+    )
+    report = summarize(candidates, made, dropped + why_not, queries=len(data.queries))
     if not made:
-        why = report["dropped"] or "no query has two candidates"
-        raise BadInput(f"no two candidates of one query differ by {config.min_gap} nDCG@10; counts: {why}")
+        raise BadInput(
+            f"no two candidates of one query differ by {config.min_gap} {config.reward}; "
+            f"counts: {report['dropped'] or 'no query has two candidates'}"
+        )
     with atomic_path(out) as partial:
         partial.mkdir()
         (partial / PAIRS).write_bytes(encode_jsonl(made))
@@ -79,8 +126,10 @@ def pairs(
     return out
 
 
-def usable(rows: Iterable[Expansion], data: Dataset) -> tuple[list[Expansion], Counter[str]]:
-    """The rows that can be scored: of a judged query, not empty, each text once per query."""
+def usable(
+    rows: Iterable[Expansion], data: Dataset, accept: Sequence[Problem] = ()
+) -> tuple[list[Expansion], Counter[str]]:
+    """The rows that can be scored: of a judged query, not marked, not empty, each text once per query."""
     kept: list[Expansion] = []
     dropped: Counter[str] = Counter()
     seen: set[tuple[str, str]] = set()
@@ -89,6 +138,8 @@ def usable(rows: Iterable[Expansion], data: Dataset) -> tuple[list[Expansion], C
             dropped["query not judged in this split"] += 1
         elif row.query != data.queries[row.query_id]:
             dropped["other query of that id"] += 1
+        elif row.problem and row.problem not in accept:
+            dropped[f"marked: {row.problem}"] += 1
         elif not row.text.strip():
             dropped["empty expansion"] += 1
         elif (row.query_id, row.text) in seen:
@@ -99,112 +150,91 @@ def usable(rows: Iterable[Expansion], data: Dataset) -> tuple[list[Expansion], C
     return kept, dropped
 
 
-def score(
-    rows: Sequence[Expansion], data: Dataset, index: Index, join: Join
-) -> tuple[list[Candidate], dict[str, float]]:
-    """nDCG@10 of every row's expanded query and, per query, of the plain one."""
-    plain_run = {query_id: index.search_text(text, join=join) for query_id, text in data.queries.items()}
-    plain = per_query(data.qrels, plain_run)
-    scored: list[Candidate] = []
-    with progress("scoring candidates", len(rows)) as advance:
-        for batch in _rounds(rows):
-            run = {}
-            for row in batch:
-                run[row.query_id] = index.search_text(data.queries[row.query_id], row.text, join=join)
-                advance()
-            values = per_query({query_id: data.qrels[query_id] for query_id in run}, run)
-            scored += [
-                Candidate(
-                    dataset=row.dataset,
-                    query_id=row.query_id,
-                    model=row.model,
-                    mode=row.mode,
-                    ndcg=values[row.query_id],
-                    plain_ndcg=plain[row.query_id],
-                    text=row.text,
-                )
-                for row in batch
-            ]
-    by_key = {(c.query_id, c.text): c for c in scored}
-    return [by_key[row.query_id, row.text] for row in rows], plain
+def _candidate(row: Expansion, values: dict[str, float], reward: Reward, plain: float) -> Candidate:
+    return Candidate(
+        dataset=row.dataset,
+        query_id=row.query_id,
+        model=row.model,
+        mode=row.mode,
+        ndcg=values[NDCG],
+        plain_ndcg=plain,
+        reward=reward.of(values, count_words(row.text)),
+        text=row.text,
+    )
 
 
-def _rounds(rows: Sequence[Expansion]) -> Iterable[list[Expansion]]:
-    """Batches in which each query stands once, since a run has one ranking per query."""
-    rounds: dict[int, list[Expansion]] = defaultdict(list)
-    count: Counter[str] = Counter()
-    for row in rows:
-        rounds[count[row.query_id]].append(row)
-        count[row.query_id] += 1
-    return rounds.values()
+def _plain_candidate(
+    data: Dataset, query_id: str, ndcg: float, reward: Reward, values: dict[str, float]
+) -> Candidate:
+    return Candidate(data.name, query_id, "", "plain", ndcg, ndcg, reward.of(values, 0), "")
+
+
+class _Scored(NamedTuple):
+    row: Expansion
+    candidate: Candidate
+    terms: frozenset[str]
 
 
 def make_pairs(
-    candidates: Iterable[tuple[Expansion, Candidate]], config: PairsConfig
+    candidates: Iterable[tuple[Expansion, Candidate]],
+    config: PairsConfig,
+    analyze: Callable[[str], list[str]],
 ) -> tuple[list[Pair], Counter[str]]:
-    """Pairs of one query's candidates, widest gap first, and why the other combinations made none."""
-    by_query: dict[str, list[tuple[Expansion, Candidate]]] = defaultdict(list)
+    """Pairs of one query's candidates, and why the other combinations made none."""
+    by_query: dict[str, list[_Scored]] = defaultdict(list)
     for row, candidate in candidates:
-        by_query[row.query_id].append((row, candidate))
+        by_query[row.query_id].append(_Scored(row, candidate, frozenset(analyze(row.text))))
     made: list[Pair] = []
     dropped: Counter[str] = Counter()
-    for group in by_query.values():
+    for query_id, group in by_query.items():
+        # Stable: of equals, the first in the files comes first.
+        group.sort(key=lambda scored: -scored.candidate.reward)
         wide = []
-        for a, b in combinations(group, 2):
-            better, worse = (a, b) if a[1].ndcg >= b[1].ndcg else (b, a)
-            gap = better[1].ndcg - worse[1].ndcg
+        for better, worse in _combinations(group, config.strategy):
+            gap = better.candidate.reward - worse.candidate.reward
             if gap < config.min_gap:
                 dropped["tie" if gap == 0 else "gap below the minimum"] += 1
+            elif _near_duplicates(better, worse):
+                dropped["near-duplicates"] += 1
             else:
                 wide.append((gap, better, worse))
-        wide.sort(key=lambda item: -item[0])  # stable: equal gaps keep the files' order
+        if config.strategy == "best-vs-sampled":
+            random.Random(f"{config.seed}:{query_id}").shuffle(wide)
+        else:
+            wide.sort(key=lambda item: -item[0])
         dropped["over the limit per query"] += len(wide[config.max_per_query :])
         made += [_pair(better, worse) for _, better, worse in wide[: config.max_per_query]]
     return made, +dropped
 
 
-def _pair(better: tuple[Expansion, Candidate], worse: tuple[Expansion, Candidate]) -> Pair:
-    row = better[0]
+def _combinations(group: list[_Scored], strategy: Strategy) -> Iterable[tuple[_Scored, _Scored]]:
+    """The (better, worse) combinations that a strategy looks at, of a group sorted best first."""
+    if strategy == "best-worst":
+        return [(group[0], group[-1])] if len(group) > 1 else []
+    if strategy == "best-vs-sampled":
+        return [(group[0], other) for other in group[1:]]
+    return combinations(group, 2)
+
+
+def _near_duplicates(a: _Scored, b: _Scored) -> bool:
+    return len(a.terms & b.terms) >= NEAR_DUPLICATE * len(a.terms | b.terms)
+
+
+def _pair(better: _Scored, worse: _Scored) -> Pair:
+    row = better.row
     return Pair(
         dataset=row.dataset,
         query_id=row.query_id,
         query=row.query,
         lang=row.lang,
         chosen=row.text,
-        rejected=worse[0].text,
-        chosen_ndcg=better[1].ndcg,
-        rejected_ndcg=worse[1].ndcg,
+        rejected=worse.row.text,
+        chosen_ndcg=better.candidate.ndcg,
+        rejected_ndcg=worse.candidate.ndcg,
+        chosen_reward=better.candidate.reward,
+        rejected_reward=worse.candidate.reward,
         chosen_model=row.model,
         chosen_mode=row.mode,
-        rejected_model=worse[0].model,
-        rejected_mode=worse[0].mode,
+        rejected_model=worse.row.model,
+        rejected_mode=worse.row.mode,
     )
-
-
-def summarize(
-    candidates: Sequence[Candidate],
-    plain: dict[str, float],
-    made: Sequence[Pair],
-    dropped: Counter[str],
-    *,
-    queries: int,
-) -> dict[str, Any]:
-    """Counts and means (nDCG@10, 0..1) of a pairs run, over the queries that have candidates."""
-    by_query: dict[str, list[float]] = defaultdict(list)
-    for candidate in candidates:
-        by_query[candidate.query_id].append(candidate.ndcg)
-    return {
-        "queries": queries,
-        "queries_with_candidates": len(by_query),
-        "queries_with_pairs": len({pair.query_id for pair in made}),
-        "candidates": len(candidates),
-        "candidates_better_than_plain": sum(c.ndcg > c.plain_ndcg for c in candidates),
-        "candidates_worse_than_plain": sum(c.ndcg < c.plain_ndcg for c in candidates),
-        "pairs": len(made),
-        "dropped": dict(dropped),
-        "ndcg@10": {
-            "plain query": mean({q: plain[q] for q in by_query}),
-            "best candidate (oracle)": mean({q: max(values) for q, values in by_query.items()}),
-            "worst candidate (oracle)": mean({q: min(values) for q, values in by_query.items()}),
-        },
-    }

@@ -15,7 +15,7 @@ from qe_edge.errors import BadInput, require
 from qe_edge.manifest import MANIFEST
 from qe_edge.models import DEFAULT_STUDENT
 from qe_edge.prompt import Tokenize, hugging_face
-from qe_edge.records import Count, Expansion, Mode, Positive, read_jsonl
+from qe_edge.records import Count, Expansion, Mode, Positive, Problem, read_jsonl
 from qe_edge.spec import ModelSpec, write_spec
 from qe_edge.train.loop import TrainingRun, counted, load_dtype, trainer_arguments
 from qe_edge.train.student import load_base, prepare_student
@@ -29,15 +29,17 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 class SftConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """SFT settings.
 
-    `models` and `modes` select teacher rows, empty meaning all; of what is left, `max_rows` are drawn
-    at random, 0 meaning all. `max_length` is in tokens, prompt included; longer rows are dropped and
-    counted, never cut. A step takes `batch_size * accumulate` rows.
+    `models` and `modes` select teacher rows, empty meaning all; rows that `teach` marked with a problem
+    are left out, but for the problems in `accept`. Of what is left, `max_rows` are drawn at random, 0
+    meaning all. `max_length` is in tokens, prompt included; longer rows are dropped and counted, never
+    cut. A step takes `batch_size * accumulate` rows.
     """
 
     student: str = DEFAULT_STUDENT
     models: tuple[str, ...] = ()
     modes: tuple[Mode, ...] = ()
     max_rows: Annotated[int, msgspec.Meta(ge=0)] = 0
+    accept: tuple[Problem, ...] = ()
     rank: Count = 32
     alpha: Count = 64
     learning_rate: Positive = 3e-4
@@ -105,7 +107,8 @@ def select_rows(paths: Iterable[Path | str], config: SftConfig) -> list[Expansio
     selected = [
         row
         for row in rows
-        if (not config.models or row.model in config.models)
+        if (row.problem is None or row.problem in config.accept)
+        and (not config.models or row.model in config.models)
         and (not config.modes or row.mode in config.modes)
     ]
     if not selected:

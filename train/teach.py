@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 
-from qe_edge.analysis import detect_language
 from qe_edge.console import note, progress
 from qe_edge.datasets import Dataset
-from qe_edge.errors import BadArgument, BadInput, PartlyDone, QeEdgeError
+from qe_edge.errors import BadArgument, PartlyDone, QeEdgeError
 from qe_edge.manifest import MANIFEST, check_output, read_record, run_record, write_json
-from qe_edge.prompt import DEFAULT_TEACHER_PROMPT, load_teacher_prompt
-from qe_edge.records import Count, Expansion, Positive
-from qe_edge.train.checks import problem_of
-from qe_edge.train.exemplars import Exemplars, Rule, load_exemplars
+from qe_edge.records import Count, Positive
 from qe_edge.train.ledger import Ledger
 from qe_edge.train.pace import Budget, Pace
+from qe_edge.train.plan import Job, Plan, TeachConfig
 from qe_edge.train.teacher import (
     Answer,
     EndpointTeacher,
@@ -38,34 +34,6 @@ EXPANSIONS = "expansions.jsonl"
 # So many requests in a row that no attempt could save mean that the endpoint is down.
 GIVE_UP = 20
 LONGEST_WAIT = 60.0  # seconds between two attempts, unless the endpoint names a longer time
-
-
-class TeachConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is asked for; a change of any of it makes new candidates.
-
-    Of each query `n` candidates per mode, with the seeds `seed`, `seed + 1`, … `max_tokens` is the budget
-    of one answer. `prompt` is a shipped prompt's id or a TOML file. `extra` holds further fields of the
-    request, and takes one out where it is null.
-    """
-
-    model: str
-    modes: Annotated[tuple[Literal["zero-shot", "few-shot"], ...], msgspec.Meta(min_length=1)] = (
-        "zero-shot",
-        "few-shot",
-    )
-    n: Count = 1
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] = 1.0
-    seed: int = 0
-    max_tokens: Count = 256
-    prompt: str = DEFAULT_TEACHER_PROMPT
-    exemplars: str = ""
-    exemplar_rule: Rule = "random"
-    shots: Count = 4
-    extra: dict[str, Any] = {}
-
-    def __post_init__(self) -> None:
-        if self.n > 1 and self.temperature == 0:
-            raise ValueError("at temperature 0 all n candidates would be the same; raise it or take n = 1")
 
 
 class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -91,12 +59,6 @@ class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError(
                 "a limit of cost needs the prices: give price-in and price-out per million tokens"
             )
-
-
-class Job(NamedTuple):
-    query_id: str
-    mode: Literal["zero-shot", "few-shot"]
-    sample: int
 
 
 class Outcome(msgspec.Struct):
@@ -158,77 +120,6 @@ def open_teacher(config: TeachConfig, ask: AskConfig) -> Teacher:
     if config.extra:
         raise BadArgument("extra request fields go to an endpoint; a local model takes none")
     return LocalTeacher(config.model, max_tokens=config.max_tokens)
-
-
-class Plan:
-    """The candidates a configuration stands for, in the order they are asked for.
-
-    Each query gets its first candidate before any gets its second, so that a budget that runs out leaves
-    as many queries served as it can.
-    """
-
-    def __init__(self, data: Dataset, config: TeachConfig):
-        self.data, self.config = data, config
-        self.prompt = load_teacher_prompt(config.prompt)
-        self.exemplars: Exemplars | None = None
-        if "few-shot" in config.modes:
-            self.exemplars = load_exemplars(
-                config.exemplars, data, rule=config.exemplar_rule, shots=config.shots, seed=config.seed
-            )
-
-    def __len__(self) -> int:
-        return len(self.data.queries) * len(set(self.config.modes)) * self.config.n
-
-    def __iter__(self) -> Iterator[Job]:
-        for sample in range(self.config.n):
-            for mode in dict.fromkeys(self.config.modes):
-                for query_id in self.data.queries:
-                    yield Job(query_id, mode, sample)
-
-    def request(self, job: Job) -> Request:
-        query, config = self.data.queries[job.query_id], self.config
-        shown = self.exemplars.of(query) if job.mode == "few-shot" and self.exemplars else ()
-        try:
-            system, user = self.prompt.messages(query, shown)
-        except BadInput as error:
-            raise BadInput(f"query {job.query_id!r} of {self.data}: {error}") from None
-        return Request(
-            model=config.model,
-            system=system,
-            user=user,
-            temperature=config.temperature,
-            seed=config.seed + job.sample,
-            max_tokens=config.max_tokens,
-            extra=config.extra,
-        )
-
-    def key(self, job: Job) -> str:
-        """Stands for the query and all that decides its candidate, exemplars and prompt text included."""
-        content = msgspec.json.encode([*job, self.request(job)], order="deterministic")
-        return hashlib.sha256(content).hexdigest()[:16]
-
-    def row(self, job: Job, answer: Answer, *, keep_bad: bool) -> Expansion:
-        """An answer as a line of the output."""
-        query, text = self.data.queries[job.query_id], answer.text.strip()
-        problem = problem_of(query, text, answer.finish_reason)
-        return Expansion(
-            dataset=self.data.name,
-            query_id=job.query_id,
-            query=query,
-            lang=detect_language(query),
-            model=self.config.model,
-            mode=job.mode,
-            text="" if problem and not keep_bad else text,
-            prompt_id=self.prompt.id,
-            seed=self.config.seed + job.sample,
-            temperature=self.config.temperature,
-            finish_reason="length" if answer.finish_reason == "length" else "stop",
-            prompt_tokens=answer.prompt_tokens,
-            completion_tokens=answer.completion_tokens,
-            sample=job.sample,
-            key=self.key(job),
-            problem=problem,
-        )
 
 
 class _Session:
@@ -314,11 +205,11 @@ class _Session:
 
     async def _answer(self, request: Request) -> Answer:
         """Ask until there is an answer, or the attempts are used up."""
-        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_any
+        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_when_event_set
 
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type(Unanswered),
-            stop=stop_any(stop_after_attempt(self.ask.attempts), lambda _: self.pace.stopping.is_set()),
+            stop=stop_after_attempt(self.ask.attempts) | stop_when_event_set(self.pace.stopping),  # type: ignore[arg-type]
             wait=_wait,
             sleep=self.pace.sleep,
             reraise=True,

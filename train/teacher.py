@@ -83,7 +83,7 @@ class EndpointTeacher:
             async with asyncio.timeout(self._timeout):
                 completion = await self._client.chat.completions.create(
                     model=request.model,
-                    messages=messages,  # type: ignore[arg-type]
+                    messages=messages,
                     # null takes a field out, such as max_tokens where a model wants another name for it
                     extra_body={name: value for name, value in body.items() if value is not None},
                 )

@@ -30,6 +30,10 @@ AnalyzerOption = Annotated[
     str,
     typer.Option("--analyzer", help="english, cjk or jieba (default: the collection's language decides)."),
 ]
+AcceptOption = Annotated[
+    list[str] | None,
+    typer.Option("--accept", help="Let in rows that `teach` marked with this problem, such as cut."),
+]
 WORKDIR = Path(DEFAULT_WORKDIR)
 
 

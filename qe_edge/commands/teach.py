@@ -68,7 +68,8 @@ def teach(
     json: JsonOption = False,
 ) -> None:
     """Ask a teacher for candidate expansions. Run again, it asks for what is still missing."""
-    from qe_edge.train.teach import EXPANSIONS, AskConfig, TeachConfig
+    from qe_edge.train.plan import TeachConfig
+    from qe_edge.train.teach import EXPANSIONS, AskConfig
     from qe_edge.train.teach import teach as verb
     from qe_edge.workdir import Workdir
 

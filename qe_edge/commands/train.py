@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, AnalyzerOption, JsonOption, OutOption, WorkdirOption, emit, took
+from qe_edge.commands.common import (
+    WORKDIR,
+    AcceptOption,
+    AnalyzerOption,
+    JsonOption,
+    OutOption,
+    WorkdirOption,
+    emit,
+    took,
+)
+from qe_edge.errors import BadArgument
 from qe_edge.records import configured
 from qe_edge.workdir import Workdir
 
@@ -17,33 +27,67 @@ train_app = typer.Typer(help="Train a student: SFT, then DPO.", no_args_is_help=
 def pairs(
     dataset: Annotated[str, typer.Option("--dataset", "-d", help="Judged queries, as NAME or NAME@SPLIT.")],
     expansions: Annotated[
-        list[Path], typer.Option("--expansions", "-e", help="Candidate expansions (JSON Lines).")
-    ],
+        list[Path] | None,
+        typer.Option("--expansions", "-e", help="Candidates (JSON Lines; default: what `teach` collected)."),
+    ] = None,
     join: Annotated[
         str, typer.Option(help="How query and expansion are joined: mass:R, repeat:N or adaptive:B.")
     ] = "mass:0.7",
+    reward: Annotated[
+        str, typer.Option(help="A measure of ir_measures, or a mix: 0.7*nDCG@10 + 0.3*R@100.")
+    ] = "nDCG@10",
+    length_penalty: Annotated[float, typer.Option(help="Taken off the reward per hundred words.")] = 0.0,
+    strategy: Annotated[
+        str, typer.Option(help="all-above-gap, best-worst or best-vs-sampled.")
+    ] = "all-above-gap",
     min_gap: Annotated[
-        float, typer.Option(help="nDCG@10 difference from which two candidates make a pair.")
+        float, typer.Option(help="Difference of rewards from which two candidates make a pair.")
     ] = 0.05,
-    max_per_query: Annotated[int, typer.Option(help="Pairs kept of each query, widest gap first.")] = 4,
+    max_per_query: Annotated[int, typer.Option(help="Pairs kept of each query.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of what best-vs-sampled draws.")] = 0,
+    accept: AcceptOption = None,
     analyzer: AnalyzerOption = "",
+    executor: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
     """Score candidate expansions by retrieval and build preference pairs."""
+    import msgspec
+
+    from qe_edge.datasets import load_dataset
     from qe_edge.manifest import read_json
+    from qe_edge.train.pair_report import describe
     from qe_edge.train.pairs import REPORT, PairsConfig
     from qe_edge.train.pairs import pairs as verb
+    from qe_edge.train.scoring import Executor
 
     config = configured(
-        PairsConfig, join=join, min_gap=min_gap, max_per_query=max_per_query, analyzer=analyzer
+        PairsConfig,
+        join=join,
+        reward=reward,
+        length_penalty=length_penalty,
+        strategy=strategy,
+        min_gap=min_gap,
+        max_per_query=max_per_query,
+        seed=seed,
+        accept=tuple(accept or ()),
+        analyzer=analyzer,
     )
-    folder = verb(dataset, expansions, config, out=out, workdir=Workdir(workdir))
+    try:
+        where: Executor = msgspec.convert(executor, Executor)
+    except msgspec.ValidationError:
+        raise BadArgument(f"no executor {executor!r}; there are: {', '.join(get_args(Executor))}") from None
+    work = Workdir(workdir)
+    if not expansions:
+        expansions = [work.taught(str(load_dataset(dataset)))]
+        took("expansions", expansions[0])
+    folder = verb(dataset, expansions, config, out=out, workdir=work, executor=where, workers=workers)
     report = read_json(folder / REPORT)
-    dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
-    text = f"{report['pairs']} pairs of {report['queries_with_pairs']} queries in {folder}"
-    text += f"\nnot used: {dropped}" if dropped else ""
+    text = (
+        f"{report['pairs']} pairs of {report['queries_with_pairs']} queries in {folder}\n{describe(report)}"
+    )
     emit(json, "pairs", text, inputs={"dataset": dataset}, artifacts={"folder": folder}, metrics=report)
 
 
@@ -62,6 +106,7 @@ def train_sft(
         list[str] | None, typer.Option("--mode", help="Take only zero-shot or few-shot rows.")
     ] = None,
     max_rows: Annotated[int, typer.Option(help="Rows drawn at random; 0 takes all.")] = 0,
+    accept: AcceptOption = None,
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 32,
     alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 64,
     learning_rate: float = 3e-4,
@@ -84,6 +129,7 @@ def train_sft(
         models=tuple(models or ()),
         modes=tuple(modes or ()),
         max_rows=max_rows,
+        accept=tuple(accept or ()),
         rank=rank,
         alpha=alpha,
         learning_rate=learning_rate,

@@ -1,0 +1,220 @@
+"""Score candidate expansions by retrieval: over all cores or a cluster, each candidate once and for all."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import signal
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+
+from qe_edge.bulk import BulkSearch
+from qe_edge.console import progress
+from qe_edge.datasets import Dataset
+from qe_edge.errors import BadArgument, require
+from qe_edge.index import Index
+from qe_edge.join import Join
+from qe_edge.manifest import usable_cores
+from qe_edge.measures import Qrels, depth, evaluate, parse_measure
+
+Executor = Literal["local", "ray"]
+CHUNK = 128  # candidates that travel to a worker together
+SERIAL = 16 * CHUNK  # up to so many, starting processes costs more than it saves
+NDCG = "nDCG@10"  # what is always measured and reported, whatever the reward
+
+
+class Reward(NamedTuple):
+    """What a candidate is worth: a weighted sum of ir_measures' measures, less a price for its length.
+
+    `length_penalty` is taken off for every hundred words of the expansion, a Chinese character counting as
+    one: words, because a pair must not depend on the tokenizer of one student.
+    """
+
+    parts: tuple[tuple[float, str], ...] = ((1.0, NDCG),)
+    length_penalty: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str, length_penalty: float = 0.0) -> Reward:
+        """`nDCG@10`, or a mix such as `0.7*nDCG@10 + 0.3*R@100`.
+
+        Raises:
+            BadArgument: it can't be read, or ir_measures knows no such measure.
+        """
+        parts = []
+        for part in text.split("+"):
+            found = re.fullmatch(r"\s*(?:([0-9.]+)\s*\*)?\s*(\S+)\s*", part)
+            if not found:
+                raise BadArgument(f"can't read the reward {text!r}; write nDCG@10 or 0.7*nDCG@10 + 0.3*R@100")
+            try:
+                weight = float(found[1] or 1)
+            except ValueError:
+                raise BadArgument(f"{found[1]!r} in the reward {text!r} is not a number") from None
+            parse_measure(found[2])
+            parts.append((weight, found[2]))
+        return cls(tuple(parts), length_penalty)
+
+    @property
+    def measures(self) -> list[str]:
+        """All that has to be measured."""
+        return list(dict.fromkeys([NDCG, *(measure for _, measure in self.parts)]))
+
+    def of(self, values: dict[str, float], words: int) -> float:
+        gained = sum(weight * values[measure] for weight, measure in self.parts)
+        return gained - self.length_penalty * words / 100
+
+
+class Work(NamedTuple):
+    """What every worker needs to know."""
+
+    index_folder: Path
+    queries: dict[str, str]
+    qrels: Qrels
+    join: Join
+    measures: list[str]
+
+
+Item = tuple[str, str]
+"""(query id, expansion); an empty expansion is the plain query."""
+
+
+def score(
+    items: Sequence[Item],
+    data: Dataset,
+    index: Index,
+    join: Join,
+    measures: list[str],
+    *,
+    cache: Path,
+    executor: Executor = "local",
+    workers: int = 0,
+) -> list[dict[str, float]]:
+    """The measures' values of every item, in their order; what `cache` holds is not searched again.
+
+    `workers` are processes, 0 standing for one per usable core. Workers of a Ray cluster must see the index
+    under the same path.
+    """
+    if index.folder is None:
+        raise ValueError("the index must be saved, so that workers can open it")
+    work = Work(index.folder, data.queries, data.qrels, join, measures)
+    with closing(_Cache(cache, work, index)) as known:
+        found, missing = known.look_up(items)
+        chunks = [missing[i : i + CHUNK] for i in range(0, len(missing), CHUNK)]
+        with progress("scoring candidates", len(items), done=len(found)) as advance:
+            for chunk in _map(work, chunks, executor, workers):
+                known.add(chunk)
+                found |= chunk
+                advance(len(chunk))
+    return [dict(zip(measures, found[item], strict=True)) for item in items]
+
+
+Values = dict[Item, list[float]]
+
+
+def _map(work: Work, chunks: list[list[Item]], executor: Executor, workers: int) -> Iterator[Values]:
+    """Each chunk's values as they come."""
+    if executor == "local" and (sum(map(len, chunks)) <= SERIAL or (workers or usable_cores()) == 1):
+        _start(work)
+        yield from map(_score_chunk, chunks)
+        return
+    if executor == "ray":
+        require("ray", "ray")
+        from ray.util.multiprocessing import Pool
+
+        pool: Any = Pool(workers or None, initializer=_start, initargs=(work,))
+    else:
+        # A forked copy of a process with threads may hang; a fresh one does not.
+        from multiprocessing import get_context
+
+        pool = get_context("spawn").Pool(workers or usable_cores(), _start, (work, True))
+    try:
+        yield from pool.imap_unordered(_score_chunk, chunks)
+        pool.close()
+    except BaseException:
+        pool.terminate()
+        raise
+    finally:
+        pool.join()
+
+
+class _Worker:
+    def __init__(self, work: Work):
+        self.work = work
+        self.index = Index.open(work.index_folder)
+        self.bulk = BulkSearch(self.index)
+        self.depth = depth(work.measures)
+        self.query_terms = {query_id: self.index.analyze(text) for query_id, text in work.queries.items()}
+
+    def score(self, chunk: list[Item]) -> Values:
+        terms = [(self.query_terms[query_id], self.index.analyze(text)) for query_id, text in chunk]
+        rankings = self.bulk.search(terms, self.work.join, k=self.depth)
+        # One query stands in a chunk many times, so each item is a query of its own to the measures.
+        run = {str(i): ranking for i, ranking in enumerate(rankings)}
+        qrels = {str(i): self.work.qrels[query_id] for i, (query_id, _) in enumerate(chunk)}
+        values = evaluate(qrels, run, self.work.measures)
+        return {item: [values[m][str(i)] for m in self.work.measures] for i, item in enumerate(chunk)}
+
+
+_worker: _Worker
+
+
+def _start(work: Work, own_process: bool = False) -> None:
+    global _worker
+    if own_process:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends us
+    _worker = _Worker(work)
+
+
+def _score_chunk(chunk: list[Item]) -> Values:
+    return _worker.score(chunk)
+
+
+class _Cache:
+    """Scores by query, judgments and expansion; one file for each index, join and list of measures."""
+
+    def __init__(self, folder: Path, work: Work, index: Index):
+        folder.mkdir(parents=True, exist_ok=True)
+        setting = msgspec.json.encode([work.index_folder.name, index.meta, str(work.join), work.measures])
+        name = hashlib.sha256(setting).hexdigest()[:16]
+        self._database = sqlite3.connect(folder / f"{name}.sqlite")
+        self._database.execute(
+            "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID"
+        )
+        self._prefix = {
+            query_id: hashlib.blake2b(
+                msgspec.json.encode([text, work.qrels[query_id]], order="deterministic")
+            )
+            for query_id, text in work.queries.items()
+        }
+
+    def _key(self, item: Item) -> bytes:
+        digest = self._prefix[item[0]].copy()
+        digest.update(item[1].encode())
+        return digest.digest()[:16]
+
+    def look_up(self, items: Sequence[Item]) -> tuple[Values, list[Item]]:
+        """What is known, and what isn't."""
+        found: Values = {}
+        missing: dict[Item, Any] = {}
+        for item in items:
+            row = self._database.execute(
+                "SELECT value FROM scores WHERE key = ?", (self._key(item),)
+            ).fetchone()
+            if row:
+                found[item] = np.frombuffer(row[0]).tolist()
+            else:
+                missing[item] = None
+        return found, list(missing)
+
+    def add(self, values: Values) -> None:
+        rows = [(self._key(item), np.array(v).tobytes()) for item, v in values.items()]
+        with self._database:
+            self._database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
+
+    def close(self) -> None:
+        self._database.close()
