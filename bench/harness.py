@@ -122,7 +122,7 @@ class _OneDataset:
             missing = len(self.data.queries) - len(expansions)
             if missing:
                 warnings.append(
-                    f"{name} lacks {missing} queries of {self.data}, which are searched as they are"
+                    f"{name} has no expansion of {missing} queries of {self.data}, searched as they are"
                 )
             self.add(name, "teacher", expansions, Join.parse(self.config.teacher_join), failed=missing)
         bm25 = self.systems[0]
@@ -204,8 +204,11 @@ class _OneDataset:
             for row in read_jsonl(path, Expansion):
                 wanted = not self.config.teacher_models or row.model in self.config.teacher_models
                 if wanted and _is_of(row, self.data):
-                    found.setdefault(f"{row.model} {row.mode}", {}).setdefault(row.query_id, row.text)
-        yield from sorted(found.items(), key=lambda item: "few-shot" in item[0])
+                    # A cut answer still expands its query; any other that `teach` marked does not.
+                    text = row.text if row.problem in (None, "cut") else ""
+                    found.setdefault(f"{row.model} {row.mode}", {}).setdefault(row.query_id, text)
+        for name, texts in sorted(found.items(), key=lambda item: "few-shot" in item[0]):
+            yield name, {query_id: text for query_id, text in texts.items() if text}
 
 
 def parse_model(text: str) -> tuple[str, str]:

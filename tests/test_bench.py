@@ -15,6 +15,7 @@ from qe_edge.datasets import load_dataset
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.manifest import sha256
+from qe_edge.records import Expansion, encode_jsonl
 from qe_edge.spec import read_spec
 from qe_edge.workdir import Workdir
 
@@ -215,3 +216,25 @@ def test_the_child_prints_one_json_object_whatever_the_engine_says(student, tmp_
         input=msgspec.json.encode(request), capture_output=True, check=True, env=os.environ,
     )  # fmt: skip
     assert json.loads(child.stdout)["error"] == ""
+
+
+def test_a_teachers_unusable_answers_count_as_the_plain_query(tmp_path):
+    data = load_dataset("demo-en")
+    first, second, third = list(data.queries)[:3]
+    answer = dict(data.documents())[max(data.qrels[third], key=data.qrels[third].get)]
+    texts = {first: ("", "refused"), second: ("anything at all", "wrong language"), third: (answer, "cut")}
+    rows = [
+        Expansion(
+            "demo-en", query_id, data.queries[query_id], "en", "big", "zero-shot", text, problem=problem
+        )
+        for query_id, (text, problem) in texts.items()
+    ]
+    file = tmp_path / "teacher.jsonl"
+    file.write_bytes(encode_jsonl(rows))
+    out = bench(BenchConfig(datasets=("demo-en",), teachers=(str(file),)), workdir=Workdir(tmp_path / "work"))
+    bm25, teacher = read_result(out).datasets[0].systems
+    assert teacher.failed == 25
+    assert {q: teacher.per_query[q] for q in (first, second)} == {
+        q: bm25.per_query[q] for q in (first, second)
+    }
+    assert teacher.per_query[third] > bm25.per_query[third]
