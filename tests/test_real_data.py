@@ -76,9 +76,10 @@ def test_scores_of_eight_real_candidates_match_an_independent_calculation(
     data = load_dataset(name)
     mine = by_bm25s_alone(data, rows)
 
-    assert len(rows) == 8 * len(data.queries) == report["candidates"]
-    # Equal BM25 scores may be ranked either way, so a few candidates may differ.
-    assert np.mean([abs(row.ndcg - value) < 1e-6 for row, value in zip(rows, mine, strict=True)]) > 0.99
+    assert len(rows) == report["candidates"]
+    assert len(rows) + report["dropped"].get("duplicate expansion", 0) == 8 * len(data.queries)
+    # The pool holds passages twice, with equal scores and other grades, which may be ranked either way.
+    assert np.mean([abs(row.ndcg - value) < 1e-6 for row, value in zip(rows, mine, strict=True)]) > 0.97
     values = defaultdict(list)
     for row, value in zip(rows, mine, strict=True):
         values[row.query_id].append(value)

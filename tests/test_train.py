@@ -40,7 +40,7 @@ def rows(count=8):
 def preferences(count=8):
     return [
         Pair(
-            "tiny", f"q{i}", f"query number {i}", "en", TEXTS[i % 4], TEXTS[(i + 1) % 4], 1.0, 0.0,
+            "tiny", f"q{i}", f"query number {i}", "en", TEXTS[i % 4], TEXTS[(i + 1) % 4], 1.0, 0.0, 1.0, 0.0,
             "teacher", "zero-shot", "teacher", "few-shot",
         )
         for i in range(count)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 FIRST = 4  # requests in flight at the start
+WORTH_TELLING = 30.0  # seconds
 
 
 class Pace:
@@ -52,14 +53,20 @@ class Pace:
         step = 1.0 if self._cut_at < 0 else 1.0 / self.allowed
         self.allowed = min(float(self.most), self.allowed + step)
 
-    def throttled(self, started: float, retry_after: float | None) -> None:
-        """The endpoint asked for less; `started` is when that request went out."""
+    def throttled(self, started: float, retry_after: float | None) -> bool:
+        """The endpoint asked for less; `started` is when that request went out.
+
+        True if everything is now held back for so long that the user should know.
+        """
         now = time.monotonic()
         if started > self._cut_at:
             self.allowed = max(1.0, self.allowed / 2)
             self._cut_at = now
-        if retry_after:
-            self._closed_until = max(self._closed_until, now + retry_after)
+        if not retry_after or now + retry_after <= self._closed_until:
+            return False
+        news = retry_after > WORTH_TELLING and self._closed_until < now
+        self._closed_until = now + retry_after
+        return news
 
 
 class Budget:

@@ -179,6 +179,8 @@ class _Session:
                 self.stop("the budget is spent")
                 return
             try:
+                if self.outcome.stopped:  # while this waited for its share of the budget
+                    return
                 answer = await self._answer(request)
                 self._keep(job, answer, size)
                 advance(info=self._info())
@@ -219,8 +221,8 @@ class _Session:
                     try:
                         answer = await self.teacher.ask(request)
                     except Unanswered as error:
-                        if error.throttled:
-                            self.pace.throttled(started, error.retry_after)
+                        if error.throttled and self.pace.throttled(started, error.retry_after):
+                            note(f"teach: the endpoint asks to wait {error.retry_after:.0f} s")
                         raise
                 self.pace.answered()
         return answer

@@ -49,7 +49,10 @@ def teach(
     ] = "{}",
     concurrency: Annotated[int, typer.Option(help="The most requests at once; rate limits lower it.")] = 16,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 120.0,
-    attempts: Annotated[int, typer.Option(help="Attempts before a candidate is left for the next run.")] = 8,
+    attempts: Annotated[
+        int,
+        typer.Option(help="Attempts before a candidate is left for the next run; waits double up to 60 s."),
+    ] = 8,
     max_tokens_total: Annotated[int, typer.Option(help="Stop before so many tokens are used.")] = 0,
     max_cost: Annotated[float, typer.Option(help="Stop before so much is spent; needs the prices.")] = 0.0,
     price_in: Annotated[float, typer.Option(help="Price of a million prompt tokens.")] = 0.0,
@@ -90,7 +93,7 @@ def teach(
     config = configured(
         TeachConfig,
         model=model,
-        modes=tuple(mode.split(",")),
+        modes=tuple(part.strip() for part in mode.split(",")),
         n=n,
         temperature=temperature,
         seed=seed,
