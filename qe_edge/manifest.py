@@ -22,7 +22,19 @@ MANIFEST = "run.json"
 SCHEMA_VERSION = 1
 # Reported when installed; looked up by distribution name so that nothing heavy is imported.
 _PACKAGES = (
-    *("qe-edge", "bm25s", "ir-measures", "numpy", "torch", "transformers", "trl", "peft", "datasets"),
+    *(
+        "qe-edge",
+        "bm25s",
+        "ir-measures",
+        "PyStemmer",
+        "jieba",
+        "numpy",
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "datasets",
+    ),
     *("gguf", "llama-cpp-python", "mlx", "mlx-lm"),
 )
 

@@ -43,6 +43,20 @@ def parse_measure(measure: str) -> Any:
         raise BadArgument(f"no measure {measure!r}; write it as ir_measures does, such as nDCG@10") from None
 
 
+def check_measure(measure: str) -> str:
+    """The measure's own spelling, once it is known that it can be computed of a ranking and graded judgments.
+
+    Raises:
+        BadArgument: it can't: some need another kind of judgments, or software that isn't there.
+    """
+    name = str(parse_measure(measure))
+    try:
+        evaluate({"q": {"a": 1}}, {"q": [("a", 1.0)]}, [name])
+    except Exception as error:  # each of ir_measures' providers fails in its own way
+        raise BadArgument(f"{measure} can't be computed here: {error}") from None
+    return name
+
+
 def depth(measures: Iterable[str]) -> int:
     """How many results the measures look at; those without a cutoff are given 1000."""
     return max(parse_measure(measure).params.get("cutoff", 1000) for measure in measures)
@@ -55,17 +69,17 @@ def evaluate(qrels: Qrels, run: Run, measures: Sequence[str]) -> dict[str, dict[
     """
     import ir_measures
 
-    parsed = {parse_measure(measure): measure for measure in measures}
+    parsed = {measure: parse_measure(measure) for measure in measures}
     # By rank: trec_eval would order equal scores by document id, and holds scores in float32.
     scored = {
         query_id: {doc_id: -float(rank) for rank, (doc_id, _) in enumerate(ranking)}
         for query_id, ranking in run.items()
         if query_id in qrels
     }
-    values = {measure: dict.fromkeys(qrels, 0.0) for measure in measures}
-    for metric in ir_measures.iter_calc(list(parsed), qrels, scored):
-        values[parsed[metric.measure]][metric.query_id] = metric.value
-    return values
+    values = {measure: dict.fromkeys(qrels, 0.0) for measure in parsed.values()}
+    for metric in ir_measures.iter_calc(list(values), qrels, scored):
+        values[metric.measure][metric.query_id] = metric.value
+    return {name: values[measure] for name, measure in parsed.items()}
 
 
 def per_query(qrels: Qrels, run: Run, measure: str = "nDCG@10") -> dict[str, float]:

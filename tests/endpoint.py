@@ -88,14 +88,15 @@ def serve(
                 ],
                 "usage": endpoint.usage,
             }
-            content = json.dumps(completion, ensure_ascii=False).encode()
+            content = json.dumps(completion).encode()
             if fault is None:
                 with endpoint.lock:
                     endpoint.answers[body["messages"][-1]["content"], body.get("seed", -1)] += 1
                 self.send(200, content)
             elif fault[:3].isdecimal():
                 code, _, message = fault.partition(" ")
-                headers = {"Retry-After": "0.2"} if message == "with Retry-After" else {}
+                waits = {"with Retry-After": "0.2", "come back tomorrow": "86400"}
+                headers = {"Retry-After": waits[message]} if message in waits else {}
                 error = {"error": {"message": message or "no", "code": message or None}}
                 self.send(int(code), json.dumps(error).encode(), headers)
             elif fault == "hang":

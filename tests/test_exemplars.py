@@ -46,33 +46,33 @@ def test_neither_the_query_itself_nor_a_test_query_is_shown(collection):
     data = load_dataset(f"{collection}@train")
     for rule in ("random", "bm25"):
         chosen = exemplars(data, rule=rule, shots=3)
-        for query in data.queries.values():
-            shown = [e.query for e in chosen.of(query)]
+        for query_id, query in data.queries.items():
+            shown = [e.query for e in chosen.of(query_id, query)]
             assert query not in shown
-            assert (
-                "how does bread rise" not in shown
-            )  # the same words as the test query “How does the bread rise?”
+            assert "how does bread rise" not in shown  # as the test query “How does the bread rise?”
     test = load_dataset(f"{collection}@test")
-    assert len(exemplars(test, shots=4).of("How does the bread rise?")) == 4
+    assert len(exemplars(test, shots=4).of("x", "How does the bread rise?")) == 4
     with pytest.raises(
         BadInput, match="only 4 of 5 exemplars may be shown with the query 'How does the bread rise"
     ):
-        exemplars(test, shots=5).of("How does the bread rise?")
+        exemplars(test, shots=5).of("x", "How does the bread rise?")
 
 
 def test_an_exemplar_shows_its_best_judged_passage(collection):
     data = load_dataset(f"{collection}@train")
-    shown = exemplars(data, shots=3).of("why is the sky blue")
+    shown = exemplars(data, shots=3).of("x", "why is the sky blue")
     assert dict(shown)["what causes ocean tides"] == "Passage number 5 about f."
 
 
 def test_bm25_shows_the_nearest_first_and_random_follows_the_seed(collection):
     data = load_dataset(f"{collection}@train")
     near = exemplars(data, rule="bm25", shots=1)
-    assert near.of("what causes ocean tides")[0].query == "tides of the ocean"
-    orders = {tuple(exemplars(data, seed=seed, shots=3).of("popcorn")) for seed in range(8)}
+    assert near.of("x", "what causes ocean tides")[0].query == "tides of the ocean"
+    orders = {tuple(exemplars(data, seed=seed, shots=3).of("x", "popcorn")) for seed in range(8)}
     assert len(orders) > 1
-    assert exemplars(data, seed=3, shots=3).of("popcorn") == exemplars(data, seed=3, shots=3).of("popcorn")
+    assert exemplars(data, seed=3, shots=3).of("x", "popcorn") == exemplars(data, seed=3, shots=3).of(
+        "x", "popcorn"
+    )
 
 
 def test_queries_of_another_data_set_that_are_expanded_are_not_shown(collection, tmp_path):
@@ -80,7 +80,7 @@ def test_queries_of_another_data_set_that_are_expanded_are_not_shown(collection,
 
     file = tmp_path / "q.jsonl"
     file.write_text('{"_id": "x", "text": "Why is the sky BLUE?"}\n{"_id": "y", "text": "popcorn"}\n')
-    shown = exemplars(load_queries(file), f"{collection}@train", shots=3).of("popcorn")
+    shown = exemplars(load_queries(file), f"{collection}@train", shots=3).of("x", "popcorn")
     assert "why is the sky blue" not in [e.query for e in shown]
 
 
@@ -90,17 +90,48 @@ def test_test_splits_are_refused(collection):
         exemplars(data, f"{collection}@test")
 
 
+def test_ir_datasets_ids_must_name_a_training_split_too(collection, monkeypatch):
+    from qe_edge.datasets import Dataset
+    from qe_edge.train import exemplars as module
+
+    real = load_dataset(f"{collection}@train")
+
+    def stand_in(name):
+        return Dataset(name, "", real.queries, real.qrels, real.documents)
+
+    monkeypatch.setattr(module, "load_dataset", stand_in)
+    for name in ("scifact", "beir/scifact/test", "miracl-zh", "dl19"):
+        with pytest.raises(BadArgument, match="must not come from test queries"):
+            exemplars(real, name)
+    for name in ("beir/scifact/train", "miracl-zh-train", "msmarco-passage/train/judged"):
+        expanded = Dataset("other", "", {"x": "popcorn"}, {"x": {}}, real.documents)
+        assert exemplars(expanded, name, shots=4).of("x", "popcorn")
+
+
+def test_a_passage_that_is_relevant_for_the_query_is_not_shown(collection):
+    data = load_dataset(f"{collection}@train")
+    for query_id, query in data.queries.items():
+        passages = {text for doc_id, text in data.documents() if data.qrels[query_id].get(doc_id, 0) > 0}
+        assert not passages & {e.passage for e in exemplars(data, shots=2).of(query_id, query)}
+
+
+def test_the_same_folder_by_another_path_is_the_same_data_set(collection, monkeypatch):
+    monkeypatch.chdir(collection.parent)
+    data = load_dataset("tiny@train")
+    assert len(exemplars(data, f"{collection}@train", shots=3).of("x", "popcorn")) == 3
+
+
 def test_chinese_queries_get_chinese_exemplars_and_a_chinese_prompt():
     data = load_dataset("demo-zh@train")
     query = next(iter(data.queries.values()))
-    shown = exemplars(data).of(query)
+    shown = exemplars(data).of(next(iter(data.queries)), query)
     _, user = load_teacher_prompt().messages(query, shown)
     assert user.startswith("请用中文")
     assert user.endswith(f"查询：{query}\n段落：")
     assert all(f"查询：{e.query}\n段落：{e.passage}" in user for e in shown)
     english = load_dataset("demo-en@train")
     with pytest.raises(BadInput, match="only 0 of 2"):
-        exemplars(english, "demo-zh@train").of("what causes tides")
+        exemplars(english, "demo-zh@train").of("x", "what causes tides")
 
 
 def test_long_passages_end_with_a_sentence():
@@ -183,6 +214,6 @@ def test_query2doc_and_own_files(tmp_path):
     assert import_expansions(file, config, data, out=out) == {"good": 1}
     row = Expansion("d", "1", "what causes tides", "en", "m", "zero-shot", "Gravity.", finish_reason="length")
     file.write_bytes(encode_jsonl([row]))
-    assert import_expansions(file, ImportConfig(keep_bad=True), None, out=out) == {"cut": 1}
+    assert import_expansions(file, ImportConfig(), None, out=out) == {"cut": 1}
     assert imported(out) == [("q01", "The eardrum bulges.", None), ("1", "Gravity.", "cut")]
     assert Counter(r.model for r in read_jsonl(out / "expansions.jsonl", Expansion)) == {"davinci": 1, "m": 1}

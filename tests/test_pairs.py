@@ -1,5 +1,8 @@
 import json
+import os
 import random
+import subprocess
+import sys
 
 import msgspec
 import pytest
@@ -7,7 +10,7 @@ import pytest
 from qe_edge.analysis import get_analyzer
 from qe_edge.bulk import BulkSearch
 from qe_edge.datasets import load_dataset
-from qe_edge.errors import BadArgument, BadInput
+from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.index import Index
 from qe_edge.join import Join
 from qe_edge.manifest import read_json
@@ -160,7 +163,14 @@ def test_any_measure_or_a_mix_is_the_reward(tmp_path, collection):
     assert Reward.parse("0.7*nDCG@10 + 0.3*R@100").of(values, 0) == pytest.approx(0.65)
     assert Reward.parse("0.5 * AP+R@100", 0.1).of(values, 50) == pytest.approx(1.125 - 0.05)
     assert Reward.parse("0.7*nDCG@10 + 0.3*R@100").measures == ["nDCG@10", "R@100"]
-    for wrong, message in (("nDCQ@10", "no measure"), ("", "can't read"), ("1.2.3*AP", "not a number")):
+    assert Reward.parse("NDCG@10") == Reward()  # one measure under two names would be measured as one
+    assert Reward.parse("Recall@100+R@100").of({"nDCG@10": 0.0, "R@100": 0.25}, 0) == 0.5
+    for wrong, message in (
+        ("nDCQ@10", "no measure"),
+        ("", "can't read"),
+        ("1.2.3*AP", "not a number"),
+        ("alpha_nDCG@10", "can't be computed here"),
+    ):
         with pytest.raises(BadArgument, match=message):
             Reward.parse(wrong)
     rows = [candidate("q1", "gravity raises tides"), candidate("q1", "dough")]
@@ -272,6 +282,36 @@ def test_scoring_that_is_interrupted_keeps_what_it_has(tmp_path, many, monkeypat
     monkeypatch.setattr(scoring, "_score_chunk", lambda chunk: done.append(chunk) or real(chunk))
     scoring.score(items, data, index, Join(), ["nDCG@10"], **setting)
     assert sum(map(len, done)) == len(items)
+
+
+def killed(chunk):
+    os._exit(9)  # as a process ends that the system kills for its memory
+
+
+def test_a_worker_that_dies_is_an_error_not_a_hang(tmp_path, many, monkeypatch):
+    data, items = many
+    index = Index.for_dataset(data, tmp_path / "index")
+    monkeypatch.setattr(scoring, "_score_chunk", killed)
+    with pytest.raises(QeEdgeError, match="a worker process died; what was scored is kept"):
+        scoring.score(items, data, index, Join(), ["nDCG@10"], cache=tmp_path / "scores", workers=2)
+
+
+def test_a_script_without_a_main_guard_is_told(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from qe_edge.datasets import load_dataset\n"
+        "from qe_edge.index import Index\n"
+        "from qe_edge.join import Join\n"
+        "from qe_edge.train.scoring import score\n"
+        "data = load_dataset('demo-en@train')\n"
+        "index = Index.for_dataset(data, Path('index'))\n"
+        "items = [(q, f'{q} moon {i}') for q in data.queries for i in range(50)]\n"
+        "score(items, data, index, Join(), ['nDCG@10'], cache=Path('scores'), workers=2)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "outside of `if __name__" in done.stderr
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """`teach` against a real HTTP server that fails on purpose, and against a real llama.cpp server."""
 
+import asyncio
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,9 +13,11 @@ import pytest
 from endpoint import FAULTS, one_in_three, serve
 
 from qe_edge.datasets import load_dataset, load_queries
-from qe_edge.errors import BadArgument, BadInput, NotFound, PartlyDone, QeEdgeError
+from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.manifest import read_json
 from qe_edge.records import Expansion, read_jsonl
+from qe_edge.train.ledger import Ledger
+from qe_edge.train.pace import Pace, Stopped
 from qe_edge.train.plan import TeachConfig
 from qe_edge.train.teach import AskConfig, teach
 
@@ -117,17 +119,60 @@ def test_bad_answers_are_marked_and_not_paid_for_again(three, tmp_path):
     ]
 
 
-def test_keep_bad_keeps_the_text(three, tmp_path):
-    with serve() as endpoint:
+def test_keep_bad_keeps_the_text_and_a_cut_one_is_kept_anyway(three, tmp_path):
+    texts = iter(["The moon", "Sorry, I can't.", "Blue light"])
+    with serve(text=lambda body: next(texts)) as endpoint:
         endpoint.finish_reason = "length"
-        ask = AskConfig(endpoint=endpoint.url, keep_bad=True)
-        assert teach(three, zero_shot(), ask, out=tmp_path / "out").problems == {"cut": 3}
-    row = rows(tmp_path / "out")[0]
-    assert (row.problem, row.text, row.finish_reason) == (
-        "cut",
-        "Moon gravity pulls water, take 0.",
-        "length",
-    )
+        teach(three, zero_shot(), AskConfig(endpoint=endpoint.url, concurrency=1), out=tmp_path / "out")
+    assert [(row.problem, row.text) for row in rows(tmp_path / "out")] == [
+        ("cut", "The moon"),
+        ("refused", ""),
+        ("cut", "Blue light"),
+    ]
+    with serve(text=lambda body: "Sorry, I can't.") as endpoint:
+        teach(three, zero_shot(), AskConfig(endpoint=endpoint.url, keep_bad=True), out=tmp_path / "kept")
+    assert rows(tmp_path / "kept")[0].text == "Sorry, I can't."
+
+
+@pytest.mark.parametrize(
+    ("reason", "problem"),
+    [
+        ("stop", None),
+        (None, None),
+        ("eos", None),
+        ("model_length", "cut"),
+        ("MAX_TOKENS", "cut"),
+        ("what", "cut"),
+    ],
+)
+def test_other_servers_words_for_the_end(three, tmp_path, reason, problem):
+    with serve() as endpoint:
+        endpoint.finish_reason = reason
+        teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=tmp_path / "out")
+    assert {row.problem for row in rows(tmp_path / "out")} == {problem}
+
+
+def test_answers_that_are_odd_in_json_do_no_harm(three, tmp_path):
+    """Fractions and words as counts, half a surrogate pair, content in parts, and an answer broken off."""
+    out = tmp_path / "out"
+    with serve(text=lambda body: "Moon \ud83d gravity.") as endpoint:
+        endpoint.usage = {"prompt_tokens": 100.0, "completion_tokens": "many"}
+        assert teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=out).done == 3
+    assert {(row.text, row.prompt_tokens, row.completion_tokens) for row in rows(out)} == {
+        ("Moon ? gravity.", 100, None)
+    }
+    with serve(text=lambda body: [{"type": "text", "text": "Moon."}]) as endpoint:
+        ask = AskConfig(endpoint=endpoint.url, patience=1e-6)
+        with pytest.raises(QeEdgeError, match="content is not text"):
+            teach(many(), zero_shot(), ask, out=tmp_path / "parts")
+    with serve() as endpoint:
+        endpoint.finish_reason = "insufficient_system_resource"
+        with pytest.raises(QeEdgeError, match="broke the answer off"):
+            teach(many(), zero_shot(), AskConfig(endpoint=endpoint.url, patience=1e-6), out=tmp_path / "off")
+
+
+def many():
+    return load_dataset("demo-en@train")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -142,19 +187,40 @@ def test_every_passing_fault_is_outlived(three, tmp_path, fault):
     assert "�" not in "".join(row.text for row in rows(tmp_path / "out"))
 
 
-def test_what_no_attempt_saves_is_left_for_the_next_run(three, tmp_path, capsys):
+def test_a_refused_request_is_marked_and_not_sent_again(three, tmp_path, capsys):
     out = tmp_path / "out"
 
     def filtered(number, body):
         return "400 content filter" if "bread" in body["messages"][1]["content"] else None
 
     with serve(filtered) as endpoint:
-        with pytest.raises(PartlyDone, match=r"2 of 3 candidates are in .*Run the same command again"):
-            teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=out)
-        assert len(endpoint.requests) == 3  # a refused request is not sent again
+        outcome = teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=out)
+        assert (outcome.done, outcome.failed, outcome.problems) == (3, 1, {"refused": 1})
         assert "no answer for query q1 (zero-shot, sample 0): 400: content filter" in capsys.readouterr().err
+        assert teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=out).asked == 0
+    assert len(endpoint.requests) == 3
+
+
+def test_when_every_request_is_refused_the_settings_are_wrong_and_nothing_is_marked(tmp_path):
+    out = tmp_path / "out"
+    with serve(lambda number, body: "400 unknown field seed") as endpoint:
+        with pytest.raises(QeEdgeError, match=r"20 requests in a row failed, .*unknown field seed"):
+            teach(many(), zero_shot(), AskConfig(endpoint=endpoint.url), out=out)
+        assert rows(out) == []
         endpoint.fault = lambda number, body: None
-        assert teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=out).asked == 1
+        assert teach(many(), zero_shot(), AskConfig(endpoint=endpoint.url), out=out).done == 48
+
+
+def test_a_request_that_keeps_failing_is_left_for_the_next_run(three, tmp_path):
+    def broken(number, body):
+        return "500" if "bread" in body["messages"][1]["content"] else None
+
+    with serve(broken) as endpoint:
+        ask = AskConfig(endpoint=endpoint.url, patience=1e-6)
+        outcome = teach(three, zero_shot(), ask, out=tmp_path / "out")
+        assert (outcome.done, outcome.failed, outcome.stopped) == (2, 1, "")
+        endpoint.fault = lambda number, body: None
+        assert teach(three, zero_shot(), ask, out=tmp_path / "out").asked == 1
 
 
 @pytest.mark.parametrize(
@@ -166,37 +232,72 @@ def test_what_no_attempt_saves_is_left_for_the_next_run(three, tmp_path, capsys)
         ("429 insufficient_quota", QeEdgeError, "insufficient_quota"),
     ],
 )
-def test_hopeless_answers_stop_at_once(three, tmp_path, fault, kind, message):
+def test_hopeless_answers_stop_at_once(tmp_path, fault, kind, message):
     with serve(lambda number, body: fault) as endpoint, pytest.raises(kind, match=message):
-        teach(three, zero_shot(), AskConfig(endpoint=endpoint.url, concurrency=1), out=tmp_path / "out")
-    assert len(endpoint.requests) == 1
+        teach(many(), zero_shot(), AskConfig(endpoint=endpoint.url), out=tmp_path / "out")
+    assert len(endpoint.requests) <= 4  # those that were sent together at the start
 
 
 def test_an_endpoint_that_is_down_is_given_up(tmp_path):
-    data = load_dataset("demo-en@train")
-    ask = AskConfig(endpoint="http://127.0.0.1:9/v1", attempts=1)
+    ask = AskConfig(endpoint="http://127.0.0.1:9/v1", patience=1e-6)
     with pytest.raises(QeEdgeError, match="20 requests in a row failed, the last with: connection failed"):
-        teach(data, zero_shot(), ask, out=tmp_path / "out")
+        teach(many(), zero_shot(), ask, out=tmp_path / "out")
 
 
 def test_a_rate_limit_lowers_the_number_at_once(tmp_path):
-    data = load_dataset("demo-en@train")
     limit = 3
 
     def too_many(number, body):
-        return "429" if endpoint.flying >= limit else None
+        return "429 with Retry-After" if endpoint.flying >= limit else None
 
     def slow(body):
         time.sleep(0.02)
         return "Moon and gravity."
 
     with serve(too_many, slow) as endpoint:
-        outcome = teach(
-            data, zero_shot(n=4), AskConfig(endpoint=endpoint.url, concurrency=32), out=tmp_path / "out"
-        )
+        ask = AskConfig(endpoint=endpoint.url, concurrency=32)
+        outcome = teach(many(), zero_shot(n=4), ask, out=tmp_path / "out")
     assert (outcome.done, outcome.failed) == (192, 0)
-    assert endpoint.most_flying < 32
-    assert endpoint.faults["429"] < 192  # far fewer than a fixed 32 at once would get
+    assert endpoint.most_flying < 12  # it would be 32
+
+
+def test_pace_halves_once_for_requests_that_flew_together_and_waits_as_told():
+    async def session():
+        pace = Pace(32)
+        for _ in range(20):
+            pace.answered()
+        assert pace.allowed == 24
+        before = time.monotonic()
+        assert pace.throttled(before, 40.0) == 40.0  # told
+        assert (pace.allowed, pace.throttled(before, 40.0)) == (12, 0.0)  # the same news
+        pace.answered()
+        assert pace.allowed == 12 + 1 / 12
+        waiting = asyncio.create_task(anext(aiter_of(pace)))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()  # the forty seconds
+        pace.stopping.set()
+        with pytest.raises(Stopped):
+            await waiting
+
+    async def aiter_of(pace):
+        async with pace.slot() as started:
+            yield started
+
+    asyncio.run(session())
+
+
+def test_without_retry_after_the_wait_doubles_until_an_answer_comes():
+    async def waits():
+        pace, found = Pace(4), []
+        for _ in range(4):
+            pace.throttled(time.monotonic(), None)
+            found.append(round(pace._closed_until - time.monotonic()))
+        pace.answered()
+        pace._closed_until = 0.0
+        pace.throttled(time.monotonic(), None)
+        return found, round(pace._closed_until - time.monotonic())
+
+    assert asyncio.run(waits()) == ([1, 2, 4, 8], 1)
 
 
 # Budgets
@@ -214,22 +315,39 @@ def test_a_budget_is_kept_over_all_runs(tmp_path, limit, most):
     with serve() as endpoint:
         ask = AskConfig(endpoint=endpoint.url, concurrency=8, **limit)
         for _ in range(2):
-            with pytest.raises(PartlyDone, match="stopped: the budget is spent"):
-                teach(data, zero_shot(max_tokens=50), ask, out=out)
+            outcome = teach(data, zero_shot(max_tokens=50), ask, out=out)
+            assert outcome.stopped == "the budget is spent"
     # An answer takes 150 tokens, .002 in money; the last ones are not risked on a guess.
     assert 3 <= len(endpoint.requests) <= most
-    session = read_json(out / "run.json")["sessions"][-1]
-    assert session["prompt_tokens"] == 100 * len(endpoint.requests)
+    sessions = read_json(out / "run.json")["sessions"]
+    assert sum(session["prompt_tokens"] for session in sessions) == 100 * len(endpoint.requests)
     if "max_cost" in limit:
-        assert session["cost"] == pytest.approx(0.002 * len(endpoint.requests))
+        assert sum(s["cost"] for s in sessions) == pytest.approx(0.002 * len(endpoint.requests))
+
+
+def test_a_budget_holds_under_other_names_of_the_token_limit(tmp_path):
+    extra = {"max_tokens": None, "max_completion_tokens": 2000}
+    with serve() as endpoint:
+        endpoint.usage = {"prompt_tokens": 100, "completion_tokens": 2000}
+        ask = AskConfig(endpoint=endpoint.url, max_tokens_total=10_000)
+        outcome = teach(many(), zero_shot(extra=extra), ask, out=tmp_path / "out")
+    assert outcome.stopped == "the budget is spent"
+    assert 2 <= len(endpoint.requests) <= 4  # four take 8,400
+    assert endpoint.requests[0]["max_completion_tokens"] == 2000
+
+
+def test_other_models_answers_are_not_in_a_models_budget(three, tmp_path):
+    with serve() as endpoint:
+        teach(three, zero_shot(model="cheap"), AskConfig(endpoint=endpoint.url), out=tmp_path / "out")
+        ask = AskConfig(endpoint=endpoint.url, max_tokens_total=1000)
+        assert teach(three, zero_shot(max_tokens=50), ask, out=tmp_path / "out").done == 3
 
 
 def test_a_budget_needs_an_endpoint_that_counts(three, tmp_path):
     with serve() as endpoint:
         endpoint.usage = None
         ask = AskConfig(endpoint=endpoint.url, concurrency=1, max_tokens_total=10_000)
-        with pytest.raises(PartlyDone, match="reports no token usage"):
-            teach(three, zero_shot(), ask, out=tmp_path / "out")
+        assert "reports no token usage" in teach(three, zero_shot(), ask, out=tmp_path / "out").stopped
         assert len(rows(tmp_path / "out")) == 1  # it was paid for, so it is kept
         assert teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=tmp_path / "out").done == 3
 
@@ -292,8 +410,53 @@ def test_ctrl_c_waits_for_what_is_on_its_way(tmp_path):
             _, err = process.communicate()
     assert process.returncode == 7
     assert "waiting for the answers that are on their way" in err
-    assert re.search(r"error: \d+ of 96 candidates are in .*; stopped: interrupted. Run the same", err)
-    assert lines(out) == sum(endpoint.answers.values())
+    assert "error: stopped: interrupted. Run the same command again for the others" in err
+    assert lines(out) == sum(endpoint.answers.values()) == len(endpoint.requests)
+
+
+def test_ctrl_c_while_the_endpoint_asks_to_wait_sends_nothing_more(tmp_path):
+    out = tmp_path / "out"
+    with (
+        serve(lambda number, body: None if number < 8 else "429 come back tomorrow") as endpoint,
+        subprocess.Popen(command(endpoint, "--out", str(out)), stderr=subprocess.PIPE) as process,
+    ):
+        wait_for(out, 8, process)
+        while not endpoint.faults["429 come back tomorrow"]:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        sent = len(endpoint.requests)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+    assert process.returncode == 7
+    assert len(endpoint.requests) <= sent + 1
+
+
+def test_a_disk_that_is_full_for_a_while_leaves_whole_lines(three, tmp_path, monkeypatch):
+    class Full:
+        """Half of the first line fits, the rest doesn't; then there is room again."""
+
+        def __init__(self, file):
+            self.file, self.failed = file, 0
+
+        def write(self, line):
+            if self.failed < 2:
+                self.failed += 1
+                if self.failed == 2:
+                    raise OSError(28, "No space left on device")
+                return self.file.write(line[: len(line) // 2])
+            return self.file.write(line)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    with Ledger(tmp_path / "expansions.jsonl") as ledger:
+        row = Expansion("d", "1", "q", "en", "m", "zero-shot", "text", key="k")
+        ledger.append(row)
+        ledger._file = Full(ledger._file)
+        with pytest.raises(OSError, match="No space left"):
+            ledger.append(row)
+        ledger.append(row)
+    assert list(read_jsonl(tmp_path / "expansions.jsonl", Expansion)) == [row, row]
 
 
 def test_two_at_once_are_refused(three, tmp_path):
@@ -335,7 +498,12 @@ def test_a_damaged_line_is_named_and_nothing_is_asked(three, tmp_path):
         (["-d", "demo-en", "-m", "x", "--exemplars", "demo-en@test"], 2, "must not come from test queries"),
         (["-d", "demo-en", "-m", "x", "--shots", "99"], 5, "exemplars may be shown"),
         (["-d", "demo-en", "-m", "nowhere", "--mode", "zero-shot"], 4, "no model 'nowhere'"),
-        (["-d", "demo-en", "--import", "x.tsv", "--format", "querygym"], 2, "give --dataset and --model"),
+        (
+            ["-d", "demo-en", "--import", "x.tsv", "--format", "querygym"],
+            2,
+            "give --dataset, --model, --mode",
+        ),
+        (["-d", "demo-en", "-m", "x", "--extra", '{"n": 3}'], 2, "must not hold `n`"),
         (["--import", "x.jsonl"], 4, "x.jsonl: no such file"),
         (["--queries", "nothing.jsonl", "-m", "x"], 4, "nothing.jsonl: no such file"),
     ],

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from typing import Literal
+from itertools import chain, islice
+from typing import Literal, NamedTuple
 
 from qe_edge.analysis import analyzer_for, detect_language, get_analyzer
-from qe_edge.datasets import Dataset, load_dataset, splits
+from qe_edge.datasets import SHORT_NAMES, Dataset, load_dataset, splits
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.index import Index
 from qe_edge.prompt import Exemplar
@@ -25,49 +26,65 @@ class Exemplars:
       prompts begin alike and an endpoint's prefix cache serves them.
     - `bm25`: the training queries nearest to the query, then the seeded order.
 
-    A query is never shown itself, nor a query of another split of the exemplars' collection, nor one that
-    is being expanded as test data, whatever its id; queries with the same index terms count as the same.
+    A query is never shown itself, nor a passage judged relevant for it, nor a query of another split of the
+    exemplars' folder, nor one that is being expanded as test data, whatever its id; queries with the same
+    index terms count as the same. (The other splits of an ir_datasets id are not known.)
     """
 
     def __init__(self, source: Dataset, expanded: Dataset, *, rule: Rule, shots: int, seed: int):
         self.rule, self.shots = rule, shots
+        # Document ids mean the same only within one collection.
+        self._judged = expanded.qrels if _folder(source) == _folder(expanded) else {}
         pool = _pool(source, _held_out(source, expanded))
         random.Random(seed).shuffle(pool)
-        self._pool: dict[Lang, list[Exemplar]] = {"en": [], "zh": []}
-        for exemplar in pool:
-            self._pool[detect_language(exemplar.query)].append(exemplar)
+        self._pool: dict[Lang, list[_Shown]] = {"en": [], "zh": []}
+        for shown in pool:
+            self._pool[detect_language(shown.exemplar.query)].append(shown)
         self._index: dict[Lang, Index] = {}
         self._chosen: dict[str, list[Exemplar]] = {}
 
-    def of(self, query: str) -> list[Exemplar]:
+    def of(self, query_id: str, query: str) -> list[Exemplar]:
         """The query's exemplars, in its own language.
 
         Raises:
             BadInput: the pool holds too few.
         """
-        if query not in self._chosen:
+        if query_id not in self._chosen:
             own = _same(query)
-            found = [e for e in self._ranked(query) if _same(e.query) != own][: self.shots]
+            relevant = {doc_id for doc_id, grade in self._judged.get(query_id, {}).items() if grade > 0}
+            allowed = (
+                shown.exemplar
+                for shown in self._ranked(query)
+                if shown.same != own and shown.doc_id not in relevant  # its passage would be the answer
+            )
+            found = list(islice(allowed, self.shots))
             if len(found) < self.shots:
                 raise BadInput(
                     f"only {len(found)} of {self.shots} exemplars may be shown with the query {query!r}; "
                     "give a larger training split, or lower --shots"
                 )
-            self._chosen[query] = found
-        return self._chosen[query]
+            self._chosen[query_id] = found
+        return self._chosen[query_id]
 
-    def _ranked(self, query: str) -> Iterable[Exemplar]:
+    def _ranked(self, query: str) -> Iterable[_Shown]:
         lang = detect_language(query)
         pool = self._pool[lang]
         if self.rule == "random" or not pool:
             return pool
         if lang not in self._index:
-            texts = ((str(i), exemplar.query) for i, exemplar in enumerate(pool))
+            texts = ((str(i), shown.exemplar.query) for i, shown in enumerate(pool))
             self._index[lang] = Index.build(texts, analyzer=analyzer_for(lang))
         index = self._index[lang]
         weights = dict.fromkeys(index.analyze(query), 1.0)
-        near = [int(i) for i, _ in index.search(weights, k=self.shots + 5)]  # some may be the query itself
-        return [pool[i] for i in near] + [e for i, e in enumerate(pool) if i not in set(near)]
+        near = [int(i) for i, _ in index.search(weights, k=self.shots + 20)]  # some may not be shown
+        taken = set(near)
+        return chain((pool[i] for i in near), (shown for i, shown in enumerate(pool) if i not in taken))
+
+
+class _Shown(NamedTuple):
+    exemplar: Exemplar
+    doc_id: str
+    same: tuple[str, ...]
 
 
 def load_exemplars(name: str, expanded: Dataset, *, rule: Rule, shots: int, seed: int) -> Exemplars:
@@ -84,17 +101,27 @@ def load_exemplars(name: str, expanded: Dataset, *, rule: Rule, shots: int, seed
             )
         name = f"{expanded.folder}@train"
     source = load_dataset(name)
-    if source.split.startswith(("test", "dev")):
+    # A split of a folder, or a part of an ir_datasets id such as msmarco-passage/train/judged.
+    parts = (
+        [source.split]
+        if source.folder
+        else f"{SHORT_NAMES.get(source.name, source.name)}/{source.split}".split("/")
+    )
+    if not any(part.startswith("train") for part in parts):
         raise BadArgument(
-            f"exemplars must not come from test queries, and {source} holds such; name a training split"
+            f"exemplars must not come from test queries, and {source} is no training split; name NAME@train"
         )
     return Exemplars(source, expanded, rule=rule, shots=shots, seed=seed)
+
+
+def _folder(data: Dataset) -> str:
+    return str(data.folder.resolve()) if data.folder else data.name
 
 
 def _held_out(source: Dataset, expanded: Dataset) -> set[tuple[str, ...]]:
     """No exemplar may be a query of the collection's other splits, or one expanded from elsewhere."""
     texts: list[str] = []
-    if (source.folder, source.name, source.split) != (expanded.folder, expanded.name, expanded.split):
+    if (_folder(source), source.split) != (_folder(expanded), expanded.split):
         texts += expanded.queries.values()
     if source.folder:
         for split in splits(source.folder):
@@ -103,19 +130,19 @@ def _held_out(source: Dataset, expanded: Dataset) -> set[tuple[str, ...]]:
     return {_same(text) for text in texts}
 
 
-def _pool(source: Dataset, held_out: set[tuple[str, ...]]) -> list[Exemplar]:
+def _pool(source: Dataset, held_out: set[tuple[str, ...]]) -> list[_Shown]:
     """Every allowed query with its best judged passage."""
-    best: dict[str, str] = {}
+    best: dict[str, tuple[str, tuple[str, ...]]] = {}
     for query_id, query in source.queries.items():
-        grades = source.qrels[query_id]
+        grades, same = source.qrels[query_id], _same(query)
         doc_id = max(grades, key=grades.__getitem__)
-        if grades[doc_id] > 0 and _same(query) not in held_out:
-            best[query_id] = doc_id
-    wanted = set(best.values())
+        if grades[doc_id] > 0 and same not in held_out:
+            best[query_id] = doc_id, same
+    wanted = {doc_id for doc_id, _ in best.values()}
     texts = {doc_id: text for doc_id, text in source.documents() if doc_id in wanted}
     return [
-        Exemplar(source.queries[query_id], shortened(texts[doc_id]))
-        for query_id, doc_id in best.items()
+        _Shown(Exemplar(source.queries[query_id], shortened(texts[doc_id])), doc_id, same)
+        for query_id, (doc_id, same) in best.items()
         if texts.get(doc_id)
     ]
 

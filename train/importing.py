@@ -14,7 +14,7 @@ import msgspec
 from qe_edge.analysis import detect_language
 from qe_edge.datasets import Dataset
 from qe_edge.errors import BadArgument, BadInput, NotFound
-from qe_edge.manifest import MANIFEST, check_output, run_record, write_json
+from qe_edge.manifest import MANIFEST, check_output, read_record, run_record, write_json
 from qe_edge.records import Expansion, Mode, read_jsonl
 from qe_edge.train.checks import problem_of
 from qe_edge.train.ledger import Ledger
@@ -38,7 +38,7 @@ class ImportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     format: Format = "jsonl"
     model: str = ""
-    mode: Mode = "zero-shot"
+    mode: Mode | None = None
     keep_bad: bool = False
 
 
@@ -57,21 +57,22 @@ def import_expansions(source: Path, config: ImportConfig, data: Dataset | None, 
     """
     if config.format == "jsonl":
         rows = read_jsonl(source, Expansion)
-    elif data is None or not config.model:
+    elif data is None or not config.model or not config.mode:
         raise BadArgument(
-            f"{config.format} files name neither data set nor model: give --dataset and --model"
+            f"{config.format} files name no data set, model and mode: give --dataset, --model, --mode"
         )
     else:
         read = _query2doc if config.format == "query2doc" else _querygym
-        rows = _of_dataset(read(source), data, config)
+        rows = _of_dataset(read(source), data, config.model, config.mode)
     check_output(out, "teach")
     counts: Counter[str] = Counter()
     imported = [_checked(row, config) for row in rows]
     if not imported:
         raise BadInput(f"holds no expansion{f' of a query of {data}' if data else ''}", path=source)
     settings = {"dataset": str(data), **msgspec.to_builtins(config)}
+    sessions = read_record(out).get("sessions", [])
+    write_json(out / MANIFEST, run_record("teach", settings, {"import": source}, sessions=sessions))
     with Ledger(out / EXPANSIONS) as ledger:
-        write_json(out / MANIFEST, run_record("teach", settings, {"import": source}))
         for row in imported:
             if row.key in ledger.keys:
                 counts["already there"] += 1
@@ -88,11 +89,13 @@ def _checked(row: Expansion, config: ImportConfig) -> Expansion:
         row,
         key=row.key or hashlib.sha256(content).hexdigest()[:16],
         problem=problem,
-        text="" if problem and not config.keep_bad else row.text,
+        text=row.text if problem in (None, "cut") or config.keep_bad else "",
     )
 
 
-def _of_dataset(texts: Iterator[tuple[str, str]], data: Dataset, config: ImportConfig) -> Iterator[Expansion]:
+def _of_dataset(
+    texts: Iterator[tuple[str, str]], data: Dataset, model: str, mode: Mode
+) -> Iterator[Expansion]:
     """Rows of the data set's judged queries; others are left out, as `pairs` would."""
     for query_id, text in texts:
         if query_id in data.queries:
@@ -102,8 +105,8 @@ def _of_dataset(texts: Iterator[tuple[str, str]], data: Dataset, config: ImportC
                 query_id=query_id,
                 query=query,
                 lang=detect_language(query),
-                model=config.model,
-                mode=config.mode,
+                model=model,
+                mode=mode,
                 text=_without_repeats(query, " ".join(text.split())),
             )
 

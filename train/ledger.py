@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from pathlib import Path
 from types import TracebackType
 
@@ -37,8 +36,7 @@ class Ledger:
                 f"another `qe-edge teach` is writing {path}; let it finish or stop it"
             ) from None
         self.keys: set[str] = set()
-        self.problems: Counter[str] = Counter()
-        self.prompt_tokens = self.completion_tokens = 0
+        self.tokens: dict[str, tuple[int, int]] = {}  # by model: of prompts, of answers
         try:
             self._drop_torn_line()
             if path.exists():
@@ -72,16 +70,27 @@ class Ledger:
     def _count(self, row: Expansion) -> None:
         if row.key:
             self.keys.add(row.key)
-        if row.problem:
-            self.problems[row.problem] += 1
-        self.prompt_tokens += row.prompt_tokens or 0
-        self.completion_tokens += row.completion_tokens or 0
+        prompt, completion = self.tokens.get(row.model, (0, 0))
+        self.tokens[row.model] = (
+            prompt + (row.prompt_tokens or 0),
+            completion + (row.completion_tokens or 0),
+        )
 
     def append(self, row: Expansion) -> None:
-        """Write a row: in the operating system's hands when this returns."""
+        """Write a row: in the operating system's hands when this returns.
+
+        Raises:
+            OSError: it could not be written; the file ends with a whole line all the same.
+        """
         line = memoryview(msgspec.json.encode(row) + b"\n")
-        while line:  # an unbuffered write may take less than all
-            line = line[self._file.write(line) :]
+        whole = self._file.tell()
+        try:
+            while line:  # an unbuffered write may take less than all
+                line = line[self._file.write(line) :]
+        except OSError:
+            self._file.truncate(whole)
+            self._file.seek(whole)
+            raise
         self._count(row)
         if time.monotonic() - self._synced > SYNC_EVERY:
             os.fsync(self._file.fileno())

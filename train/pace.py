@@ -8,15 +8,21 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 FIRST = 4  # requests in flight at the start
-WORTH_TELLING = 30.0  # seconds
+SHORTEST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; LONGEST unless the endpoint names a longer time
+WORTH_TELLING = 30.0
+
+
+class Stopped(Exception):
+    """The session ends: the request is not sent."""
 
 
 class Pace:
     """How many requests may be in flight at once, found as TCP finds its rate.
 
     It grows with every answer, doubling per round until the first "too many requests", by one per round
-    after it; at such an answer it halves, once for all requests that were in flight together. A
-    Retry-After holds back every request, since a rate limit is the account's.
+    after it. At such an answer it halves, once for all requests that were in flight together, and all
+    requests wait, since a rate limit is the account's: as long as Retry-After says, else 1 second, doubling
+    while no answer comes.
     """
 
     def __init__(self, most: int):
@@ -27,16 +33,23 @@ class Pace:
         self._changed = asyncio.Condition()
         self._cut_at = float("-inf")
         self._closed_until = 0.0
+        self._backoff = SHORTEST_WAIT
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[float]:
-        """Wait for a free place; yields the time at which the request starts."""
+        """Wait for a free place; yields the time at which the request starts.
+
+        Raises:
+            Stopped: nothing is to be sent any more.
+        """
         async with self._changed:
             await self._changed.wait_for(lambda: self._flying < int(self.allowed))
             self._flying += 1
         try:
             while (wait := self._closed_until - time.monotonic()) > 0 and not self.stopping.is_set():
                 await self.sleep(wait)
+            if self.stopping.is_set():
+                raise Stopped
             yield time.monotonic()
         finally:
             async with self._changed:
@@ -52,21 +65,25 @@ class Pace:
         """An answer came."""
         step = 1.0 if self._cut_at < 0 else 1.0 / self.allowed
         self.allowed = min(float(self.most), self.allowed + step)
+        self._backoff = SHORTEST_WAIT
 
-    def throttled(self, started: float, retry_after: float | None) -> bool:
+    def throttled(self, started: float, retry_after: float | None) -> float:
         """The endpoint asked for less; `started` is when that request went out.
 
-        True if everything is now held back for so long that the user should know.
+        Returns for how many seconds everything now waits, if that is news worth telling, else 0.
         """
         now = time.monotonic()
+        wait = retry_after
         if started > self._cut_at:
             self.allowed = max(1.0, self.allowed / 2)
             self._cut_at = now
-        if not retry_after or now + retry_after <= self._closed_until:
-            return False
-        news = retry_after > WORTH_TELLING and self._closed_until < now
-        self._closed_until = now + retry_after
-        return news
+            if wait is None:
+                wait, self._backoff = self._backoff, min(2 * self._backoff, LONGEST_WAIT)
+        if wait is None or now + wait <= self._closed_until:
+            return 0.0
+        news = wait >= WORTH_TELLING and self._closed_until <= now
+        self._closed_until = now + wait
+        return wait if news else 0.0
 
 
 class Budget:
@@ -91,9 +108,9 @@ class Budget:
 
     @property
     def cost(self) -> float:
-        return self._price(self.prompt_tokens, self.completion_tokens)
+        return self.price(self.prompt_tokens, self.completion_tokens)
 
-    def _price(self, prompt: float, completion: float) -> float:
+    def price(self, prompt: float, completion: float) -> float:
         return (prompt * self._price_in + completion * self._price_out) / 1e6
 
     async def hold(self, prompt_bytes: int, max_tokens: int) -> tuple[float, int] | None:
@@ -113,7 +130,7 @@ class Budget:
     def _fits(self, wanted_in: float, wanted_out: int) -> bool:
         prompt = self.prompt_tokens + self._held_in + wanted_in
         completion = self.completion_tokens + self._held_out + wanted_out
-        return prompt + completion <= self._tokens and self._price(prompt, completion) <= self._cost
+        return prompt + completion <= self._tokens and self.price(prompt, completion) <= self._cost
 
     async def release(self, held: tuple[float, int]) -> None:
         """Give back what was set aside."""

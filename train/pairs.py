@@ -110,11 +110,6 @@ def pairs(
         list(zip(known, candidates[len(queries) :], strict=True)), config, index.analyze
     )
     report = summarize(candidates, made, dropped + why_not, queries=len(data.queries))
-    if not made:
-        raise BadInput(
-            f"no two candidates of one query differ by {config.min_gap} {config.reward}; "
-            f"counts: {report['dropped'] or 'no query has two candidates'}"
-        )
     with atomic_path(out) as partial:
         partial.mkdir()
         (partial / PAIRS).write_bytes(encode_jsonl(made))
@@ -123,6 +118,11 @@ def pairs(
         inputs = {f"expansions[{i}]": path for i, path in enumerate(expansions)}
         settings = {"dataset": dataset, **msgspec.to_builtins(config)}
         write_json(partial / MANIFEST, run_record("pairs", settings, inputs))
+    if not made:
+        raise BadInput(
+            f"no two candidates of one query differ by {config.min_gap} {config.reward}; counts: "
+            f"{report['dropped'] or 'no query has two candidates'}. All scores are in {out / CANDIDATES}"
+        )
     return out
 
 

@@ -42,6 +42,8 @@ class TeachConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     extra: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
+        if "n" in self.extra:
+            raise ValueError("extra must not hold `n`: ask for several candidates with --n")
         if self.n > 1 and self.temperature == 0:
             raise ValueError("at temperature 0 all n candidates would be the same; raise it or take n = 1")
 
@@ -79,7 +81,7 @@ class Plan:
 
     def request(self, job: Job) -> Request:
         query, config = self.data.queries[job.query_id], self.config
-        shown = self.exemplars.of(query) if job.mode == "few-shot" and self.exemplars else ()
+        shown = self.exemplars.of(job.query_id, query) if job.mode == "few-shot" and self.exemplars else ()
         try:
             system, user = self.prompt.messages(query, shown)
         except BadInput as error:
@@ -88,7 +90,7 @@ class Plan:
             model=config.model,
             system=system,
             user=user,
-            temperature=config.temperature,
+            temperature=float(config.temperature),  # 1 and 1.0 must give one key
             seed=config.seed + job.sample,
             max_tokens=config.max_tokens,
             extra=config.extra,
@@ -110,7 +112,7 @@ class Plan:
             lang=detect_language(query),
             model=self.config.model,
             mode=job.mode,
-            text="" if problem and not keep_bad else text,
+            text=text if problem in (None, "cut") or keep_bad else "",
             prompt_id=self.prompt.id,
             seed=self.config.seed + job.sample,
             temperature=self.config.temperature,
@@ -121,3 +123,7 @@ class Plan:
             key=self.key(job),
             problem=problem,
         )
+
+    def refused(self, job: Job) -> Expansion:
+        """The line of a candidate that the endpoint will not write, so that it is not asked for again."""
+        return self.row(job, Answer("", "content_filter", 0, 0), keep_bad=False)

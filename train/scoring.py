@@ -7,7 +7,10 @@ import re
 import signal
 import sqlite3
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,15 +20,16 @@ import numpy as np
 from qe_edge.bulk import BulkSearch
 from qe_edge.console import progress
 from qe_edge.datasets import Dataset
-from qe_edge.errors import BadArgument, require
+from qe_edge.errors import BadArgument, QeEdgeError, require
 from qe_edge.index import Index
 from qe_edge.join import Join
-from qe_edge.manifest import usable_cores
-from qe_edge.measures import Qrels, depth, evaluate, parse_measure
+from qe_edge.manifest import usable_cores, versions
+from qe_edge.measures import Qrels, check_measure, depth, evaluate
 
 Executor = Literal["local", "ray"]
 CHUNK = 128  # candidates that travel to a worker together
 SERIAL = 16 * CHUNK  # up to so many, starting processes costs more than it saves
+VERSION = 1  # of how scores are made: a change of it makes kept scores void
 NDCG = "nDCG@10"  # what is always measured and reported, whatever the reward
 
 
@@ -55,8 +59,7 @@ class Reward(NamedTuple):
                 weight = float(found[1] or 1)
             except ValueError:
                 raise BadArgument(f"{found[1]!r} in the reward {text!r} is not a number") from None
-            parse_measure(found[2])
-            parts.append((weight, found[2]))
+            parts.append((weight, check_measure(found[2])))
         return cls(tuple(parts), length_penalty)
 
     @property
@@ -118,6 +121,9 @@ Values = dict[Item, list[float]]
 
 def _map(work: Work, chunks: list[list[Item]], executor: Executor, workers: int) -> Iterator[Values]:
     """Each chunk's values as they come."""
+    if not chunks:
+        return
+    require("numba", "train")  # said here, once, and not by every worker
     if executor == "local" and (sum(map(len, chunks)) <= SERIAL or (workers or usable_cores()) == 1):
         _start(work)
         yield from map(_score_chunk, chunks)
@@ -126,20 +132,22 @@ def _map(work: Work, chunks: list[list[Item]], executor: Executor, workers: int)
         require("ray", "ray")
         from ray.util.multiprocessing import Pool
 
-        pool: Any = Pool(workers or None, initializer=_start, initargs=(work,))
-    else:
-        # A forked copy of a process with threads may hang; a fresh one does not.
-        from multiprocessing import get_context
-
-        pool = get_context("spawn").Pool(workers or usable_cores(), _start, (work, True))
-    try:
-        yield from pool.imap_unordered(_score_chunk, chunks)
-        pool.close()
-    except BaseException:
-        pool.terminate()
-        raise
-    finally:
-        pool.join()
+        with Pool(workers or None, initializer=_start, initargs=(work,)) as pool:
+            yield from pool.imap_unordered(_score_chunk, chunks)
+        return
+    # A forked copy of a process with threads may hang; a fresh one does not.
+    with ProcessPoolExecutor(
+        workers or usable_cores(), get_context("spawn"), initializer=_start, initargs=(work, True)
+    ) as processes:
+        try:
+            yield from processes.map(_score_chunk, chunks)
+        except BrokenProcessPool:
+            raise QeEdgeError(
+                "a worker process died; what was scored is kept. It may have run out of memory (try fewer "
+                'with --workers), or a script calls this outside of `if __name__ == "__main__":`'
+            ) from None
+        finally:
+            processes.shutdown(cancel_futures=True)
 
 
 class _Worker:
@@ -179,7 +187,10 @@ class _Cache:
 
     def __init__(self, folder: Path, work: Work, index: Index):
         folder.mkdir(parents=True, exist_ok=True)
-        setting = msgspec.json.encode([work.index_folder.name, index.meta, str(work.join), work.measures])
+        made_by = [versions().get(name) for name in ("bm25s", "ir-measures", "PyStemmer", "jieba")]
+        setting = msgspec.json.encode(
+            [VERSION, made_by, work.index_folder.name, index.meta, work.join, work.measures]
+        )
         name = hashlib.sha256(setting).hexdigest()[:16]
         self._database = sqlite3.connect(folder / f"{name}.sqlite")
         self._database.execute(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,11 +17,11 @@ import msgspec
 
 from qe_edge.console import note, progress
 from qe_edge.datasets import Dataset
-from qe_edge.errors import BadArgument, PartlyDone, QeEdgeError
+from qe_edge.errors import BadArgument, QeEdgeError
 from qe_edge.manifest import MANIFEST, check_output, read_record, run_record, write_json
-from qe_edge.records import Count, Positive
+from qe_edge.records import Count, Expansion, Positive
 from qe_edge.train.ledger import Ledger
-from qe_edge.train.pace import Budget, Pace
+from qe_edge.train.pace import LONGEST_WAIT, Budget, Pace, Stopped
 from qe_edge.train.plan import Job, Plan, TeachConfig
 from qe_edge.train.teacher import (
     Answer,
@@ -33,21 +36,24 @@ from qe_edge.train.teacher import (
 EXPANSIONS = "expansions.jsonl"
 # So many requests in a row that no attempt could save mean that the endpoint is down.
 GIVE_UP = 20
-LONGEST_WAIT = 60.0  # seconds between two attempts, unless the endpoint names a longer time
+# Seconds in which the first answer must come: a wrong address is told at once, an outage waited for.
+FIRST_PATIENCE = 15.0
 
 
 class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How it is asked for; none of this changes a candidate.
 
-    Without an `endpoint` the model is a local one. `timeout` is in seconds per request, prices are per
-    million tokens. The budgets count everything in the output file, also from earlier runs; 0 is none.
+    Without an `endpoint` the model is a local one. `timeout` is in seconds per request; one that fails is
+    sent again for `patience` seconds. Prices are per million tokens. The budgets count all of the model's
+    answers in the output file, also from earlier runs, 0 being none; what an endpoint may charge for
+    requests that timed out or broke off is not known and not counted.
     """
 
     endpoint: str = ""
     api_key_env: str = "OPENAI_API_KEY"
     concurrency: Count = 16
     timeout: Positive = 120.0
-    attempts: Count = 8
+    patience: Positive = 900.0
     max_tokens_total: Annotated[int, msgspec.Meta(ge=0)] = 0
     max_cost: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     price_in: Annotated[float, msgspec.Meta(ge=0)] = 0.0
@@ -62,7 +68,10 @@ class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Outcome(msgspec.Struct):
-    """What a session of `teach` did. `candidates` is how many there are to be, `done` how many there are."""
+    """What a session of `teach` did.
+
+    `candidates` is how many there are to be, `done` how many of them there are; all else is of this session.
+    """
 
     candidates: int
     done: int = 0
@@ -78,17 +87,18 @@ class Outcome(msgspec.Struct):
 def teach(data: Dataset, config: TeachConfig, ask: AskConfig | None = None, *, out: Path) -> Outcome:
     """Ask for every candidate that `out/expansions.jsonl` does not hold yet.
 
+    When it could not get all, the outcome says so; the same call asks for the others.
+
     Raises:
-        QeEdgeError: the endpoint refuses every request. What was answered before is kept.
-        PartlyDone: some candidates are missing; the same call asks for them.
+        QeEdgeError: nothing could be got at all. What was answered in earlier sessions is kept.
     """
     ask = ask or AskConfig()
     check_output(out, "teach")
     plan = Plan(data, config)
     settings = {"dataset": str(data), **msgspec.to_builtins(config), "ask": msgspec.to_builtins(ask)}
     record = run_record("teach", settings, {}) | {"sessions": read_record(out).get("sessions", [])}
+    write_json(out / MANIFEST, record)
     with Ledger(out / EXPANSIONS) as ledger:
-        write_json(out / MANIFEST, record)
         pending = [job for job in plan if plan.key(job) not in ledger.keys]
         outcome = Outcome(candidates=len(plan), done=len(plan) - len(pending))
         error = None
@@ -97,17 +107,10 @@ def teach(data: Dataset, config: TeachConfig, ask: AskConfig | None = None, *, o
             note(f"teach: {len(pending)} of {len(plan)} candidates to ask of {config.model} at {where}")
             teacher = open_teacher(config, ask)
             error = asyncio.run(_Session(plan, ledger, teacher, ask, outcome).run(pending))
-        outcome.problems = dict(ledger.problems)
         record["sessions"].append(msgspec.to_builtins(outcome))
         write_json(out / MANIFEST, record)
-    if error is not None and not outcome.done:
+    if error is not None and (not outcome.done or not isinstance(error, QeEdgeError)):
         raise error
-    if outcome.done < outcome.candidates:
-        raise PartlyDone(
-            f"{outcome.done} of {outcome.candidates} candidates are in {out / EXPANSIONS}"
-            f"{f'; stopped: {outcome.stopped}' if outcome.stopped else ''}. "
-            "Run the same command again for the others"
-        )
     return outcome
 
 
@@ -135,17 +138,19 @@ class _Session:
             price_in=ask.price_in,
             price_out=ask.price_out,
         )
-        self.budget.spend(ledger.prompt_tokens, ledger.completion_tokens)
-        self.error: QeEdgeError | None = None
+        self.budget.spend(*ledger.tokens.get(plan.config.model, (0, 0)))
+        self.error: Exception | None = None
+        self.problems: Counter[str] = Counter()
         self.failures_in_a_row = 0
+        self.refused: list[Job] = []
 
-    def stop(self, why: str, error: QeEdgeError | None = None) -> None:
+    def stop(self, why: str, error: Exception | None = None) -> None:
         """Send out nothing more; what is in flight is waited for, since it is paid for."""
         if not self.outcome.stopped:
             self.outcome.stopped, self.error = why, error
             self.pace.stopping.set()
 
-    async def run(self, pending: list[Job]) -> QeEdgeError | None:
+    async def run(self, pending: list[Job]) -> Exception | None:
         """Ask for all; returns the error that stopped it, if one did."""
         loop = asyncio.get_running_loop()
         with suppress(NotImplementedError):  # Windows has no such handlers: there Ctrl-C ends it at once
@@ -158,9 +163,10 @@ class _Session:
                         group.create_task(self._work(jobs, advance))
             finally:
                 await self.teacher.close()
-        self.outcome.prompt_tokens = self.budget.prompt_tokens
-        self.outcome.completion_tokens = self.budget.completion_tokens
-        self.outcome.cost = round(self.budget.cost, 6)
+        self.outcome.problems = dict(self.problems)
+        self.outcome.cost = round(
+            self.budget.price(self.outcome.prompt_tokens, self.outcome.completion_tokens), 6
+        )
         return self.error
 
     def _interrupted(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -174,62 +180,75 @@ class _Session:
                 return
             request = self.plan.request(job)
             size = len((request.system + request.user).encode())
-            held = await self.budget.hold(size, request.max_tokens)
+            held = await self.budget.hold(size, request.most_tokens)
             if held is None:
                 self.stop("the budget is spent")
                 return
             try:
-                if self.outcome.stopped:  # while this waited for its share of the budget
-                    return
                 answer = await self._answer(request)
                 self._keep(job, answer, size)
                 advance(info=self._info())
-            except (Unanswered, Unanswerable) as error:
+            except Stopped:
+                return
+            except Unanswerable as error:
+                self.refused.append(job)
                 self._failed(job, error)
-            except QeEdgeError as error:
-                self.stop(str(error), error)
+            except Unanswered as error:
+                self._failed(job, error)
             except OSError as error:
                 why = f"can't write {self.ledger.path}: {error.strerror or error}"
                 self.stop(why, QeEdgeError(why))
+            except Exception as error:  # also a fault of ours must not lose what is on its way
+                self.stop(str(error), error)
             finally:
                 await self.budget.release(held)
 
     def _keep(self, job: Job, answer: Answer, prompt_bytes: int) -> None:
-        self.ledger.append(self.plan.row(job, answer, keep_bad=self.ask.keep_bad))
+        self._write(self.plan.row(job, answer, keep_bad=self.ask.keep_bad))
+        # The endpoint works, so what it refused before is refused for what it is.
+        for refused in self.refused:
+            self._write(self.plan.refused(refused))
+        self.refused.clear()
         self.failures_in_a_row = 0
         self.outcome.asked += 1
-        self.outcome.done += 1
+        self.outcome.prompt_tokens += answer.prompt_tokens or 0
+        self.outcome.completion_tokens += answer.completion_tokens or 0
         self.budget.spend(answer.prompt_tokens, answer.completion_tokens, prompt_bytes)
         if self.budget.limited and answer.completion_tokens is None:
             raise QeEdgeError(
                 "the endpoint reports no token usage, so no budget can be kept; run without one"
             )
 
-    async def _answer(self, request: Request) -> Answer:
-        """Ask until there is an answer, or the attempts are used up."""
-        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_when_event_set
+    def _write(self, row: Expansion) -> None:
+        self.ledger.append(row)
+        self.outcome.done += 1
+        if row.problem:
+            self.problems[row.problem] += 1
 
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(Unanswered),
-            stop=stop_after_attempt(self.ask.attempts) | stop_when_event_set(self.pace.stopping),  # type: ignore[arg-type]
-            wait=_wait,
-            sleep=self.pace.sleep,
-            reraise=True,
-        ):
-            with attempt:
+    async def _answer(self, request: Request) -> Answer:
+        """Ask until there is an answer or patience ends; waiting for a rate limit costs no patience."""
+        failures, since = 0, None
+        while True:
+            try:
                 async with self.pace.slot() as started:
-                    try:
-                        answer = await self.teacher.ask(request)
-                    except Unanswered as error:
-                        if error.throttled and self.pace.throttled(started, error.retry_after):
-                            note(f"teach: the endpoint asks to wait {error.retry_after:.0f} s")
-                        raise
+                    answer = await self.teacher.ask(request)
                 self.pace.answered()
-        return answer
+                return answer
+            except Unanswered as error:
+                if error.throttled:
+                    if wait := self.pace.throttled(started, error.retry_after):
+                        note(f"teach: the endpoint's rate limit holds everything back for {wait:.0f} s")
+                    continue
+                since = since or started
+                failures += 1
+                patience = self.ask.patience if self.outcome.asked else min(self.ask.patience, FIRST_PATIENCE)
+                if time.monotonic() - since >= patience:
+                    raise
+                # Doubling, with jitter so that requests that failed together do not come back together.
+                backoff = random.uniform(0, min(LONGEST_WAIT, 2.0**failures))
+                await self.pace.sleep(error.retry_after if error.retry_after is not None else backoff)
 
     def _failed(self, job: Job, error: Exception) -> None:
-        if self.pace.stopping.is_set():
-            return  # given up early, not failed
         self.outcome.failed += 1
         self.failures_in_a_row += 1
         note(f"teach: no answer for query {job.query_id} ({job.mode}, sample {job.sample}): {error}")
@@ -246,13 +265,3 @@ class _Session:
         if self.outcome.failed:
             parts.append(f"{self.outcome.failed} failed")
         return ", ".join(parts)
-
-
-def _wait(state: Any) -> float:
-    """Seconds to the next attempt: what the endpoint names, else doubling from 1, with jitter."""
-    from tenacity import wait_random_exponential
-
-    error = state.outcome.exception()
-    named = getattr(error, "retry_after", None)
-    backoff = wait_random_exponential(multiplier=1, max=LONGEST_WAIT)(state)
-    return named + min(backoff, 1.0) if named is not None else backoff

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Protocol
+import threading
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -11,9 +12,12 @@ from qe_edge.errors import BadInput, NotFound, QeEdgeError, require
 from qe_edge.prompt import encode
 
 # No request of this kind will be answered: wrong key, no credit, no such model.
-_HOPELESS = {401, 402, 403, 404}
+_HOPELESS = {401, 402, 404}
 # The endpoint is busy or broken; the same request may be answered later.
 _PASSING = {408, 409, 425, 429}
+# finish_reason in the words of several servers: vLLM, DeepSeek, Mistral, Gemini.
+_ENDED = ("stop", "STOP", "eos", "end_turn", "stop_sequence")
+_BROKEN_OFF = ("abort", "error", "insufficient_system_resource")
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -27,12 +31,18 @@ class Request(msgspec.Struct, frozen=True):
     max_tokens: int
     extra: dict[str, Any] = {}
 
+    @property
+    def most_tokens(self) -> int:
+        """The token budget of the answer, under whatever name the endpoint takes it."""
+        limits = [self.extra.get(name, 0) for name in ("max_tokens", "max_completion_tokens")]
+        return max(self.max_tokens, *(limit for limit in limits if isinstance(limit, int)))
+
 
 class Answer(msgspec.Struct, frozen=True):
-    """What came back. `finish_reason` is the endpoint's own word; counts are None where it gave none."""
+    """What came back; token counts are None where the endpoint gave none."""
 
     text: str
-    finish_reason: str | None
+    finish_reason: Literal["stop", "length", "content_filter"]
     prompt_tokens: int | None
     completion_tokens: int | None
 
@@ -113,24 +123,42 @@ class EndpointTeacher:
 
 
 def _answer(completion: Any) -> Answer:
-    """The first choice of a chat completion.
+    """The first choice of a chat completion; the client doesn't check what the server sent.
 
     Raises:
-        Unanswered: the body was JSON, but no chat completion with a choice in it.
+        Unanswered: the body was JSON, but no chat completion with text in it, or the server broke it off.
     """
     try:
         choice = completion.choices[0]
         text = choice.message.content
         refused = getattr(choice.message, "refusal", None)
+        reason = choice.finish_reason or "stop"
     except (AttributeError, TypeError, IndexError):
         raise Unanswered("the answer holds no choice") from None
+    if not isinstance(text, str | None):
+        raise Unanswered("the answer's content is not text")
+    if reason in _BROKEN_OFF:
+        raise Unanswered(f"the endpoint broke the answer off ({reason})")
+    finish: Literal["stop", "length", "content_filter"] = "length"  # also other words for no proper end
+    if refused or reason == "content_filter":
+        finish = "content_filter"
+    elif reason in _ENDED:
+        finish = "stop"
     usage = getattr(completion, "usage", None)
     return Answer(
-        text=text or "",
-        finish_reason="content_filter" if refused else choice.finish_reason,
-        prompt_tokens=getattr(usage, "prompt_tokens", None),
-        completion_tokens=getattr(usage, "completion_tokens", None),
+        text=(text or "").encode("utf-8", "replace").decode(),  # JSON may hold half a surrogate pair
+        finish_reason=finish,
+        prompt_tokens=_count(getattr(usage, "prompt_tokens", None)),
+        completion_tokens=_count(getattr(usage, "completion_tokens", None)),
     )
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens, however the server wrote it; None if it isn't one."""
+    try:
+        return int(value) if int(value) == float(value) and int(value) >= 0 else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _message(error: Any) -> str:
@@ -157,12 +185,16 @@ def _seconds(header: str | None) -> float | None:
 
 
 class LocalTeacher:
-    """A model on this machine, through the same backends that run students; one request at a time."""
+    """A model on this machine, through the same backends that run students.
+
+    One request at a time and without a time limit: the token budget ends it.
+    """
 
     def __init__(self, model: str, *, max_tokens: int):
         from qe_edge.expander import Expander
 
         self._expander = Expander.load(model, max_tokens=max_tokens)
+        self._in_use = threading.Lock()
 
     async def ask(self, request: Request) -> Answer:
         return await asyncio.to_thread(self._ask, request)
@@ -172,10 +204,16 @@ class LocalTeacher:
         pieces = expander.spec.prompt.chat(request.system, request.user)
         prompt = encode(pieces, expander.backend.tokenize)
         try:
-            written = expander.complete(prompt, temperature=request.temperature, seed=request.seed)
+            with self._in_use:
+                written = expander.complete(prompt, temperature=request.temperature, seed=request.seed)
         except BadInput as error:
             raise Unanswerable(str(error)) from None
         return Answer(written.text, written.finish_reason, len(prompt), written.tokens)
 
     async def close(self) -> None:
-        self._expander.close()
+        # A second Ctrl-C ends the session, but not the thread that is still writing.
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        with self._in_use:
+            self._expander.close()

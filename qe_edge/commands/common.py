@@ -32,7 +32,10 @@ AnalyzerOption = Annotated[
 ]
 AcceptOption = Annotated[
     list[str] | None,
-    typer.Option("--accept", help="Let in rows that `teach` marked with this problem, such as cut."),
+    typer.Option(
+        "--accept",
+        help="Let in rows that `teach` marked with this problem, such as cut (others need its --keep-bad).",
+    ),
 ]
 WORKDIR = Path(DEFAULT_WORKDIR)
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit
-from qe_edge.errors import BadArgument
+from qe_edge.console import note
+from qe_edge.errors import BadArgument, PartlyDone
 from qe_edge.records import configured
 
 
@@ -32,7 +33,9 @@ def teach(
     api_key_env: Annotated[
         str, typer.Option(help="The environment variable that holds the key.")
     ] = "OPENAI_API_KEY",
-    mode: Annotated[str, typer.Option(help="zero-shot, few-shot, or both.")] = "zero-shot,few-shot",
+    mode: Annotated[
+        str | None, typer.Option(help="zero-shot, few-shot, or both as zero-shot,few-shot (default).")
+    ] = None,
     n: Annotated[int, typer.Option("--n", help="Candidates of each query in each mode.")] = 1,
     temperature: float = 1.0,
     seed: Annotated[int, typer.Option(help="Of the first sample; the others count on from it.")] = 0,
@@ -49,10 +52,7 @@ def teach(
     ] = "{}",
     concurrency: Annotated[int, typer.Option(help="The most requests at once; rate limits lower it.")] = 16,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 120.0,
-    attempts: Annotated[
-        int,
-        typer.Option(help="Attempts before a candidate is left for the next run; waits double up to 60 s."),
-    ] = 8,
+    patience: Annotated[float, typer.Option(help="Seconds in which a failed request is sent again.")] = 900.0,
     max_tokens_total: Annotated[int, typer.Option(help="Stop before so many tokens are used.")] = 0,
     max_cost: Annotated[float, typer.Option(help="Stop before so much is spent; needs the prices.")] = 0.0,
     price_in: Annotated[float, typer.Option(help="Price of a million prompt tokens.")] = 0.0,
@@ -81,8 +81,7 @@ def teach(
     if import_file is not None:
         from qe_edge.train.importing import ImportConfig, import_expansions
 
-        modes = "zero-shot" if mode == "zero-shot,few-shot" else mode
-        imported = configured(ImportConfig, format=format, model=model, mode=modes, keep_bad=keep_bad)
+        imported = configured(ImportConfig, format=format, model=model, mode=mode, keep_bad=keep_bad)
         counts = import_expansions(import_file, imported, data, out=out)
         text = ", ".join(f"{count} {what}" for what, count in counts.items())
         artifacts = {"expansions": out / EXPANSIONS}
@@ -93,7 +92,7 @@ def teach(
     config = configured(
         TeachConfig,
         model=model,
-        modes=tuple(part.strip() for part in mode.split(",")),
+        modes=tuple(part.strip() for part in (mode or "zero-shot,few-shot").split(",")),
         n=n,
         temperature=temperature,
         seed=seed,
@@ -110,7 +109,7 @@ def teach(
         api_key_env=api_key_env,
         concurrency=concurrency,
         timeout=timeout,
-        attempts=attempts,
+        patience=patience,
         max_tokens_total=max_tokens_total,
         max_cost=max_cost,
         price_in=price_in,
@@ -120,16 +119,30 @@ def teach(
     outcome = verb(data, config, ask, out=out)
     bad = ", ".join(f"{count} {what}" for what, count in outcome.problems.items())
     text = (
-        f"{outcome.done} candidates in {out / EXPANSIONS}; asked for {outcome.asked} now, "
-        f"{outcome.prompt_tokens + outcome.completion_tokens:,} tokens"
+        f"{outcome.done} of {outcome.candidates} candidates are in {out / EXPANSIONS}\n"
+        f"this session: {outcome.asked} answers, {outcome.prompt_tokens + outcome.completion_tokens:,} tokens"
         + (f", cost {outcome.cost:.4f}" if outcome.cost else "")
-        + (f"\nmarked as unusable: {bad}" if bad else "")
+        + (f"; unusable: {bad}" if bad else "")
     )
     import msgspec
 
-    inputs = {"dataset": str(data), "model": model, "endpoint": endpoint}
-    metrics = msgspec.to_builtins(outcome)
-    emit(json, "teach", text, inputs=inputs, artifacts={"expansions": out / EXPANSIONS}, metrics=metrics)
+    missing = []
+    if outcome.done < outcome.candidates:
+        why = f"stopped: {outcome.stopped}" if outcome.stopped else f"{outcome.failed} got no answer"
+        missing.append(f"{why}. Run the same command again for the others")
+    emit(
+        json,
+        "teach",
+        text,
+        inputs={"dataset": str(data), "model": model, "endpoint": endpoint},
+        artifacts={"expansions": out / EXPANSIONS},
+        metrics=msgspec.to_builtins(outcome),
+        status="partial" if missing else "ok",
+        warnings=missing,
+    )
+    if missing:
+        note(f"error: {missing[0]}")
+        raise typer.Exit(PartlyDone.exit_code)
 
 
 def _queries(dataset: str | None, queries: Path | None):  # type: ignore[no-untyped-def]

