@@ -56,7 +56,7 @@ def test_every_candidate_is_asked_for_once_with_what_was_configured(three, tmp_p
     assert "max_tokens" not in body
     assert [m["role"] for m in body["messages"]] == ["system", "user"]
     assert {r["seed"] for r in endpoint.requests} == {7, 8}
-    first = rows(out)[0]
+    first = min(rows(out), key=lambda row: (row.query_id, row.sample))  # they come as they are answered
     assert first.text == "Moon gravity pulls water, take 7."
     assert (first.dataset, first.lang, first.model, first.mode) == ("three", "en", "big", "zero-shot")
     assert (first.prompt_id, first.sample, first.finish_reason) == ("teacher-v1", 0, "stop")

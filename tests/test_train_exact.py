@@ -1,6 +1,7 @@
 """Training is what it says: real Qwen ids, the same curve again, resuming, and DPO that serves retrieval."""
 
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import msgspec
 import pytest
 
+from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.join import Join
 from qe_edge.manifest import read_record
 from qe_edge.prompt import hugging_face, prompt_for
@@ -111,6 +113,60 @@ def test_the_vocabulary_of_the_tests_is_the_packages(qwen):
     theirs = get_tokenizer("qwen")
     for text in ("what causes tides", "  two blanks, 2023's 19.5%\n", "潮汐是怎么形成的？", "naïve café 🌊"):
         assert hugging_face(qwen)(text, False) == theirs.encode(text)
+
+
+def test_an_example_can_be_looked_at(tiny_qwen3, data, capsys, monkeypatch):
+    from qe_edge.cli import main
+
+    arguments = [
+        "qe-edge",
+        "train",
+        "sft",
+        "-e",
+        str(data / "expansions.jsonl"),
+        "--student",
+        str(tiny_qwen3),
+    ]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--show-example"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    prompt, trained = out.split("\ntrained on (")
+    assert prompt.startswith("prompt, not trained on (")
+    assert (
+        "Query: what causes tides\nPassage:<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>" in prompt
+    )
+    assert trained.split("\n")[1] == "The moon's gravity.<|im_end|>"
+    assert not (tiny_qwen3.parent / "work").exists()
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(tiny_qwen3, data, tmp_path):
+    student = tmp_path / "student"
+    shutil.copytree(tiny_qwen3, student)
+    content = (student / "tokenizer.json").read_text()
+    (student / "tokenizer.json").write_text(content.replace('"<|im_end|>"', '"<|end|>"'))
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (student / file).exists():
+            (student / file).write_text((student / file).read_text().replace('"<|im_end|>"', '"<|end|>"'))
+    with pytest.raises(BadInput, match=r"no single token '<\|im_end\|>'"):
+        sft([data / "expansions.jsonl"], SftConfig(student=str(student), **SFT), workdir=Workdir(tmp_path))
+
+
+def test_a_trainer_that_changes_the_rows_is_refused_before_the_first_step(
+    tiny_qwen3, data, tmp_path, monkeypatch
+):
+    from trl.trainer import sft_trainer
+
+    real = sft_trainer.DataCollatorForLanguageModeling.torch_call
+
+    def unmasked(self, examples):
+        batch = real(self, examples)
+        return batch | {"labels": batch["input_ids"].clone()}
+
+    monkeypatch.setattr(sft_trainer.DataCollatorForLanguageModeling, "torch_call", unmasked)
+    with pytest.raises(QeEdgeError, match="the trainer changes the rows before it trains on them"):
+        sft([data / "expansions.jsonl"], SftConfig(student=str(tiny_qwen3), **SFT), workdir=Workdir(tmp_path))
 
 
 # The same again

@@ -15,8 +15,9 @@ from qe_edge.prompt import Tokenize, hugging_face
 from qe_edge.records import Count, Pair, Positive, read_jsonl
 from qe_edge.spec import ModelSpec, read_spec, write_spec
 from qe_edge.train.loop import TrainingRun, counted, load_dtype, trainer_arguments
+from qe_edge.train.rows import CHECKED, Row, check_batch, check_texts
 from qe_edge.train.sft import base_of
-from qe_edge.train.student import load_base
+from qe_edge.train.student import load_base, load_tokenizer
 from qe_edge.workdir import Workdir
 
 
@@ -66,6 +67,7 @@ def dpo(
         out or workdir.new("dpo"),
     )
     base, tokenizer = load_base(source, dtype=load_dtype())
+    check_texts(spec, tokenizer, [(r.query, r.chosen) for r in rows if r.query.strip()][:CHECKED])
     encoded, dropped = encode_pairs(rows, spec, hugging_face(tokenizer), config.max_length)
     note(f"dpo: {len(encoded)} pairs from {len({r.query_id for r in rows})} queries{counted(dropped)}")
 
@@ -83,12 +85,29 @@ def dpo(
         train_dataset=datasets.Dataset.from_list(encoded),
         processing_class=tokenizer,
     )
+    check_batch(trainer, [row for pair in encoded for row in _rows(pair)])
     metrics = run.train(trainer, "dpo")
     trainer.model.save_pretrained(str(run.partial), selected_adapters=["default"])
     write_spec(run.partial, msgspec.structs.replace(spec, stage="dpo"))
     return run.finish_training(
         trainer, base=source, rows=len(encoded), dropped=dict(dropped), metrics=metrics
     )
+
+
+def example(pairs: Path | str, adapter: Path, config: DpoConfig) -> str:
+    """Both sides of the first pair as they would be trained on, for people; nothing is trained."""
+    spec = read_spec(adapter)
+    if spec is None:
+        raise BadInput("holds no qe-edge spec; train it with `qe-edge train sft`", path=adapter)
+    tokenizer = load_tokenizer(base_of(adapter))
+    encoded, _ = encode_pairs(read_jsonl(pairs, Pair), spec, hugging_face(tokenizer), config.max_length)
+    chosen, rejected = (row.describe(tokenizer) for row in _rows(encoded[0]))
+    return f"chosen\n{chosen}\nrejected\n{rejected}"
+
+
+def _rows(pair: dict[str, list[int]]) -> list[Row]:
+    prompt = pair["prompt_ids"]
+    return [Row(tuple(prompt + pair[side]), len(prompt)) for side in ("chosen_ids", "rejected_ids")]
 
 
 def encode_pairs(

@@ -18,7 +18,8 @@ from qe_edge.prompt import Tokenize, hugging_face
 from qe_edge.records import Count, Expansion, Mode, Positive, Problem, read_jsonl
 from qe_edge.spec import ModelSpec, write_spec
 from qe_edge.train.loop import TrainingRun, counted, load_dtype, trainer_arguments
-from qe_edge.train.student import load_base, prepare_student
+from qe_edge.train.rows import CHECKED, Row, check_batch, check_texts
+from qe_edge.train.student import load_base, load_tokenizer, prepare_student
 from qe_edge.workdir import Workdir
 
 # Every linear layer of Qwen3 and Llama but the output: with tied embeddings, an adapted lm_head
@@ -73,6 +74,7 @@ def sft(
     inputs = {f"expansions[{i}]": path for i, path in enumerate(expansions)}
     run = TrainingRun("train sft", msgspec.to_builtins(config), inputs, out or workdir.new("sft"))
     model, tokenizer = load_base(source, dtype=load_dtype())
+    check_texts(spec, tokenizer, [(r.query, r.text) for r in rows if r.query.strip()][:CHECKED])
     encoded, dropped = encode_rows(rows, spec, hugging_face(tokenizer), config.max_length)
     note(f"sft: {len(encoded)} rows from {len({r.query_id for r in rows})} queries{counted(dropped)}")
 
@@ -89,12 +91,26 @@ def sft(
             r=config.rank, lora_alpha=config.alpha, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM"
         ),
     )
+    check_batch(trainer, [_row(row) for row in encoded])
     metrics = run.train(trainer, "sft")
     trainer.model.save_pretrained(str(run.partial))
     write_spec(run.partial, msgspec.structs.replace(spec, stage="sft"))
     return run.finish_training(
         trainer, base=source, rows=len(encoded), dropped=dict(dropped), metrics=metrics
     )
+
+
+def example(expansions: Sequence[Path | str], config: SftConfig, *, workdir: Workdir) -> str:
+    """The first row as it would be trained on, for people; nothing is trained."""
+    rows = select_rows(expansions, config)
+    source, spec = prepare_student(config.student, workdir)
+    tokenizer = load_tokenizer(source)
+    encoded, _ = encode_rows(rows[:32], spec, hugging_face(tokenizer), config.max_length)
+    return _row(encoded[0]).describe(tokenizer)
+
+
+def _row(encoded: dict[str, list[int]]) -> Row:
+    return Row(tuple(encoded["input_ids"]), encoded["labels"].count(-100))
 
 
 def select_rows(paths: Iterable[Path | str], config: SftConfig) -> list[Expansion]:

@@ -41,7 +41,7 @@ def prepare_student(student: str, workdir: Workdir) -> tuple[str, ModelSpec]:
         if spec is None:
             spec = _unpack_gguf(ref, Path(ref.source), folder)
         return str(folder.resolve()), spec
-    tokenizer, config = _load_tokenizer(ref.source), _load_config(ref.source)
+    tokenizer, config = load_tokenizer(ref.source), _load_config(ref.source)
     if getattr(config, "quantization_config", None):
         raise BadArgument(f"{student} is quantized; train its unquantized original and quantize at export")
     spec = (read_spec(ref.path) if ref.path else None) or default_spec(ref, tokenizer.chat_template)
@@ -86,7 +86,8 @@ def _restore_digits(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
         )
 
 
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or a hub id."""
     from transformers import AutoTokenizer
 
     try:
@@ -113,7 +114,7 @@ def load_base(source: str, *, dtype: Any) -> tuple[PreTrainedModel, PreTrainedTo
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
-    tokenizer = _load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:

@@ -21,6 +21,9 @@ from qe_edge.errors import BadArgument
 from qe_edge.records import configured
 from qe_edge.workdir import Workdir
 
+ShowOption = Annotated[
+    bool, typer.Option("--show-example", help="Print the first row as it would be trained on, and stop.")
+]
 train_app = typer.Typer(help="Train a student: SFT, then DPO.", no_args_is_help=True)
 
 
@@ -116,12 +119,13 @@ def train_sft(
     max_length: Annotated[int, typer.Option(help="Tokens; longer rows are dropped and counted.")] = 512,
     seed: int = 0,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
+    show_example: ShowOption = False,
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
     """Fine-tune a LoRA adapter on teacher expansions. Run again after Ctrl-C, it goes on."""
-    from qe_edge.train.sft import SftConfig, sft
+    from qe_edge.train.sft import SftConfig, example, sft
 
     config = configured(
         SftConfig,
@@ -140,6 +144,9 @@ def train_sft(
         seed=seed,
         save_steps=save_steps,
     )
+    if show_example:
+        print(example(expansions, config, workdir=Workdir(workdir)), end="")
+        return
     print_training(json, "train sft", sft(expansions, config, out=out, workdir=Workdir(workdir)))
 
 
@@ -158,12 +165,13 @@ def train_dpo(
     max_length: Annotated[int, typer.Option(help="Tokens; longer pairs are dropped and counted.")] = 512,
     seed: int = 0,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
+    show_example: ShowOption = False,
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
     """Align the SFT student with retrieval's own preferences. Run again after Ctrl-C, it goes on."""
-    from qe_edge.train.dpo import DpoConfig, dpo
+    from qe_edge.train.dpo import DpoConfig, dpo, example
     from qe_edge.train.pairs import PAIRS
 
     work = Workdir(workdir)
@@ -185,6 +193,9 @@ def train_dpo(
         seed=seed,
         save_steps=save_steps,
     )
+    if show_example:
+        print(example(pairs, adapter, config), end="")
+        return
     print_training(json, "train dpo", dpo(pairs, adapter, config, out=out, workdir=work))
 
 
