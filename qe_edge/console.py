@@ -47,16 +47,22 @@ def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callabl
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        Task,
         TaskProgressColumn,
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class Rate(TaskProgressColumn):  # which itself shows one only where the total is unknown
+        def render(self, task: Task) -> Text:
+            return self.render_speed(task.finished_speed or task.speed)
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TaskProgressColumn(text_format="", show_speed=True),
+        Rate(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[info]}"),
     )

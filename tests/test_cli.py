@@ -144,6 +144,25 @@ def test_report_draws_the_newest_bench_and_prints_markdown(qe_edge, tmp_path):
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_progress_shows_count_rate_and_time_left_on_a_terminal_alone():
+    pty = pytest.importorskip("pty")
+    code = (
+        "import time\nfrom qe_edge.console import progress\n"
+        "with progress('working', 4) as advance:\n"
+        "    for _ in range(4):\n        time.sleep(0.3)\n        advance(info='a note')\n"
+    )
+    terminal, end = pty.openpty()
+    environment = os.environ | {"COLUMNS": "120", "TERM": "xterm"}
+    subprocess.run([sys.executable, "-c", code], stderr=end, check=True, env=environment)
+    os.close(end)
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    for part in ("working", "4/4", "it/s", "0:00:0", "a note"):
+        assert part in shown
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_output_cut_short_by_a_pipe_is_no_error(tmp_path):
     command = f"{sys.executable} -m qe_edge.cli data list | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
