@@ -91,6 +91,11 @@ def test_a_users_mistake_is_one_line_and_its_code(qe_edge, arguments, code, mess
         (["train", "sft", "-e", "x", "--rank", "0"], "`rank`"),
         (["train", "sft", "-e", "x", "--mode", "nonsense"], "`modes"),
         (["train", "dpo", "--pairs", "x", "--adapter", "x", "--beta", "0"], "`beta`"),
+        (["train", "dpo", "--pairs", "x", "--adapter", "x", "--loss", "dpo"], "`loss["),
+        (
+            ["train", "dpo", "--pairs", "x", "--adapter", "x", "--loss-weight", "1", "--loss-weight", "2"],
+            "as many weights",
+        ),
         (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "0"], "`min-gap`"),
         (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "nan"], "`min-gap`"),
         (["pairs", "-d", "demo-en", "-e", "x", "--max-per-query", "-1"], "`max-per-query`"),

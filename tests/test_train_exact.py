@@ -218,6 +218,33 @@ def test_killed_dpo_goes_on_to_the_same_losses(adapter, data, tmp_path):
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({}, math.log(2)),
+        ({"precompute": True}, math.log(2)),
+        ({"loss": ("sigmoid_norm",)}, math.log(2)),
+        ({"length_weight": 0.5}, math.log(2)),
+        ({"loss": ("sigmoid", "ipo"), "loss_weights": (1.0, 2.0)}, math.log(2) + 2 * 25.0),
+    ],
+)
+def test_every_loss_starts_at_the_sft_model(adapter, data, tmp_path, settings, first):
+    """Where policy and reference are one, DPO's loss is log 2 and IPO's 1 / (2 beta)^2."""
+    config = DpoConfig(epochs=1, **DPO, **settings)
+    assert losses(dpo(data / "pairs.jsonl", adapter, config, workdir=Workdir(tmp_path)))[0] == pytest.approx(
+        first, abs=1e-3
+    )
+
+
+def test_mixed_in_sft_is_the_chosen_texts_own_loss(adapter, data, tmp_path):
+    config = DpoConfig(epochs=1, loss=("sigmoid", "sft"), loss_weights=(1.0, 0.5), **DPO)
+    mixed = losses(dpo(data / "pairs.jsonl", adapter, config, workdir=Workdir(tmp_path)))[0]
+    config = DpoConfig(epochs=1, loss=("sft",), **DPO)
+    alone = losses(dpo(data / "pairs.jsonl", adapter, config, workdir=Workdir(tmp_path)))[0]
+    assert mixed == pytest.approx(math.log(2) + 0.5 * alone, abs=1e-3)
+    assert alone > 0.1
+
+
 # What it is good for
 
 

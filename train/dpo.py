@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -20,16 +20,24 @@ from qe_edge.train.sft import base_of
 from qe_edge.train.student import load_base, load_tokenizer
 from qe_edge.workdir import Workdir
 
+Loss = Literal["sigmoid", "sigmoid_norm", "ipo", "sft"]
+
 
 class DpoConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """DPO settings (Rafailov et al., arXiv 2305.18290). `beta` weighs the pull towards the SFT model.
 
-    `loss` names TRL's losses, summed: `sigmoid` is DPO, `sigmoid_norm` divides by the lengths,
-    adding `sft` keeps the chosen text likely. A step takes `batch_size * accumulate` pairs.
+    `loss` names TRL's losses, summed with `loss_weights` (1 each by default): `sigmoid` is DPO,
+    `sigmoid_norm` divides by the lengths, adding `sft` keeps the chosen text likely (RPO, arXiv 2404.19733).
+    `length_weight` below 1 counts the longer side's surplus tokens for so much less (LD-DPO, arXiv
+    2409.06411). `precompute` has the reference's log-probabilities computed once, before the first step:
+    less memory, and less time over several epochs. A step takes `batch_size * accumulate` pairs.
     """
 
     beta: Positive = 0.1
-    loss: tuple[str, ...] = ("sigmoid",)
+    loss: Annotated[tuple[Loss, ...], msgspec.Meta(min_length=1)] = ("sigmoid",)
+    loss_weights: tuple[Positive, ...] = ()
+    length_weight: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    precompute: bool = False
     learning_rate: Positive = 5e-5
     epochs: Positive = 1.0
     batch_size: Count = 2
@@ -38,6 +46,10 @@ class DpoConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     seed: int = 0
     save_steps: Count = 20
     logging_steps: Count = 5
+
+    def __post_init__(self) -> None:
+        if self.loss_weights and len(self.loss_weights) != len(self.loss):
+            raise ValueError(f"{len(self.loss)} losses need as many weights, not {len(self.loss_weights)}")
 
 
 def dpo(
@@ -81,6 +93,9 @@ def dpo(
             **trainer_arguments(config, run.partial),
             beta=config.beta,
             loss_type=list(config.loss),
+            loss_weights=list(config.loss_weights) or None,
+            ld_alpha=config.length_weight if config.length_weight < 1 else None,
+            precompute_ref_log_probs=config.precompute,
         ),
         train_dataset=datasets.Dataset.from_list(encoded),
         processing_class=tokenizer,

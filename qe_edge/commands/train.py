@@ -156,8 +156,15 @@ def train_dpo(
     adapter: Annotated[Path | None, typer.Option(help="An SFT folder (default: the newest).")] = None,
     beta: Annotated[float, typer.Option(help="Pull towards the SFT model.")] = 0.1,
     loss: Annotated[
-        list[str] | None, typer.Option(help="sigmoid, sigmoid_norm, sft …; several are summed.")
+        list[str] | None, typer.Option(help="sigmoid, sigmoid_norm, ipo or sft; several are summed.")
     ] = None,
+    loss_weight: Annotated[list[float] | None, typer.Option(help="Of each loss, in their order.")] = None,
+    length_weight: Annotated[
+        float, typer.Option(help="Below 1, the longer side's surplus tokens count less (LD-DPO).")
+    ] = 1.0,
+    precompute: Annotated[
+        bool, typer.Option("--precompute", help="Compute the reference's log-probabilities beforehand.")
+    ] = False,
     learning_rate: float = 5e-5,
     epochs: float = 1.0,
     batch_size: Annotated[int, typer.Option(help="Pairs in memory at a time.")] = 2,
@@ -185,6 +192,9 @@ def train_dpo(
         DpoConfig,
         beta=beta,
         loss=tuple(loss or ("sigmoid",)),
+        loss_weights=tuple(loss_weight or ()),
+        length_weight=length_weight,
+        precompute=precompute,
         learning_rate=learning_rate,
         epochs=epochs,
         batch_size=batch_size,
