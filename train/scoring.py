@@ -187,7 +187,8 @@ class _Cache:
 
     def __init__(self, folder: Path, work: Work, index: Index):
         folder.mkdir(parents=True, exist_ok=True)
-        made_by = [versions().get(name) for name in ("bm25s", "ir-measures", "PyStemmer", "jieba")]
+        installed = versions()
+        made_by = [installed.get(name) for name in ("bm25s", "ir-measures", "PyStemmer", "jieba")]
         setting = msgspec.json.encode(
             [VERSION, made_by, work.index_folder.name, index.meta, work.join, work.measures]
         )
