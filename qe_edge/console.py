@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +20,15 @@ def _console() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def is_main_process() -> bool:
+    """Whether this process speaks and writes: of those that `accelerate launch` starts, the first one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(message: str) -> None:
     """Tell the user something on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    if is_main_process():
+        print(message, file=sys.stderr, flush=True)
 
 
 def quiet_transformers() -> None:
@@ -40,7 +47,7 @@ def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callabl
 
     Yields `advance(steps=1, info="")`; `done` steps count as already made and not into the rate.
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not is_main_process():
         yield lambda steps=1, info="": None
         return
     from rich.progress import (

@@ -28,10 +28,11 @@ from qe_edge.export import check_choices, export_model
 from qe_edge.join import Join
 from qe_edge.manifest import read_json, sha256, write_json
 from qe_edge.models import resolve
-from qe_edge.train.dpo import DpoConfig, dpo
+from qe_edge.train.config import DpoConfig, SftConfig
+from qe_edge.train.dpo import dpo
 from qe_edge.train.merge import merge
 from qe_edge.train.pairs import PAIRS, PairsConfig, pairs
-from qe_edge.train.sft import SftConfig, sft
+from qe_edge.train.sft import sft
 from qe_edge.workdir import Workdir
 
 STATE = "recipe.json"
@@ -77,18 +78,21 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     bench: BenchPart
 
 
-def load_recipe(path: Path | str, *, data: Path | None = None) -> Recipe:
-    """Read a recipe file, or the one of that name that ships with the package.
+def read_recipe(path: Path | str, *, data: Path | None = None) -> dict[str, Any]:
+    """A recipe file, or the one of that name that ships with the package, as it is written.
 
     Raises:
-        NotFound, BadInput: there is none, or it doesn't fit; `{data}` is used and no folder was given.
+        NotFound, BadInput: there is none, or it is no TOML; `{data}` is used and no folder was given.
     """
     file = Path(path)
     if not file.is_file():
-        shipped = resources.files("qe_edge") / "recipes" / f"{path}.toml"
-        if not shipped.is_file():
-            raise NotFound(f"no recipe {path}: neither a file nor a recipe that ships with qe-edge")
-        file = Path(str(shipped))
+        shipped = resources.files("qe_edge") / "recipes"
+        file = Path(str(shipped / f"{path}.toml"))
+        if not file.is_file():
+            names = sorted(entry.name.removesuffix(".toml") for entry in shipped.iterdir())
+            raise NotFound(
+                f"no recipe {path}: neither a file nor one that ships, which are {', '.join(names)}"
+            )
     try:
         text = file.read_text(encoding="utf-8-sig").replace("{builtin}", builtin_folder("").as_posix())
     except UnicodeDecodeError as error:
@@ -98,8 +102,25 @@ def load_recipe(path: Path | str, *, data: Path | None = None) -> Recipe:
             raise BadInput("uses {data}; name that folder with --data", path=path)
         text = text.replace("{data}", data.as_posix())
     try:
-        return msgspec.convert(tomllib.loads(text), Recipe)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"not a valid recipe: {error}", path=path) from None
+
+
+def load_recipe(
+    path: Path | str, *, data: Path | None = None, given: dict[str, dict[str, Any]] | None = None
+) -> Recipe:
+    """A whole recipe; `given` has settings by section, which override the file's.
+
+    Raises:
+        NotFound, BadInput: there is none, or it doesn't fit.
+    """
+    content = read_recipe(path, data=data)
+    for section, settings in (given or {}).items():
+        content[section] = content.get(section, {}) | settings
+    try:
+        return msgspec.convert(content, Recipe)
+    except msgspec.ValidationError as error:
         raise BadInput(f"not a valid recipe: {error}", path=path) from None
 
 

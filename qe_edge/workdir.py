@@ -55,6 +55,13 @@ class Workdir:
             raise NotFound(f"{file}: no such file; run `qe-edge teach`, or name a file with --expansions")
         return file
 
+    def newest_taught(self) -> Path:
+        """The candidates that `teach` added to last."""
+        files = list(self.root.glob("teach/*/expansions.jsonl"))
+        if not files:
+            raise NotFound(f"{self.root} holds no output of `qe-edge teach`; name a file with --expansions")
+        return max(files, key=lambda file: file.stat().st_mtime)
+
     def newest(self, *stages: str) -> Path:
         """The newest finished output of any of the stages."""
         last = [

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
 from qe_edge.errors import BadArgument, BadInput
@@ -16,9 +17,10 @@ from qe_edge.spec import read_spec
 from qe_edge.workdir import Workdir
 
 pytest.importorskip("trl")
-from qe_edge.train.dpo import DpoConfig, dpo, encode_pairs
+from qe_edge.train.config import DpoConfig, SftConfig
+from qe_edge.train.dpo import dpo, encode_pairs
 from qe_edge.train.merge import merge
-from qe_edge.train.sft import SftConfig, encode_rows, select_rows, sft
+from qe_edge.train.sft import encode_rows, select_rows, sft
 
 TEXTS = (
     "the moon pulls the sea",
@@ -70,14 +72,12 @@ def trained(tiny_qwen3, tmp_path_factory):
     return sft([folder / "expansions.jsonl"], sft_config(tiny_qwen3), workdir=Workdir(folder))
 
 
+def log_of(folder):
+    return [msgspec.json.decode(line) for line in (folder / "log.jsonl").read_bytes().splitlines()]
+
+
 def losses(folder):
-    return [entry["loss"] for entry in read_json_list(folder / "log.json") if "loss" in entry]
-
-
-def read_json_list(path):
-    import msgspec
-
-    return msgspec.json.decode(path.read_bytes())
+    return [entry["loss"] for entry in log_of(folder) if "loss" in entry]
 
 
 def test_the_ids_trained_on_are_prompt_expansion_and_one_end_token(tiny_qwen3):
@@ -153,7 +153,7 @@ def test_lora_leaves_the_embeddings_and_the_output_alone(trained):
 
 def test_dpo_starts_from_the_sft_model_as_its_reference_and_learns(trained, files):
     folder = dpo(files / "pairs.jsonl", trained, DPO, workdir=Workdir(files))
-    log = [entry for entry in read_json_list(folder / "log.json") if "loss" in entry]
+    log = [entry for entry in log_of(folder) if "loss" in entry]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert log[-1]["rewards/margins"] > log[0]["rewards/margins"]
     assert read_spec(folder).stage == "dpo"
@@ -167,8 +167,6 @@ def test_dpo_starts_from_the_sft_model_as_its_reference_and_learns(trained, file
 def test_pairs_that_cannot_be_used_are_counted(tiny_qwen3):
     spec = read_spec(tiny_qwen3)
     good, *_ = preferences(1)
-    import msgspec
-
     equal = msgspec.structs.replace(good, rejected=good.chosen + " ")
     empty = msgspec.structs.replace(good, rejected="")
     long = msgspec.structs.replace(good, chosen="x" * 5000)
@@ -198,7 +196,8 @@ def test_the_same_seed_gives_the_same_losses(tiny_qwen3, trained, files):
 SCRIPT = """
 import sys
 from qe_edge.errors import QeEdgeError
-from qe_edge.train.sft import SftConfig, sft
+from qe_edge.train.config import SftConfig
+from qe_edge.train.sft import sft
 from qe_edge.workdir import Workdir
 from transformers import TrainerCallback
 import qe_edge.train.loop as loop, os, signal

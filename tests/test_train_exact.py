@@ -18,9 +18,10 @@ from qe_edge.spec import ModelSpec, read_spec
 from qe_edge.workdir import Workdir
 
 pytest.importorskip("trl")
-from qe_edge.train.dpo import DpoConfig, dpo, encode_pairs
+from qe_edge.train.config import DpoConfig, SftConfig
+from qe_edge.train.dpo import dpo, encode_pairs
 from qe_edge.train.merge import merge
-from qe_edge.train.sft import SftConfig, encode_rows, sft
+from qe_edge.train.sft import encode_rows, sft
 
 SFT = {"rank": 8, "alpha": 16, "batch_size": 4, "accumulate": 1, "logging_steps": 1, "save_steps": 2}
 DPO = {"batch_size": 4, "accumulate": 1, "logging_steps": 1, "save_steps": 2}
@@ -60,7 +61,7 @@ def adapter(tiny_qwen3, data):
 
 
 def log_of(folder):
-    return msgspec.json.decode((folder / "log.json").read_bytes())
+    return [msgspec.json.decode(line) for line in (folder / "log.jsonl").read_bytes().splitlines()]
 
 
 def losses(folder):
@@ -193,7 +194,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import qe_edge.train.loop as loop
-from qe_edge.train.dpo import DpoConfig, dpo
+from qe_edge.train.config import DpoConfig
+from qe_edge.train.dpo import dpo
 from qe_edge.workdir import Workdir
 original = loop._callback_class()
 class AfterThree(original):

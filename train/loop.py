@@ -1,18 +1,30 @@
-"""What SFT and DPO share: trainer arguments, progress, a clean Ctrl-C, and resuming."""
+"""What SFT and DPO share: the run's folder, trainer arguments, progress, a clean Ctrl-C, and resuming."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qe_edge.console import note, progress
+import msgspec
+
+from qe_edge.console import is_main_process, note, progress
 from qe_edge.errors import QeEdgeError, require
-from qe_edge.manifest import remove, write_json
+from qe_edge.manifest import remove, write_bytes
+from qe_edge.spec import ModelSpec, write_spec
+from qe_edge.train.config import TrainConfig
+from qe_edge.train.curve import draw
+from qe_edge.train.dev import BEST, Best, DevSet, keep_best, take_best
+from qe_edge.train.hardware import Hardware, explain_out_of_memory
 from qe_edge.workdir import RunFolder
 
-LOG = "log.json"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOG = "log.jsonl"
+TENSORBOARD = "tensorboard"
 
 
 class Interrupted(QeEdgeError):
@@ -26,6 +38,16 @@ class TrainingRun(RunFolder):
 
     work = "checkpoint-*/trainer_state.json"
 
+    def __init__(
+        self, command: str, config: TrainConfig, on: Hardware, inputs: dict[str, Path | str], out: Path
+    ):
+        settings = msgspec.to_builtins(config) | {"processes": on.processes}
+        super().__init__(command, settings, inputs, out)
+        self.label = command.removeprefix("train ")
+        self.config = config
+        self.on = on
+        self.kept: Best | None = None  # the evaluation whose weights are kept
+
     def checkpoint(self) -> str | None:
         """The last whole checkpoint of an interrupted run; trainer_state.json is the last file of one."""
         whole = [path.parent for path in self.partial.glob(self.work)]
@@ -34,11 +56,15 @@ class TrainingRun(RunFolder):
                 remove(path)
         return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
-    def train(self, trainer: Any, label: str) -> dict[str, float]:
-        """Train to the end, from the last checkpoint if there is one; return the last logged figures.
+    def train(self, trainer: Any, dev: DevSet | None, **saved: Any) -> None:
+        """Train to the end, from the last checkpoint if there is one, and leave the weights in the folder.
+
+        With a dev set, the weights of the best evaluation are kept, else the last ones; `saved` goes to
+        `save_pretrained`.
 
         Raises:
             Interrupted: Ctrl-C; the step's state is saved first.
+            QeEdgeError: memory ran out.
         """
         from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -46,29 +72,48 @@ class TrainingRun(RunFolder):
             trainer.remove_callback(noisy)
         checkpoint = self.checkpoint()
         if checkpoint:
-            note(f"{label}: resuming from step {checkpoint.rpartition('-')[2]}")
-        callback = _callback_class()(label)
-        trainer.add_callback(callback)
-        with callback:
+            note(f"{self.label}: resuming from step {checkpoint.rpartition('-')[2]}")
+        watch = _callback_class()(self.label, self.partial / LOG)
+        trainer.add_callback(watch)
+        if dev:
+            trainer.add_callback(keep_best(trainer, dev, self.partial, self.config.eval_steps, saved))
+        with watch, explain_out_of_memory(self.config, self.on):
             trainer.train(resume_from_checkpoint=checkpoint)
-        if callback.stopped:
+        if watch.stopped:
             raise Interrupted(
                 f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}, "
                 "which is saved; run the same command again to go on"
             )
-        return {
+        if dev:  # on the main process alone
+            self.kept = take_best(self.partial)
+            note(f"{self.label}: kept step {self.kept.step}, nDCG@10 {self.kept.ndcg:.3f} on {dev}")
+        elif is_main_process():
+            trainer.model.save_pretrained(str(self.partial), **saved)
+
+    def finish_training(
+        self, trainer: Any, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, **extra: Any
+    ) -> Path:
+        """Add spec, log and picture to the weights, drop the checkpoints and give the folder its name.
+
+        Whole weights get their tokenizer as well.
+        """
+        if not is_main_process():
+            return self.out
+        if tokenizer is not None:
+            tokenizer.save_pretrained(self.partial)
+        write_spec(self.partial, spec)
+        write_log(self.partial / LOG, trainer.state.log_history)
+        draw(self.partial, trainer.state.log_history)
+        for leftover in (*self.partial.glob("checkpoint-*"), self.partial / BEST):
+            remove(leftover)
+        metrics = {
             key: value
             for entry in trainer.state.log_history
             for key, value in entry.items()
             if isinstance(value, (int, float))
         }
-
-    def finish_training(self, trainer: Any, **extra: Any) -> Path:
-        """Write the log, drop the checkpoints and give the folder its name."""
-        write_json(self.partial / LOG, trainer.state.log_history)
-        for checkpoint in self.partial.glob("checkpoint-*"):
-            remove(checkpoint)
-        return self.finish(**extra)
+        device = {"device": self.on.name, "precision": self.on.precision}
+        return self.finish(metrics=metrics, kept=self.kept, **device, **extra)
 
 
 def counted(dropped: Counter[str]) -> str:
@@ -76,15 +121,16 @@ def counted(dropped: Counter[str]) -> str:
     return "".join(f"; dropped {count} ({reason})" for reason, count in dropped.items())
 
 
-def trainer_arguments(config: Any, folder: Path) -> dict[str, Any]:
-    """The arguments that SFTConfig and DPOConfig share, for CUDA and for a CPU.
+def write_log(file: Path, history: list[dict[str, Any]]) -> None:
+    """The log as JSON Lines, an entry a line: whole at any time, also after a resumed run took steps back."""
+    write_bytes(file, b"".join(msgspec.json.encode(entry) + b"\n" for entry in history))
 
-    bf16 is used on CUDA where the GPU has it and on a CPU that computes it natively; elsewhere float32,
-    because emulated bf16 is slower than float32.
-    """
-    torch = require("torch", "train")
-    cuda = torch.cuda.is_available()
-    bf16 = torch.cuda.is_bf16_supported() if cuda else _cpu_has_bf16()
+
+def trainer_arguments(config: TrainConfig, on: Hardware, folder: Path) -> dict[str, Any]:
+    """The arguments that SFTConfig and DPOConfig share."""
+    if config.tensorboard:
+        require("tensorboard", "tensorboard")
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD)
     return {
         "output_dir": str(folder),
         "learning_rate": config.learning_rate,
@@ -96,41 +142,30 @@ def trainer_arguments(config: Any, folder: Path) -> dict[str, Any]:
         "max_grad_norm": 1.0,
         "seed": config.seed,
         "data_seed": config.seed,
-        "bf16": bf16,
-        "fp16": cuda and not bf16,
-        "use_cpu": not cuda,
-        "gradient_checkpointing": False,
+        "bf16": on.precision == "bfloat16",
+        "fp16": on.precision == "float16",
+        "use_cpu": on.device == "cpu",
+        "gradient_checkpointing": config.checkpointing,
         "max_length": None,  # our rows are measured before; nothing is cut silently
         "logging_steps": config.logging_steps,
         "save_strategy": "steps",
         "save_steps": config.save_steps,
         "save_total_limit": 1,
-        "report_to": "none",
+        "report_to": ["tensorboard"] if config.tensorboard else "none",
         "disable_tqdm": True,
-        "dataloader_pin_memory": cuda,
+        "dataloader_pin_memory": on.device == "cuda",
     }
-
-
-def load_dtype() -> Any:
-    """The precision the base is held in while it is trained."""
-    torch = require("torch", "train")
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def _cpu_has_bf16() -> bool:
-    import torch
-
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _callback_class() -> type:
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
-        """Draws progress; turns the first Ctrl-C into: finish the step, save, stop."""
+        """Draws progress and writes the log; turns the first Ctrl-C into: finish the step, save, stop."""
 
-        def __init__(self, label: str):
+        def __init__(self, label: str, log: Path):
             self.label = label
+            self.log = log
             self.stopped = False
             self._bar: Any = None
             self._info = ""
@@ -156,6 +191,8 @@ def _callback_class() -> type:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
                 self._info = f"loss {float(logs['loss']):.3f}"
+            if state.is_world_process_zero:
+                write_log(self.log, state.log_history)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self._advance(1, info=self._info)

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import msgspec
 
-from qe_edge.errors import BadInput, QeEdgeError, require
+from qe_edge.errors import QeEdgeError, require
 from qe_edge.join import Join
 from qe_edge.manifest import MANIFEST, atomic_path, check_output, run_record, write_json
 from qe_edge.prompt import hugging_face
-from qe_edge.spec import read_spec, write_spec
-from qe_edge.train.sft import base_of
-from qe_edge.train.student import load_base, save_model
+from qe_edge.spec import write_spec
+from qe_edge.train.student import load_config, load_tokenizer, load_trained, open_trained, save_model
 from qe_edge.workdir import Workdir
 
 PROBES = ("what causes tides", "how long does bread keep", "2023 tax rate")
@@ -23,29 +22,28 @@ MIN_COSINE = 0.999
 def merge(adapter: Path, *, join: Join | None = None, out: Path | None = None, workdir: Workdir) -> Path:
     """Merge a LoRA adapter in float32 and save in the base's own precision; returns the model folder.
 
+    Weights that were trained whole are only rounded to that precision.
+
     `join` sets the join that travels with the student, for instance one chosen on a dev set.
 
     Raises:
         QeEdgeError: the merged model's logits differ from those of base + adapter.
     """
-    torch, peft = require("torch", "train"), require("peft", "train")
-    source = base_of(adapter)
-    spec = read_spec(adapter)
-    if spec is None:
-        raise BadInput("holds no qe-edge spec; train it with `qe-edge train`", path=adapter)
-    if join:
-        spec = msgspec.structs.replace(spec, join=join)
+    torch = require("torch", "train")
+    trained = open_trained(adapter)
+    spec = msgspec.structs.replace(trained.spec, join=join) if join else trained.spec
     out = out or workdir.new("merge")
     check_output(out, "merge")
-    base, tokenizer = load_base(source, dtype="auto")
-    precision = base.dtype
+    tokenizer = load_tokenizer(trained.base)
+    precision = load_config(trained.base).dtype or torch.float32
     tokenize = hugging_face(tokenizer)
     probes = [torch.tensor([spec.prompt.encode(query, tokenize)]) for query in PROBES]
-    model = peft.PeftModel.from_pretrained(base.float(), str(adapter)).eval()
+    model = load_trained(trained, dtype=torch.float32).eval()
     with torch.inference_mode():
         before = [model(ids).logits[0, -1] for ids in probes]
+        merged = model if trained.full else model.merge_and_unload(safe_merge=True)
         # Rounded to what is saved, and compared in float32: arithmetic in bf16 would drown the difference.
-        merged = model.merge_and_unload(safe_merge=True).to(precision).float()
+        merged = merged.to(precision).float()
         after = [merged(ids).logits[0, -1] for ids in probes]
     cosine = min(
         float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for a, b in zip(before, after, strict=True)
@@ -67,6 +65,6 @@ def merge(adapter: Path, *, join: Join | None = None, out: Path | None = None, w
         settings = {"join": str(spec.join), "precision": str(precision).removeprefix("torch.")}
         write_json(
             partial / MANIFEST,
-            run_record("merge", settings, {"adapter": adapter}, base=source, checks=checks),
+            run_record("merge", settings, {"adapter": adapter}, base=trained.base, checks=checks),
         )
     return out

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from qe_edge.errors import BadInput, QeEdgeError, require
@@ -68,11 +69,21 @@ def check_batch(trainer: Any, rows: Iterable[Row]) -> None:
     with torch.random.fork_rng():  # looking must not change what training draws
         batch = next(iter(trainer.get_train_dataloader()))
     trained = batch["labels"] != -100 if "labels" in batch else batch["completion_mask"].bool()
-    attended = batch["attention_mask"].bool()
-    for ids, mask, there in zip(batch["input_ids"], trained, attended, strict=True):
-        found = tuple(ids[there].tolist()), tuple(mask[there].tolist())
-        if found not in known or mask[~there].any():
+    for ids, mask in _rows_of(batch, trained):
+        if (tuple(ids.tolist()), tuple(mask.tolist())) not in known:
             raise QeEdgeError(
                 "the trainer changes the rows before it trains on them (ids, their order or the mask of the "
                 "loss); this version of TRL is not supported, please report it with `qe-edge doctor`"
             )
+
+
+def _rows_of(batch: Any, trained: Any) -> Iterator[tuple[Any, Any]]:
+    """Each row's ids and its mask of the loss; packed rows start where the positions do."""
+    if "attention_mask" not in batch:
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+        for start, end in pairwise([*starts, batch["input_ids"].shape[1]]):
+            yield batch["input_ids"][0, start:end], trained[0, start:end]
+        return
+    for ids, mask, there in zip(batch["input_ids"], trained, batch["attention_mask"].bool(), strict=True):
+        # A padded position that is trained on makes the mask longer than any row's.
+        yield ids[there], mask[there] if not mask[~there].any() else mask

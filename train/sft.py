@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the student learns to write what the teacher wrote, with LoRA through TRL."""
+"""Supervised fine-tuning: the student learns to write what the teacher wrote, through TRL."""
 
 from __future__ import annotations
 
@@ -6,51 +6,29 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 
 from qe_edge.console import note
 from qe_edge.errors import BadInput, require
-from qe_edge.manifest import MANIFEST
-from qe_edge.models import DEFAULT_STUDENT
 from qe_edge.prompt import Tokenize, hugging_face
-from qe_edge.records import Count, Expansion, Mode, Positive, Problem, read_jsonl
-from qe_edge.spec import ModelSpec, write_spec
-from qe_edge.train.loop import TrainingRun, counted, load_dtype, trainer_arguments
+from qe_edge.records import Expansion, read_jsonl
+from qe_edge.spec import ModelSpec
+from qe_edge.train.config import SftConfig
+from qe_edge.train.dev import load_dev
+from qe_edge.train.estimate import announce, estimate
+from qe_edge.train.hardware import explain_out_of_memory, hardware
+from qe_edge.train.loop import TrainingRun, counted, trainer_arguments
+from qe_edge.train.lora import lora_config
 from qe_edge.train.rows import CHECKED, Row, check_batch, check_texts
-from qe_edge.train.student import load_base, load_tokenizer, prepare_student
+from qe_edge.train.student import (
+    check_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    prepare_student,
+)
 from qe_edge.workdir import Workdir
-
-# Every linear layer of Qwen3 and Llama but the output: with tied embeddings, an adapted lm_head
-# would be merged into the input embeddings as well.
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class SftConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """SFT settings.
-
-    `models` and `modes` select teacher rows, empty meaning all; rows that `teach` marked with a problem
-    are left out, but for the problems in `accept`. Of what is left, `max_rows` are drawn at random, 0
-    meaning all. `max_length` is in tokens, prompt included; longer rows are dropped and counted, never
-    cut. A step takes `batch_size * accumulate` rows.
-    """
-
-    student: str = DEFAULT_STUDENT
-    models: tuple[str, ...] = ()
-    modes: tuple[Mode, ...] = ()
-    max_rows: Annotated[int, msgspec.Meta(ge=0)] = 0
-    accept: tuple[Problem, ...] = ()
-    rank: Count = 32
-    alpha: Count = 64
-    learning_rate: Positive = 3e-4
-    epochs: Positive = 1.0
-    batch_size: Count = 4
-    accumulate: Count = 2
-    max_length: Count = 512
-    seed: int = 0
-    save_steps: Count = 20
-    logging_steps: Count = 5
 
 
 def sft(
@@ -60,43 +38,62 @@ def sft(
     out: Path | None = None,
     workdir: Workdir,
 ) -> Path:
-    """Train a LoRA adapter on teacher expansions; returns its folder.
+    """Train a LoRA adapter, or all weights, on teacher expansions; returns the folder.
 
     Killed or interrupted, the same call goes on from the last checkpoint.
 
     Raises:
         BadInput: a malformed row, or no usable row at all.
+        BadArgument: a device or precision that isn't there.
     """
-    trl, peft, datasets = require("trl", "train"), require("peft", "train"), require("datasets", "train")
+    trl, datasets = require("trl", "train"), require("datasets", "train")
     config = config or SftConfig()
+    on = hardware(config)
     rows = select_rows(expansions, config)
-    source, spec = prepare_student(config.student, workdir)
+    out = out or workdir.new("sft")
     inputs = {f"expansions[{i}]": path for i, path in enumerate(expansions)}
-    run = TrainingRun("train sft", msgspec.to_builtins(config), inputs, out or workdir.new("sft"))
-    model, tokenizer = load_base(source, dtype=load_dtype())
+    with on.main_process_first():
+        source, spec = prepare_student(config.student, workdir)
+        run = TrainingRun("train sft", config, on, inputs, out)
+    tokenizer, shape = load_tokenizer(source), load_config(source)
+    check_vocabulary(source, shape, tokenizer)
     check_texts(spec, tokenizer, [(r.query, r.text) for r in rows if r.query.strip()][:CHECKED])
     encoded, dropped = encode_rows(rows, spec, hugging_face(tokenizer), config.max_length)
     note(f"sft: {len(encoded)} rows from {len({r.query_id for r in rows})} queries{counted(dropped)}")
-
-    trainer = trl.SFTTrainer(
-        model=model,
-        args=trl.SFTConfig(
-            **trainer_arguments(config, run.partial),
-            dataset_kwargs={"skip_prepare_dataset": True},  # the rows are token ids already, exactly ours
-            train_sampling_strategy="group_by_length",
-        ),
-        train_dataset=datasets.Dataset.from_list(encoded),
-        processing_class=tokenizer,
-        peft_config=peft.LoraConfig(
-            r=config.rank, lora_alpha=config.alpha, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM"
-        ),
+    lengths = [len(row["input_ids"]) for row in encoded]
+    full = config.tuning == "full"
+    needs = estimate(
+        shape, config, on, rank=0 if full else config.rank, longest=max(lengths), tokens=sum(lengths)
     )
+    announce("sft", needs, on)
+    dev = load_dev(config, spec, tokenizer, on, workdir)
+
+    dataset = datasets.Dataset.from_list(encoded)
+    if config.packing:
+        dataset = trl.pack_dataset(dataset, config.max_length, "bfd")
+        note(f"sft: packed into {len(dataset)} rows of up to {config.max_length} tokens")
+    with explain_out_of_memory(config, on):
+        trainer = trl.SFTTrainer(
+            model=load_model(source, dtype=on.weights(full), attention=on.attention(config.packing)),
+            args=trl.SFTConfig(
+                **trainer_arguments(config, on, run.partial),
+                dataset_kwargs={"skip_prepare_dataset": True},  # the rows are token ids already, exactly ours
+                padding_free=config.packing,
+                train_sampling_strategy="random" if config.packing else "group_by_length",
+            ),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=None if full else lora_config(config.rank, config.alpha),
+        )
     check_batch(trainer, [_row(row) for row in encoded])
-    metrics = run.train(trainer, "sft")
-    trainer.model.save_pretrained(str(run.partial))
-    write_spec(run.partial, msgspec.structs.replace(spec, stage="sft"))
+    run.train(trainer, dev)
     return run.finish_training(
-        trainer, base=source, rows=len(encoded), dropped=dict(dropped), metrics=metrics
+        trainer,
+        msgspec.structs.replace(spec, stage="sft"),
+        tokenizer if full else None,
+        base=source,
+        rows=len(encoded),
+        dropped=dict(dropped),
     )
 
 
@@ -160,13 +157,3 @@ def encode_rows(
     if not encoded:
         raise BadInput(f"no expansion left to train on; dropped: {dict(dropped)}")
     return encoded, dropped
-
-
-def base_of(adapter: Path) -> str:
-    """What an adapter folder was trained on."""
-    from qe_edge.manifest import read_record
-
-    base = read_record(adapter).get("base")
-    if not base or not (adapter / "adapter_config.json").is_file():
-        raise BadInput(f"holds no {MANIFEST} of `qe-edge train` with an adapter; train first", path=adapter)
-    return base

@@ -6,12 +6,12 @@ import errno
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qe_edge.backends import default_spec
 from qe_edge.console import note, quiet_transformers
 from qe_edge.errors import BadArgument, BadInput, NotFound, require
-from qe_edge.manifest import atomic_path, sha256
+from qe_edge.manifest import MANIFEST, atomic_path, read_record, sha256
 from qe_edge.models import ModelRef, resolve
 from qe_edge.spec import ModelSpec, read_spec, write_spec
 from qe_edge.workdir import Workdir
@@ -41,7 +41,7 @@ def prepare_student(student: str, workdir: Workdir) -> tuple[str, ModelSpec]:
         if spec is None:
             spec = _unpack_gguf(ref, Path(ref.source), folder)
         return str(folder.resolve()), spec
-    tokenizer, config = load_tokenizer(ref.source), _load_config(ref.source)
+    tokenizer, config = load_tokenizer(ref.source), load_config(ref.source)
     if getattr(config, "quantization_config", None):
         raise BadArgument(f"{student} is quantized; train its unquantized original and quantize at export")
     spec = (read_spec(ref.path) if ref.path else None) or default_spec(ref, tokenizer.chat_template)
@@ -96,7 +96,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         raise NotFound(f"can't load a tokenizer from {source}: {str(error).splitlines()[0]}") from None
 
 
-def _load_config(source: str) -> Any:
+def load_config(source: str) -> Any:
+    """The configuration of a folder or a hub id: the model's shape, without its weights."""
     from transformers import AutoConfig
 
     try:
@@ -105,24 +106,55 @@ def _load_config(source: str) -> Any:
         raise NotFound(f"can't load a model from {source}: {str(error).splitlines()[0]}") from None
 
 
-def load_base(source: str, *, dtype: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model's weights in `dtype`, and its tokenizer, which must fit the model.
+def check_vocabulary(source: str, model_config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the tokenizer fits the model.
 
     Raises:
-        BadInput: the tokenizer has ids that the model's embedding table lacks.
+        BadInput: it has ids that the model's embedding table lacks.
     """
+    rows = model_config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise BadInput(f"its tokenizer has {len(tokenizer)} tokens, its model only {rows}", path=source)
+
+
+def load_model(source: str, *, dtype: Any, attention: str | None = None) -> PreTrainedModel:
+    """The weights of a folder or a hub id in `dtype`; `attention` is one of transformers' implementations."""
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
-    tokenizer = load_tokenizer(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError, KeyError) as error:
         raise NotFound(f"can't load a model from {source}: {str(error).splitlines()[0]}") from None
-    rows = model.config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
-        raise BadInput(f"its tokenizer has {len(tokenizer)} tokens, its model only {rows}", path=source)
-    return model, tokenizer
+
+
+class Trained(NamedTuple):
+    """What `qe-edge train` left in a folder: an adapter of `base`, or all its weights (`full`)."""
+
+    folder: Path
+    base: str
+    spec: ModelSpec
+    full: bool
+
+
+def open_trained(folder: Path) -> Trained:
+    """A folder that SFT or DPO wrote.
+
+    Raises:
+        BadInput: it is something else.
+    """
+    record, spec = read_record(folder), read_spec(folder)
+    if spec is None or record.get("command") not in ("train sft", "train dpo"):
+        raise BadInput(f"holds no {MANIFEST} and spec of `qe-edge train`; train first", path=folder)
+    return Trained(folder, record["base"], spec, full=not (folder / "adapter_config.json").is_file())
+
+
+def load_trained(trained: Trained, *, dtype: Any, trainable: bool = False) -> PreTrainedModel:
+    """The trained model, or its adapter on its base, in `dtype`."""
+    if trained.full:
+        return load_model(str(trained.folder), dtype=dtype)
+    base, peft = load_model(trained.base, dtype=dtype), require("peft", "train")
+    return peft.PeftModel.from_pretrained(base, str(trained.folder), is_trainable=trainable)
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -17,12 +17,23 @@ from qe_edge.commands.common import (
     emit,
     took,
 )
+from qe_edge.commands.settings import flags_of
+from qe_edge.console import is_main_process
 from qe_edge.errors import BadArgument
 from qe_edge.records import configured
+from qe_edge.train.config import DpoConfig, SftConfig
 from qe_edge.workdir import Workdir
 
 ShowOption = Annotated[
     bool, typer.Option("--show-example", help="Print the first row as it would be trained on, and stop.")
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(help="Take this recipe's settings (a file, or one that ships); flags override them."),
+]
+DataOption = Annotated[Path | None, typer.Option(help="What {data} stands for in the recipe's paths.")]
+PrintOption = Annotated[
+    bool, typer.Option("--print-config", help="Print the settings as they would be used, and stop.")
 ]
 train_app = typer.Typer(help="Train a student: SFT, then DPO.", no_args_is_help=True)
 
@@ -95,92 +106,65 @@ def pairs(
 
 
 @train_app.command("sft")
+@flags_of(SftConfig)
 def train_sft(
     expansions: Annotated[
-        list[Path], typer.Option("--expansions", "-e", help="Teacher expansions (JSON Lines).")
-    ],
-    student: Annotated[
-        str, typer.Option(help="Hub id, folder, GGUF file or builtin:NAME.")
-    ] = "builtin:smollm2-135m",
-    models: Annotated[
-        list[str] | None, typer.Option("--teacher-model", help="Take only this model's rows.")
+        list[Path] | None,
+        typer.Option("--expansions", "-e", help="Teacher expansions (JSON Lines; default: the newest)."),
     ] = None,
-    modes: Annotated[
-        list[str] | None, typer.Option("--mode", help="Take only zero-shot or few-shot rows.")
-    ] = None,
-    max_rows: Annotated[int, typer.Option(help="Rows drawn at random; 0 takes all.")] = 0,
-    accept: AcceptOption = None,
-    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 32,
-    alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 64,
-    learning_rate: float = 3e-4,
-    epochs: float = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Rows in memory at a time.")] = 4,
-    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 2,
-    max_length: Annotated[int, typer.Option(help="Tokens; longer rows are dropped and counted.")] = 512,
-    seed: int = 0,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
+    recipe: RecipeOption = None,
+    data: DataOption = None,
+    print_config: PrintOption = False,
     show_example: ShowOption = False,
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
+    *,
+    settings: dict[str, Any],
 ) -> None:
-    """Fine-tune a LoRA adapter on teacher expansions. Run again after Ctrl-C, it goes on."""
-    from qe_edge.train.sft import SftConfig, example, sft
+    """Fine-tune a student on teacher expansions. Run again after Ctrl-C, it goes on."""
+    from qe_edge.train.sft import example, sft
 
-    config = configured(
-        SftConfig,
-        student=student,
-        models=tuple(models or ()),
-        modes=tuple(modes or ()),
-        max_rows=max_rows,
-        accept=tuple(accept or ()),
-        rank=rank,
-        alpha=alpha,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        max_length=max_length,
-        seed=seed,
-        save_steps=save_steps,
-    )
-    if show_example:
-        print(example(expansions, config, workdir=Workdir(workdir)), end="")
+    section = recipe_section(recipe, "sft", data)
+    named = section.pop("expansions", [])
+    config = configured(SftConfig, **(section | settings))
+    if print_config:
+        print_toml("sft", config)
         return
-    print_training(json, "train sft", sft(expansions, config, out=out, workdir=Workdir(workdir)))
+    work = Workdir(workdir)
+    expansions = expansions or [Path(name) for name in named]
+    if not expansions:
+        expansions = [work.newest_taught()]
+        took("expansions", expansions[0])
+    if show_example:
+        print(example(expansions, config, workdir=work), end="")
+        return
+    print_training(json, "train sft", sft(expansions, config, out=out, workdir=work))
 
 
 @train_app.command("dpo")
+@flags_of(DpoConfig)
 def train_dpo(
     pairs: Annotated[Path | None, typer.Option(help="A pairs.jsonl (default: the newest).")] = None,
     adapter: Annotated[Path | None, typer.Option(help="An SFT folder (default: the newest).")] = None,
-    beta: Annotated[float, typer.Option(help="Pull towards the SFT model.")] = 0.1,
-    loss: Annotated[
-        list[str] | None, typer.Option(help="sigmoid, sigmoid_norm, ipo or sft; several are summed.")
-    ] = None,
-    loss_weight: Annotated[list[float] | None, typer.Option(help="Of each loss, in their order.")] = None,
-    length_weight: Annotated[
-        float, typer.Option(help="Below 1, the longer side's surplus tokens count less (LD-DPO).")
-    ] = 1.0,
-    precompute: Annotated[
-        bool, typer.Option("--precompute", help="Compute the reference's log-probabilities beforehand.")
-    ] = False,
-    learning_rate: float = 5e-5,
-    epochs: float = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Pairs in memory at a time.")] = 2,
-    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 4,
-    max_length: Annotated[int, typer.Option(help="Tokens; longer pairs are dropped and counted.")] = 512,
-    seed: int = 0,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
+    recipe: RecipeOption = None,
+    data: DataOption = None,
+    print_config: PrintOption = False,
     show_example: ShowOption = False,
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """Align the SFT student with retrieval's own preferences. Run again after Ctrl-C, it goes on."""
-    from qe_edge.train.dpo import DpoConfig, dpo, example
+    from qe_edge.train.dpo import dpo, example
     from qe_edge.train.pairs import PAIRS
 
+    config = configured(DpoConfig, **(recipe_section(recipe, "dpo", data) | settings))
+    if print_config:
+        print_toml("dpo", config)
+        return
     work = Workdir(workdir)
     if pairs is None:
         pairs = work.newest("pairs") / PAIRS
@@ -188,33 +172,34 @@ def train_dpo(
     if adapter is None:
         adapter = work.newest("sft")
         took("adapter", adapter)
-    config = configured(
-        DpoConfig,
-        beta=beta,
-        loss=tuple(loss or ("sigmoid",)),
-        loss_weights=tuple(loss_weight or ()),
-        length_weight=length_weight,
-        precompute=precompute,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        max_length=max_length,
-        seed=seed,
-        save_steps=save_steps,
-    )
     if show_example:
         print(example(pairs, adapter, config), end="")
         return
     print_training(json, "train dpo", dpo(pairs, adapter, config, out=out, workdir=work))
 
 
+def recipe_section(recipe: str | None, name: str, data: Path | None) -> dict[str, Any]:
+    """A section of a recipe as it is written; empty without a recipe."""
+    from qe_edge.recipe import read_recipe
+
+    return read_recipe(recipe, data=data).get(name, {}) if recipe else {}
+
+
+def print_toml(section: str, config: Any) -> None:
+    """The settings as a recipe's section."""
+    import msgspec
+
+    print(msgspec.toml.encode({section: config}).decode().rstrip())
+
+
 def print_training(json: bool, command: str, folder: Path) -> None:
     from qe_edge.manifest import read_record
 
+    if not is_main_process():
+        return
     record = read_record(folder)
     metrics = record["metrics"] | {"rows": record["rows"], "dropped": record["dropped"]}
-    text = f"adapter in {folder} ({record['rows']} rows, mean loss {record['metrics']['train_loss']:.3f})"
+    text = f"student in {folder} ({record['rows']} rows, mean loss {record['metrics']['train_loss']:.3f})"
     emit(json, command, text, inputs=record["inputs"], artifacts={"adapter": folder}, metrics=metrics)
 
 

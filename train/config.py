@@ -1,0 +1,119 @@
+"""The settings of SFT and DPO, defined once: recipes are read into them, flags are made of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from qe_edge.models import DEFAULT_STUDENT
+from qe_edge.records import Mode, Problem
+
+Device = Literal["auto", "cuda", "cpu"]
+Precision = Literal["auto", "bfloat16", "float16", "float32"]
+Loss = Literal["sigmoid", "sigmoid_norm", "ipo", "sft"]
+Size = Meta(ge=1)
+Share = Meta(gt=0, lt=1e9)
+
+
+class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What SFT and DPO share. A step takes `batch_size * accumulate` rows on each process.
+
+    Rows over `max_length` tokens are dropped and counted, never cut.
+    """
+
+    learning_rate: Annotated[float, Share, Meta(description="Peak; a cosine takes it to zero.")] = 1e-4
+    epochs: Annotated[float, Share, Meta(description="Passes over the rows.")] = 1.0
+    batch_size: Annotated[int, Size, Meta(description="Rows in memory at a time.")] = 4
+    accumulate: Annotated[int, Size, Meta(description="Batches per step.")] = 2
+    max_length: Annotated[
+        int, Size, Meta(description="Tokens, prompt included; longer rows are dropped and counted.")
+    ] = 512
+    checkpointing: Annotated[
+        bool, Meta(description="Compute activations twice: less memory, about a third more time.")
+    ] = False
+    device: Annotated[Device, Meta(description="auto is cuda where there is one.")] = "auto"
+    precision: Annotated[
+        Precision, Meta(description="Of the arithmetic; auto is the fastest one that the device has.")
+    ] = "auto"
+    eval_dataset: Annotated[
+        str,
+        Meta(
+            description="Judged dev queries, as NAME or NAME@SPLIT: nDCG@10 of the student's greedy "
+            "expansions is measured while it trains, and the best checkpoint is kept."
+        ),
+    ] = ""
+    eval_steps: Annotated[int, Size, Meta(description="Steps between two of these.")] = 50
+    eval_queries: Annotated[int, Size, Meta(description="Dev queries, drawn at random.")] = 50
+    seed: Annotated[int, Meta(description="Of all that is drawn.")] = 0
+    save_steps: Annotated[int, Size, Meta(description="Steps between checkpoints to resume from.")] = 20
+    logging_steps: Annotated[int, Size, Meta(description="Steps between entries of the log.")] = 5
+    tensorboard: Annotated[bool, Meta(description="Also log for TensorBoard.")] = False
+
+
+class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """SFT settings.
+
+    `models` and `modes` select teacher rows, empty meaning all; rows that `teach` marked with a problem
+    are left out, but for the problems in `accept`. Of what is left, `max_rows` are drawn at random, 0
+    meaning all. `packing` puts several rows into one of `max_length` tokens, apart from each other for the
+    attention: nothing is padded.
+    """
+
+    student: Annotated[str, Meta(description="Hub id, folder, GGUF file or builtin:NAME.")] = DEFAULT_STUDENT
+    models: Annotated[
+        tuple[str, ...], Meta(description="Take only this model's rows.", extra={"flag": "--teacher-model"})
+    ] = ()
+    modes: Annotated[
+        tuple[Mode, ...], Meta(description="Take only zero-shot or few-shot rows.", extra={"flag": "--mode"})
+    ] = ()
+    max_rows: Annotated[int, Meta(ge=0), Meta(description="Rows drawn at random; 0 takes all.")] = 0
+    accept: Annotated[
+        tuple[Problem, ...],
+        Meta(description="Let in rows that `teach` marked so, such as cut (others need its --keep-bad)."),
+    ] = ()
+    tuning: Annotated[
+        Literal["lora", "full"], Meta(description="An adapter, or all weights of a small student.")
+    ] = "lora"
+    rank: Annotated[int, Size, Meta(description="Of the LoRA adapter.")] = 32
+    alpha: Annotated[int, Size, Meta(description="LoRA's alpha: its output counts alpha / rank.")] = 64
+    packing: Annotated[bool, Meta(description="Several short rows in one; for a GPU.")] = False
+    learning_rate: Annotated[float, Share, Meta(description="Peak; a cosine takes it to zero.")] = 3e-4
+
+
+class DpoConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """DPO settings (Rafailov et al., arXiv 2305.18290). `beta` weighs the pull towards the SFT model.
+
+    `loss` names TRL's losses, summed with `loss_weights` (1 each by default): `sigmoid` is DPO,
+    `sigmoid_norm` divides by the lengths, adding `sft` keeps the chosen text likely (RPO, arXiv 2404.19733).
+    `length_weight` below 1 counts the longer side's surplus tokens for so much less (LD-DPO, arXiv
+    2409.06411). `precompute` has the reference's log-probabilities computed once, before the first step:
+    less memory, and less time over several epochs.
+    """
+
+    beta: Annotated[float, Share, Meta(description="Pull towards the SFT model.")] = 0.1
+    loss: Annotated[
+        tuple[Loss, ...],
+        Meta(min_length=1),
+        Meta(description="sigmoid, sigmoid_norm, ipo or sft; several are summed."),
+    ] = ("sigmoid",)
+    loss_weights: Annotated[
+        tuple[Annotated[float, Share], ...],
+        Meta(description="Of each loss, in their order.", extra={"flag": "--loss-weight"}),
+    ] = ()
+    length_weight: Annotated[
+        float,
+        Meta(ge=0, le=1),
+        Meta(description="Below 1, the longer side's surplus tokens count less (LD-DPO)."),
+    ] = 1.0
+    precompute: Annotated[bool, Meta(description="Compute the reference's log-probabilities beforehand.")] = (
+        False
+    )
+    learning_rate: Annotated[float, Share, Meta(description="Peak; a cosine takes it to zero.")] = 5e-5
+    batch_size: Annotated[int, Size, Meta(description="Pairs in memory at a time.")] = 2
+    accumulate: Annotated[int, Size, Meta(description="Batches per step.")] = 4
+
+    def __post_init__(self) -> None:
+        if self.loss_weights and len(self.loss_weights) != len(self.loss):
+            raise ValueError(f"{len(self.loss)} losses need as many weights, not {len(self.loss_weights)}")

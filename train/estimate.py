@@ -1,0 +1,139 @@
+"""What a training will need, before its weights are loaded: memory and time."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any, NamedTuple
+
+from qe_edge.console import note
+from qe_edge.errors import require
+from qe_edge.train.config import DpoConfig, SftConfig
+from qe_edge.train.hardware import Hardware
+from qe_edge.train.lora import lora_config
+
+# The share of the device's matrix product rate that training reaches, and TRL's tiles of the output layer:
+# so many tokens by so many vocabulary entries in float32, twice.
+EFFICIENCY = 0.45
+TILE = (4096, 32768)
+
+
+class Estimate(NamedTuple):
+    """Bytes of weights, of gradients and optimizer, and of activations; floating point operations in all."""
+
+    weights: int
+    training: int
+    activations: int
+    flops: float
+
+    @property
+    def memory_gb(self) -> float:
+        return (self.weights + self.training + self.activations) / 2**30
+
+
+def estimate(
+    model_config: Any,
+    config: SftConfig | DpoConfig,
+    on: Hardware,
+    *,
+    rank: int,
+    longest: int,
+    tokens: int,
+) -> Estimate:
+    """What training on rows of `tokens` tokens in all, the longest of `longest`, takes on one process.
+
+    `rank` is the adapter's, 0 for full fine-tuning. Activations are counted, not guessed: what autograd keeps
+    of one layer and of two, run on torch's meta device, which computes nothing, gives the rest of the layers.
+    """
+    rows = config.batch_size * (2 if isinstance(config, DpoConfig) else 1)
+    width = config.max_length if isinstance(config, SftConfig) and config.packing else longest
+    first, second = (_Layers(model_config, n, rank, on, rows, width) for n in (1, 2))
+    layers = model_config.num_hidden_layers
+    repeated = second.parameters - first.parameters, second.trained - first.trained
+    parameters = first.parameters + (layers - 1) * repeated[0]
+    trained = first.trained + (layers - 1) * repeated[1]
+    kept = second.kept - first.kept
+    if config.checkpointing:  # the inputs of all layers, and one layer at a time
+        kept_in_all = first.kept + layers * rows * width * model_config.hidden_size * on.bytes_of_activations
+    else:
+        kept_in_all = first.kept + (layers - 1) * kept
+    tile = 2 * 4 * min(rows * width, TILE[0]) * min(model_config.vocab_size, TILE[1])
+    frozen_bytes = on.weights(full=rank == 0).itemsize
+    weights = (parameters - trained) * frozen_bytes + trained * 4
+    training = trained * 12  # the gradient and Adam's two moments, in float32
+    passes = 4 if rank else 6  # 2 forward, 2 backward through the activations, 2 more to the weights
+    if config.checkpointing:
+        passes += 2
+    flops = passes * parameters * tokens * config.epochs
+    if isinstance(config, DpoConfig):
+        # TRL always copies an adapter for the reference; whole weights need no copy when they ran before.
+        weights += trained * 4 if rank or not config.precompute else 0
+        flops += 2 * parameters * tokens * (1 if config.precompute else config.epochs)
+    return Estimate(weights, training, kept_in_all + tile, flops / on.processes)
+
+
+class _Layers:
+    """A model with the first few layers alone, on the meta device: its parameters and what autograd keeps.
+
+    All of it is in the precision of the arithmetic, as under autocast, which the meta device lacks.
+    """
+
+    def __init__(self, model_config: Any, layers: int, rank: int, on: Hardware, rows: int, width: int):
+        torch, peft = require("torch", "train"), require("peft", "train")
+        from transformers import AutoModelForCausalLM
+
+        shape = copy.deepcopy(model_config)
+        shape.num_hidden_layers = layers
+        if getattr(shape, "layer_types", None):
+            shape.layer_types = shape.layer_types[:layers]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape)
+            if rank:
+                model = peft.get_peft_model(model, lora_config(rank, rank))
+            model.to(getattr(torch, on.precision))
+            ids = torch.zeros((rows, width), dtype=torch.long)
+            mask = torch.ones((rows, 1, width, width), dtype=torch.bool)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept: dict[int, Any] = {}
+
+        def keep(tensor: Any) -> Any:
+            storage = tensor.untyped_storage()
+            # The fused kernels of a real device don't keep attention's table of every token by every token.
+            if storage._cdata not in own and tensor.shape[-2:] != (width, width):
+                kept[storage._cdata] = storage
+            return tensor
+
+        backbone = (model.get_base_model() if rank else model).base_model
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self._output = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+        self.kept = sum(storage.nbytes() for storage in kept.values())
+
+
+def seconds(needs: Estimate, on: Hardware) -> float:
+    """How long so many operations take, by the rate of one matrix product measured now."""
+    torch = require("torch", "train")
+    dtype = getattr(torch, on.precision)
+    a, b = (torch.randn(2048, 2048, device=on.device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return needs.flops / (2 * 2048**3 / min(times)) / EFFICIENCY
+
+
+def announce(label: str, needs: Estimate, on: Hardware) -> None:
+    """Say what a training will need, and warn where the device hasn't got it."""
+    minutes, has = seconds(needs, on) / 60, on.memory_gb()
+    how_long = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    note(
+        f"{label}: about {max(needs.memory_gb, 0.1):.1f} GB of memory and {how_long} "
+        f"on {on.name} in {on.precision}"
+    )
+    if needs.memory_gb > has:
+        note(
+            f"{label}: that is more than the {has:.1f} GB there are; if it fails, lower --batch-size and "
+            "raise --accumulate alike, or add --checkpointing"
+        )
