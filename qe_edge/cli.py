@@ -52,6 +52,7 @@ def main() -> None:
     """Run the CLI; an expected error becomes one line and its exit code."""
     # Read when these libraries are imported, which happens later: keep their chatter off the terminal.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     as_json = "--json" in sys.argv
     try:

@@ -238,12 +238,17 @@ def prompt_for(chat_template: str | None, *, languages: tuple[Lang, ...] = ("en"
     """The default prompt, fitted to a model by its chat template.
 
     Raises:
-        BadArgument: the model doesn't speak ChatML.
+        BadArgument: the model doesn't speak ChatML, or can't but think.
     """
     if not chat_template or "<|im_start|>" not in chat_template:
         raise BadArgument(
             "this model's chat format isn't ChatML (<|im_start|>…<|im_end|>); "
             "Qwen3, Qwen2.5 and SmolLM2 models are supported"
+        )
+    if re.search(r"assistant(\\n|\n)<think>", chat_template):  # in every answer, with no way to turn it off
+        raise BadArgument(
+            "this model thinks before every answer, which its chat template can't turn off; take one that "
+            "needn't, such as Qwen/Qwen3-4B or Qwen/Qwen3-4B-Instruct-2507"
         )
     base = load_prompt()
     return msgspec.structs.replace(

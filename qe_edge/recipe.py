@@ -121,7 +121,10 @@ def load_recipe(
     try:
         return msgspec.convert(content, Recipe)
     except msgspec.ValidationError as error:
-        raise BadInput(f"not a valid recipe: {error}", path=path) from None
+        hint = ""
+        if "missing required field" in str(error):
+            hint = "; name your data with --dataset, --expansions and --test, or write it into the recipe"
+        raise BadInput(f"not a valid recipe: {error}{hint}", path=path) from None
 
 
 def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
@@ -140,8 +143,15 @@ def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
         if not Path(path).is_file():
             raise NotFound(f"{path}: no such file; the recipe names it")
 
+    if s.eval_dataset and not s.eval_join:
+        s = msgspec.structs.replace(s, eval_join=str(join))
+    d = recipe.dpo
+    if d.eval_dataset and not d.eval_join:
+        d = msgspec.structs.replace(d, eval_join=str(join))
     stages = _Stages(workdir)
     note(f"recipe: {recipe.title}")
+    for name in {s.eval_dataset, d.eval_dataset} & set(b.datasets):
+        note(f"{name} chooses the checkpoint that is kept, so the student's figure on it is no test")
     inputs = [judged.fingerprint(), *map(sha256, p.expansions)]
     stages.run(
         "pairs", p, inputs, lambda: pairs(p.dataset, p.expansions, _as(PairsConfig, p), workdir=workdir)
@@ -150,7 +160,7 @@ def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
     stages.run("sft", s, inputs, lambda: sft(s.expansions, _as(SftConfig, s), workdir=workdir))
     pair_file, adapter = stages.out["pairs"] / PAIRS, stages.out["sft"]
     inputs = [sha256(pair_file), sha256(adapter)]
-    stages.run("dpo", recipe.dpo, inputs, lambda: dpo(pair_file, adapter, recipe.dpo, workdir=workdir))
+    stages.run("dpo", d, inputs, lambda: dpo(pair_file, adapter, d, workdir=workdir))
     # SFT alone is exported for comparison only, so one small file is enough.
     for trained, part in (("sft", ExportPart(kinds=e.kinds[:1], formats=("gguf",))), ("dpo", e)):
         folder = stages.out[trained]

@@ -44,6 +44,9 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             "expansions is measured while it trains, and the best checkpoint is kept."
         ),
     ] = ""
+    eval_join: Annotated[
+        str, Meta(description="How query and expansion are joined for that (default: the student's join).")
+    ] = ""
     eval_steps: Annotated[int, Size, Meta(description="Steps between two of these.")] = 50
     eval_queries: Annotated[int, Size, Meta(description="Dev queries, drawn at random.")] = 50
     seed: Annotated[int, Meta(description="Of all that is drawn.")] = 0

@@ -12,6 +12,7 @@ from qe_edge.console import is_main_process, note
 from qe_edge.datasets import load_dataset
 from qe_edge.errors import BadArgument, require
 from qe_edge.index import Index
+from qe_edge.join import Join
 from qe_edge.manifest import atomic_path, read_json, remove, write_json
 from qe_edge.measures import mean, per_query
 from qe_edge.prompt import hugging_face
@@ -47,6 +48,7 @@ class DevSet:
         tokenizer: Any,
         on: Hardware,
         *,
+        join: Join,
         count: int,
         seed: int,
         workdir: Workdir,
@@ -61,7 +63,7 @@ class DevSet:
         chosen = random.Random(seed).sample(ids, min(count, len(ids)))
         self.queries = {query_id: self.data.queries[query_id] for query_id in chosen}
         self.index = Index.for_dataset(self.data, workdir.root / "index")
-        self.spec, self.tokenizer, self.on = spec, tokenizer, on
+        self.spec, self.tokenizer, self.on, self.join = spec, tokenizer, on, join
         tokenize = hugging_face(tokenizer)
         prompts = {query_id: spec.prompt.encode(text, tokenize) for query_id, text in self.queries.items()}
         # By length, so that little is padded.
@@ -72,10 +74,10 @@ class DevSet:
         return f"{len(self.queries)} queries of {self.data}"
 
     def ndcg(self, model: Any) -> float:
-        """Mean nDCG@10 of the queries, expanded greedily and joined by the student's rule."""
+        """Mean nDCG@10 of the queries, expanded greedily and joined by the rule of the dev set."""
         expansions = self._expand(model)
         run = {
-            query_id: self.index.search_text(text, expansions[query_id], join=self.spec.join)
+            query_id: self.index.search_text(text, expansions[query_id], join=self.join)
             for query_id, text in self.queries.items()
         }
         return mean(per_query({query_id: self.data.qrels[query_id] for query_id in run}, run))
@@ -119,6 +121,7 @@ def load_dev(
         spec,
         tokenizer,
         on,
+        join=Join.parse(config.eval_join) if config.eval_join else spec.join,
         count=config.eval_queries,
         seed=config.seed,
         workdir=workdir,

@@ -153,6 +153,7 @@ def trainer_arguments(config: TrainConfig, on: Hardware, folder: Path) -> dict[s
         "save_total_limit": 1,
         "report_to": ["tensorboard"] if config.tensorboard else "none",
         "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": on.device == "cuda",
     }
 

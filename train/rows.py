@@ -39,6 +39,8 @@ def check_texts(spec: ModelSpec, tokenizer: Any, texts: Iterable[tuple[str, str]
     end_ids = tokenize(end, True)
     if len(end_ids) != 1:
         raise BadInput(f"the tokenizer has no single token {end!r}; it is not this model's")
+    if spec.prompt.answer_prefix and len(tokenize("<think>", True)) != 1:
+        raise BadInput("the tokenizer has no single token '<think>', which the chat template uses")
     for query, text in texts:
         answer = spec.prompt.encode_answer(text, tokenize)
         for wanted, ids in (

@@ -19,14 +19,39 @@ def run(
         str, typer.Argument(help="A recipe file (TOML), or the name of one that ships with qe-edge.")
     ],
     data: Annotated[Path | None, typer.Option(help="What {data} stands for in the recipe's paths.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", "-d", help="Judged training queries instead of the recipe's, for pairs."),
+    ] = None,
+    expansions: Annotated[
+        list[Path] | None,
+        typer.Option("--expansions", "-e", help="Their expansions (default: what `teach` collected)."),
+    ] = None,
+    test: Annotated[
+        list[str] | None, typer.Option("--test", help="What the student is measured on instead.")
+    ] = None,
+    teacher: Annotated[
+        list[Path] | None, typer.Option("--teacher", help="A teacher's expansions of the test queries.")
+    ] = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
     """Run a recipe: pairs, SFT, DPO, merge, export, bench and report. Run again, it goes on."""
     from qe_edge.bench.report import report as draw
+    from qe_edge.datasets import load_dataset
     from qe_edge.recipe import load_recipe, run_recipe
 
-    out = run_recipe(load_recipe(recipe, data=data), workdir=Workdir(workdir))
+    work = Workdir(workdir)
+    if dataset and not expansions:
+        expansions = [work.taught(str(load_dataset(dataset)))]
+    files = [str(file) for file in expansions or ()]
+    given = {
+        "pairs": {"dataset": dataset, "expansions": files},
+        "sft": {"expansions": files},
+        "bench": {"datasets": test, "teachers": [str(file) for file in teacher or ()]},
+    }
+    chosen = {name: {key: value for key, value in part.items() if value} for name, part in given.items()}
+    out = run_recipe(load_recipe(recipe, data=data, given=chosen), workdir=work)
     html = draw([out["bench"]], out["bench"] / "report.html")
     emit_bench(json, "run", out["bench"], report=html)
     if not json:
@@ -42,4 +67,4 @@ def run(
 
 def demo(workdir: WorkdirOption = WORKDIR, json: JsonOption = False) -> None:
     """Run the whole pipeline on the built-in student and collection: the recipe `demo`."""
-    run("demo", None, workdir, json)
+    run("demo", workdir=workdir, json=json)
