@@ -144,7 +144,7 @@ def _work(request: Request) -> Reply:
             file.flush()
             advance()
     expander.close()
-    return Reply(expander.spec, load_s, _peak_memory_mb())
+    return Reply(expander.spec, load_s, peak_memory_mb())
 
 
 def _cut_incomplete_line(path: Path) -> None:
@@ -170,7 +170,8 @@ def _expand(expander: Expander, query_id: str, query: str) -> Generated:
     )
 
 
-def _peak_memory_mb() -> float:
+def peak_memory_mb() -> float:
+    """The most memory this process has held, in MB of 10^6 bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux, where ru_maxrss survives exec and would be the parent's
         for line in status.read_text().splitlines():

@@ -5,20 +5,35 @@ Speed, memory, file layout and token ids are those of the real model; only what 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from qe_edge.errors import NotFound, require
 
-# The published shapes of Qwen3's dense models (arXiv 2505.09388 and their config.json):
-# hidden size, feed-forward size, layers, attention heads, key-value heads, input and output embeddings tied.
-QWEN3 = {
-    "qwen3-0.6b": (1024, 3072, 28, 16, 8, True),
-    "qwen3-1.7b": (2048, 6144, 28, 16, 8, True),
-    "qwen3-4b": (2560, 9728, 36, 32, 8, True),
-    "qwen3-8b": (4096, 12288, 36, 32, 8, False),
+
+class Shape(NamedTuple):
+    """What decides a model's size; `tied` says that its input and output embeddings are one table."""
+
+    family: Literal["qwen3", "llama"]
+    hidden: int
+    feed_forward: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+
+
+# As published in the models' config.json (Qwen3: arXiv 2505.09388; SmolLM2: arXiv 2502.02737).
+SHAPES = {
+    "smollm2-135m": Shape("llama", 576, 1536, 30, 9, 3, 64, 49_152, True),
+    "qwen3-0.6b": Shape("qwen3", 1024, 3072, 28, 16, 8, 128, 151_936, True),
+    "qwen3-1.7b": Shape("qwen3", 2048, 6144, 28, 16, 8, 128, 151_936, True),
+    "qwen3-4b": Shape("qwen3", 2560, 9728, 36, 32, 8, 128, 151_936, True),
+    "qwen3-8b": Shape("qwen3", 4096, 12288, 36, 32, 8, 128, 151_936, False),
 }
-VOCABULARY = 151_936
-END, PAD = 151_645, 151_643  # <|im_end|>, <|endoftext|>
+# <|im_end|> and <|endoftext|> of each family.
+ENDS = {"qwen3": (151_645, 151_643), "llama": (2, 0)}
 
 
 def shape(name: str, *, layers: int | None = None) -> Any:
@@ -28,24 +43,29 @@ def shape(name: str, *, layers: int | None = None) -> Any:
         NotFound: no such shape.
     """
     transformers = require("transformers", "train")
-    if name not in QWEN3:
-        raise NotFound(f"no synthetic shape {name!r}; there are: {', '.join(QWEN3)}")
-    hidden, feed_forward, all_layers, heads, key_value_heads, tied = QWEN3[name]
-    return transformers.Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=feed_forward,
-        num_hidden_layers=layers or all_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        head_dim=128,
-        max_position_embeddings=40_960,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        tie_word_embeddings=tied,
+    if name not in SHAPES:
+        raise NotFound(f"no synthetic shape {name!r}; there are: {', '.join(SHAPES)}")
+    known = SHAPES[name]
+    end, pad = ENDS[known.family]
+    kind = transformers.Qwen3Config if known.family == "qwen3" else transformers.LlamaConfig
+    return kind(
+        vocab_size=known.vocabulary,
+        hidden_size=known.hidden,
+        intermediate_size=known.feed_forward,
+        num_hidden_layers=layers or known.layers,
+        num_attention_heads=known.heads,
+        num_key_value_heads=known.key_value_heads,
+        head_dim=known.head_dim,
+        max_position_embeddings=40_960 if known.family == "qwen3" else 8192,
+        rms_norm_eps=1e-6 if known.family == "qwen3" else 1e-5,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1_000_000.0 if known.family == "qwen3" else 100_000.0,
+        },
+        tie_word_embeddings=known.tied,
         bos_token_id=None,
-        eos_token_id=END,
-        pad_token_id=PAD,
+        eos_token_id=end,
+        pad_token_id=pad,
     )
 
 
@@ -55,3 +75,16 @@ def model(name: str, *, layers: int | None = None, dtype: Any, device: str = "cp
     torch.manual_seed(seed)
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(shape(name, layers=layers), dtype=dtype)
+
+
+def tokenizer(name: str) -> Any:
+    """A tokenizer that knows a shape's padding and end token alone: for rows that are ids already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    end, pad = ENDS[SHAPES[name].family]
+    vocabulary = {"<|endoftext|>": pad, "<|im_end|>": end}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )

@@ -401,7 +401,7 @@ def test_the_estimate_counts_what_autograd_really_keeps(tiny_qwen3):
     assert needs.activations - tile == pytest.approx(real, rel=0.05)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert needs.weights == 4 * parameters
+    assert needs.weights > 4 * parameters  # and what the process holds
     assert needs.training == 12 * trained
     assert needs.flops == 4 * parameters * 1000
     assert output.last_hidden_state.shape == (4, 100, 256)

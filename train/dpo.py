@@ -17,7 +17,7 @@ from qe_edge.spec import ModelSpec
 from qe_edge.train.config import DpoConfig
 from qe_edge.train.dev import load_dev
 from qe_edge.train.estimate import announce, estimate
-from qe_edge.train.hardware import explain_out_of_memory, hardware
+from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware
 from qe_edge.train.loop import TrainingRun, counted, trainer_arguments
 from qe_edge.train.lora import rank_of
 from qe_edge.train.rows import CHECKED, Row, check_batch, check_texts
@@ -42,7 +42,7 @@ def dpo(
         BadInput: `adapter` is no SFT folder, or there is no usable pair.
         BadArgument: a device or precision that isn't there.
     """
-    trl, datasets = require("trl", "train"), require("datasets", "train")
+    require("trl", "train")
     config = config or DpoConfig()
     on = hardware(config)
     trained = open_trained(adapter)
@@ -59,28 +59,12 @@ def dpo(
     announce("dpo", estimate(shape, config, on, rank=rank, longest=max(lengths), tokens=sum(lengths)), on)
     dev = load_dev(config, spec, tokenizer, on, workdir)
 
-    class TokenizedDPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # TRL would apply a chat template; these are token ids already, exactly ours
-
     with explain_out_of_memory(config, on):
-        trainer = TokenizedDPOTrainer(
-            model=load_trained(trained, dtype=on.weights(trained.full), trainable=True),
-            # Of an adapter, TRL makes a frozen copy itself; precomputing needs no copy at all.
-            ref_model=load_model(str(adapter), dtype=on.weights(full=False))
-            if trained.full and not config.precompute
-            else None,
-            args=trl.DPOConfig(
-                **trainer_arguments(config, on, run.partial),
-                beta=config.beta,
-                loss_type=list(config.loss),
-                loss_weights=list(config.loss_weights) or None,
-                ld_alpha=config.length_weight if config.length_weight < 1 else None,
-                precompute_ref_log_probs=config.precompute,
-            ),
-            train_dataset=datasets.Dataset.from_list(encoded),
-            processing_class=tokenizer,
-        )
+        model = load_trained(trained, dtype=on.weights(trained.full), trainable=True)
+        # Of an adapter, TRL makes a frozen copy itself; precomputing needs no copy at all.
+        copied = trained.full and not config.precompute
+        reference = load_model(str(adapter), dtype=on.weights(full=False)) if copied else None
+        trainer = make_trainer(config, on, model, reference, tokenizer, encoded, run.partial)
     check_batch(trainer, [row for pair in encoded for row in _rows(pair)])
     # TRL's frozen copy of the adapter is not for keeping.
     run.train(trainer, dev, **({} if trained.full else {"selected_adapters": ["default"]}))
@@ -91,6 +75,38 @@ def dpo(
         base=trained.base,
         rows=len(encoded),
         dropped=dict(dropped),
+    )
+
+
+def make_trainer(
+    config: DpoConfig,
+    on: Hardware,
+    model: Any,
+    reference: Any,
+    tokenizer: Any,
+    encoded: list[dict[str, list[int]]],
+    folder: Path,
+) -> Any:
+    """TRL's trainer for pairs of ids, as `encode_pairs` gives them."""
+    trl, datasets = require("trl", "train"), require("datasets", "train")
+
+    class TokenizedDPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # TRL would apply a chat template; these are token ids already, exactly ours
+
+    return TokenizedDPOTrainer(
+        model=model,
+        ref_model=reference,
+        args=trl.DPOConfig(
+            **trainer_arguments(config, on, folder),
+            beta=config.beta,
+            loss_type=list(config.loss),
+            loss_weights=list(config.loss_weights) or None,
+            ld_alpha=config.length_weight if config.length_weight < 1 else None,
+            precompute_ref_log_probs=config.precompute,
+        ),
+        train_dataset=datasets.Dataset.from_list(encoded),
+        processing_class=tokenizer,
     )
 
 

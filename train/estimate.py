@@ -6,6 +6,8 @@ import copy
 import time
 from typing import Any, NamedTuple
 
+import psutil
+
 from qe_edge.console import note
 from qe_edge.errors import require
 from qe_edge.train.config import DpoConfig, SftConfig
@@ -14,12 +16,15 @@ from qe_edge.train.lora import lora_config
 
 # The share of the device's matrix product rate that training reaches, and TRL's tiles of the output layer:
 # so many tokens by so many vocabulary entries in float32, twice.
-EFFICIENCY = 0.45
+EFFICIENCY = 0.35
 TILE = (4096, 32768)
 
 
 class Estimate(NamedTuple):
-    """Bytes of weights, of gradients and optimizer, and of activations; floating point operations in all."""
+    """Bytes of weights, of gradients and optimizer, and of activations; floating point operations in all.
+
+    On a CPU, weights include what the process holds already.
+    """
 
     weights: int
     training: int
@@ -61,6 +66,7 @@ def estimate(
     frozen_bytes = on.weights(full=rank == 0).itemsize
     weights = (parameters - trained) * frozen_bytes + trained * 4
     training = trained * 12  # the gradient and Adam's two moments, in float32
+    process = 0 if on.device == "cuda" else psutil.Process().memory_info().rss
     passes = 4 if rank else 6  # 2 forward, 2 backward through the activations, 2 more to the weights
     if config.checkpointing:
         passes += 2
@@ -69,7 +75,7 @@ def estimate(
         # TRL always copies an adapter for the reference; whole weights need no copy when they ran before.
         weights += trained * 4 if rank or not config.precompute else 0
         flops += 2 * parameters * tokens * (1 if config.precompute else config.epochs)
-    return Estimate(weights, training, kept_in_all + tile, flops / on.processes)
+    return Estimate(process + weights, training, kept_in_all + tile, flops / on.processes)
 
 
 class _Layers:
@@ -111,8 +117,8 @@ class _Layers:
         self.kept = sum(storage.nbytes() for storage in kept.values())
 
 
-def seconds(needs: Estimate, on: Hardware) -> float:
-    """How long so many operations take, by the rate of one matrix product measured now."""
+def matmul_rate(on: Hardware) -> float:
+    """Operations per second of one matrix product in the training's precision, measured now."""
     torch = require("torch", "train")
     dtype = getattr(torch, on.precision)
     a, b = (torch.randn(2048, 2048, device=on.device).to(dtype) for _ in range(2))
@@ -121,12 +127,12 @@ def seconds(needs: Estimate, on: Hardware) -> float:
         start = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for the device
         times.append(time.perf_counter() - start)
-    return needs.flops / (2 * 2048**3 / min(times)) / EFFICIENCY
+    return 2 * 2048**3 / min(times)
 
 
 def announce(label: str, needs: Estimate, on: Hardware) -> None:
     """Say what a training will need, and warn where the device hasn't got it."""
-    minutes, has = seconds(needs, on) / 60, on.memory_gb()
+    minutes, has = needs.flops / matmul_rate(on) / EFFICIENCY / 60, on.memory_gb()
     how_long = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
     note(
         f"{label}: about {max(needs.memory_gb, 0.1):.1f} GB of memory and {how_long} "

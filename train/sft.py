@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -17,7 +18,7 @@ from qe_edge.spec import ModelSpec
 from qe_edge.train.config import SftConfig
 from qe_edge.train.dev import load_dev
 from qe_edge.train.estimate import announce, estimate
-from qe_edge.train.hardware import explain_out_of_memory, hardware
+from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware
 from qe_edge.train.loop import TrainingRun, counted, trainer_arguments
 from qe_edge.train.lora import lora_config
 from qe_edge.train.rows import CHECKED, Row, check_batch, check_texts
@@ -46,7 +47,7 @@ def sft(
         BadInput: a malformed row, or no usable row at all.
         BadArgument: a device or precision that isn't there.
     """
-    trl, datasets = require("trl", "train"), require("datasets", "train")
+    require("trl", "train")
     config = config or SftConfig()
     on = hardware(config)
     rows = select_rows(expansions, config)
@@ -68,23 +69,9 @@ def sft(
     announce("sft", needs, on)
     dev = load_dev(config, spec, tokenizer, on, workdir)
 
-    dataset = datasets.Dataset.from_list(encoded)
-    if config.packing:
-        dataset = trl.pack_dataset(dataset, config.max_length, "bfd")
-        note(f"sft: packed into {len(dataset)} rows of up to {config.max_length} tokens")
     with explain_out_of_memory(config, on):
-        trainer = trl.SFTTrainer(
-            model=load_model(source, dtype=on.weights(full), attention=on.attention(config.packing)),
-            args=trl.SFTConfig(
-                **trainer_arguments(config, on, run.partial),
-                dataset_kwargs={"skip_prepare_dataset": True},  # the rows are token ids already, exactly ours
-                padding_free=config.packing,
-                train_sampling_strategy="random" if config.packing else "group_by_length",
-            ),
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            peft_config=None if full else lora_config(config.rank, config.alpha),
-        )
+        model = load_model(source, dtype=on.weights(full), attention=on.attention(config.packing))
+        trainer = make_trainer(config, on, model, tokenizer, encoded, run.partial)
     check_batch(trainer, [_row(row) for row in encoded])
     run.train(trainer, dev)
     return run.finish_training(
@@ -94,6 +81,34 @@ def sft(
         base=source,
         rows=len(encoded),
         dropped=dict(dropped),
+    )
+
+
+def make_trainer(
+    config: SftConfig,
+    on: Hardware,
+    model: Any,
+    tokenizer: Any,
+    encoded: list[dict[str, list[int]]],
+    folder: Path,
+) -> Any:
+    """TRL's trainer for rows of ids and labels, as `encode_rows` gives them."""
+    trl, datasets = require("trl", "train"), require("datasets", "train")
+    dataset = datasets.Dataset.from_list(encoded)
+    if config.packing:
+        dataset = trl.pack_dataset(dataset, config.max_length, "bfd")
+        note(f"sft: packed into {len(dataset)} rows of up to {config.max_length} tokens")
+    return trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(
+            **trainer_arguments(config, on, folder),
+            dataset_kwargs={"skip_prepare_dataset": True},  # the rows are token ids already, exactly ours
+            padding_free=config.packing,
+            train_sampling_strategy="random" if config.packing else "group_by_length",
+        ),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=None if config.tuning == "full" else lora_config(config.rank, config.alpha),
     )
 
 

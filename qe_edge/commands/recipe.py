@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,7 +45,7 @@ def run(
     if dataset and not expansions:
         expansions = [work.taught(str(load_dataset(dataset)))]
     files = [str(file) for file in expansions or ()]
-    given = {
+    given: dict[str, dict[str, Any]] = {
         "pairs": {"dataset": dataset, "expansions": files},
         "sft": {"expansions": files},
         "bench": {"datasets": test, "teachers": [str(file) for file in teacher or ()]},
