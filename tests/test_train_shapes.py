@@ -31,9 +31,7 @@ def test_sft_dpo_and_merge_at_qwen3_0_6bs_shape(tmp_path):
 
     student = tmp_path / "student"
     base = synthetic.model("qwen3-0.6b", dtype=torch.bfloat16)
-    assert (
-        sum(p.numel() for p in base.parameters()) == 596_049_920
-    )  # as published: 0.6 B, 0.44 B of it layers
+    assert sum(p.numel() for p in base.parameters()) == 596_049_920  # as published
     base.save_pretrained(student)
     tokenizer = qwen_tokenizer()
     tokenizer.save_pretrained(student)
