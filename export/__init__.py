@@ -10,7 +10,7 @@ from qe_edge.errors import BadArgument, BadInput, NotFound, NotInstalled, requir
 from qe_edge.export.gguf import convert_gguf, read_config
 from qe_edge.export.mlx import convert_mlx
 from qe_edge.export.quantize import KINDS, bits_of, quantize_gguf
-from qe_edge.export.verify import Reference, load_reference, verify_gguf, verify_mlx
+from qe_edge.export.verify import CHECKSUMS, Reference, load_reference, verify_gguf, verify_mlx
 from qe_edge.manifest import (
     MANIFEST,
     atomic_path,
@@ -23,7 +23,6 @@ from qe_edge.spec import ModelSpec, read_spec
 
 FORMATS = ("gguf", "mlx")
 UNQUANTIZED = ("BF16", "F16")
-CHECKSUMS = "SHA256SUMS"
 
 Progress = Callable[[str], None]
 

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qe_edge.console import quiet_transformers
-from qe_edge.errors import BadInput, QeEdgeError, require
+from qe_edge.errors import BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.quantize import KINDS, bits_of, captured_log
+from qe_edge.manifest import MANIFEST, read_record, sha256
 from qe_edge.prompt import Tokenize, hugging_face
 from qe_edge.spec import GGUF_KEY, ModelSpec, parse_spec, read_spec
 
+CHECKSUMS = "SHA256SUMS"
 # Logits are compared on the prompts of these.
 QUERIES = (
     "what causes the tides",
@@ -80,13 +82,57 @@ def load_reference(source: Path) -> Reference:
     return Reference(spec, probes, prompts, torch.stack(rows).numpy())
 
 
+def verify_export(path: Path, source: Path | None = None) -> dict[str, Any]:
+    """Check a GGUF or MLX folder that `qe-edge export` wrote: its checksums, then as `verify_gguf` does.
+
+    `source` is the merged model; by default the one that the export's run.json names.
+
+    Raises:
+        NotFound: there is no such export, or its source is gone.
+        QeEdgeError: a file changed since, or answers differently from the source.
+    """
+    if not path.exists():
+        raise NotFound(f"{path}: no such GGUF file or MLX folder")
+    sums = check_sums(path)
+    if source is None:
+        made_from = read_record(path.parent).get("inputs", {}).get("model", {}).get("path")
+        if not made_from:
+            raise NotFound(f"{path.parent} has no {MANIFEST} that names the source; name it with --source")
+        source = Path(made_from)
+    if not source.is_dir():
+        raise NotFound(f"{source}, which {path} was made from, isn't there; name it with --source")
+    found = verify_mlx(path, source) if path.is_dir() else verify_gguf(path, source)
+    return {"checksums": sums, **found}
+
+
+def check_sums(path: Path) -> int:
+    """Compare an export, a file or a folder, with the SHA256SUMS beside it; returns how many files were.
+
+    Raises:
+        BadInput: a file is missing or differs, or isn't listed.
+    """
+    sums = path.parent / CHECKSUMS
+    if not sums.is_file():
+        raise BadInput(f"has no {CHECKSUMS} beside it, so nothing tells whether it is whole", path=path)
+    lines = [line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines()]
+    own = {name: digest for digest, name in lines if Path(name).parts[0] == path.name}
+    if not own:
+        raise BadInput(f"does not list {path.name}; it is from another export", path=sums)
+    for name, digest in own.items():
+        file = path.parent / name
+        if not file.is_file() or sha256(file) != digest:
+            raise BadInput(f"differs from its entry in {sums}: it is damaged or was changed", path=file)
+    return len(own)
+
+
 def verify_gguf(file: Path, source: Path | Reference) -> dict[str, Any]:
     """Check a GGUF against the model folder it was made from, or against its `load_reference`.
 
     Returns:
         `token_ids` ("identical"), `probes` (how many texts were tokenized), `queries` (how many of them
-        were answered), `logit_cosine` (the lowest of theirs) and `top1_agreement` (the share of them
-        whose likeliest next token is the same).
+        were answered), `logit_cosine` (the lowest of theirs), `kl_divergence` (the mean of theirs, of the
+        export's next-token distribution from the source's, in nats) and `top1_agreement` (the share of
+        them whose likeliest next token is the same).
 
     Raises:
         QeEdgeError: the file can't be loaded, its spec or any token id differs, or logits are too far.
@@ -161,8 +207,12 @@ def _check_ids(tokenize: Tokenize, reference: Reference, where: Path) -> None:
 
 
 def _check_logits(rows: list[np.ndarray], reference: Reference, bits: int, where: Path) -> dict[str, Any]:
+    from scipy.special import log_softmax
+
     found, expected = np.stack(rows).astype(np.float64), reference.logits[: len(rows)].astype(np.float64)
     top1 = float(np.mean(found.argmax(1) == expected.argmax(1)))
+    log_p, log_q = log_softmax(expected, axis=1), log_softmax(found, axis=1)
+    divergence = float((np.exp(log_p) * (log_p - log_q)).sum(1).mean())
     # Adding a constant to all logits changes no probability, and a large common part hides differences.
     found -= found.mean(1, keepdims=True)
     expected -= expected.mean(1, keepdims=True)
@@ -179,5 +229,6 @@ def _check_logits(rows: list[np.ndarray], reference: Reference, bits: int, where
         "probes": len(reference.probes),
         "queries": len(rows),
         "logit_cosine": round(cosine, 6),
+        "kl_divergence": round(divergence, 6),
         "top1_agreement": round(top1, 3),
     }

@@ -22,7 +22,7 @@ from qe_edge.export import export_model, vocab
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.mlx import convert_mlx
 from qe_edge.export.quantize import bits_of, quantize_gguf
-from qe_edge.export.verify import HOSTILE, load_reference, verify_gguf, verify_mlx
+from qe_edge.export.verify import HOSTILE, load_reference, verify_export, verify_gguf, verify_mlx
 from qe_edge.models import resolve
 from qe_edge.spec import read_spec
 
@@ -113,6 +113,33 @@ def test_the_folder_is_checksummed_and_described(exported: Any) -> None:
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
     record = json.loads((out / "run.json").read_text())
     assert (record["command"], record["files"]) == ("export", result["files"])
+
+
+def test_an_export_is_verified_later_on(exported: Any, tmp_path: Path) -> None:
+    source, out, result = exported
+    for name, limit in (("student-F16.gguf", 1e-4), ("student-Q4_K_M.gguf", 0.5), ("student-mlx-bf16", 1e-2)):
+        found = verify_export(out / name)
+        assert found["checksums"] == (1 if name.endswith(".gguf") else len(list((out / name).iterdir())))
+        assert {key: found[key] for key in result["checks"][name]} == result["checks"][name]
+        assert 0 <= found["kl_divergence"] < limit
+    assert verify_export(out / "student-F16.gguf", source)["token_ids"] == "identical"
+
+    copy = shutil.copytree(out, tmp_path / "copy")
+    shutil.copytree(copy / "student-mlx-4bit", tmp_path / "other" / "student-mlx-4bit")
+    with (copy / "student-Q4_K_M.gguf").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    with pytest.raises(BadInput, match="it is damaged or was changed"):
+        verify_export(copy / "student-Q4_K_M.gguf")
+    with pytest.raises(BadInput, match="has no SHA256SUMS beside it"):
+        verify_export(tmp_path / "other" / "student-mlx-4bit")
+    (copy / "new.gguf").write_bytes(b"GGUF")
+    with pytest.raises(BadInput, match=r"does not list new\.gguf"):
+        verify_export(copy / "new.gguf")
+    with pytest.raises(NotFound, match="no such GGUF file or MLX folder"):
+        verify_export(copy / "nothing.gguf")
+    with pytest.raises(NotFound, match="name it with --source"):
+        verify_export(copy / "student-F16.gguf", tmp_path / "gone")
 
 
 def test_only_what_was_asked_for_is_kept_and_stdout_stays_clean(

@@ -46,6 +46,26 @@ def export(
     emit(json, "export", "\n".join(lines), inputs={"model": model}, artifacts={"folder": out}, metrics=report)
 
 
+def verify(
+    exported: Annotated[Path, typer.Argument(help="A GGUF file or an MLX folder of `qe-edge export`.")],
+    source: Annotated[
+        Path | None,
+        typer.Option(help="The merged model it was made from (default: the one its run.json names)."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Check an export against its source: checksums, token ids, spec and logits."""
+    from qe_edge.export.verify import verify_export
+
+    found = verify_export(exported, source)
+    text = (
+        f"{exported} answers as its source does: {found['checksums']} checksums right, token ids of "
+        f"{found['probes']} texts identical, logit cosine {found['logit_cosine']:.4f}, "
+        f"KL divergence {found['kl_divergence']:.4f}, top-1 agreement {found['top1_agreement']:.0%}"
+    )
+    emit(json, "verify", text, inputs={"export": exported}, metrics=found)
+
+
 def _newest_model(work: Workdir) -> Path:
     """The newest merged model; an adapter that is newer still is merged first."""
     newest = work.newest("dpo", "sft", "merge")
