@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qe_edge.errors import BadArgument, BadInput, NotFound, NotInstalled, require
+from qe_edge.export.card import write_card, write_modelfile
 from qe_edge.export.gguf import convert_gguf, read_config
 from qe_edge.export.mlx import convert_mlx
 from qe_edge.export.quantize import KINDS, bits_of, quantize_gguf
@@ -40,7 +41,8 @@ def export_model(
     """Export a merged model folder to the folder `out`, whole or not at all.
 
     Writes `student-<kind>.gguf` for every kind, one `student-mlx-<bits>bit` folder for every number of
-    bits among the kinds (`student-mlx-bf16` for BF16 and F16), SHA256SUMS and run.json. An older `out`
+    bits among the kinds (`student-mlx-bf16` for BF16 and F16), a model card (README.md), a Modelfile
+    for Ollama, SHA256SUMS and run.json. An older `out`
     is replaced, and stays if anything fails.
 
     Returns:
@@ -76,6 +78,9 @@ def export_model(
         if "mlx" in formats:
             checks |= _export_mlx(model, folder, kinds, spec, reference, progress)
         files = {path.name: _size(path) for path in sorted(folder.iterdir())}
+        write_card(folder, spec, files, checks)
+        if ggufs := [name for name in files if name.endswith(".gguf")]:
+            write_modelfile(folder, spec, ggufs[0])
         _write_checksums(folder)
         settings = {"kinds": kinds, "formats": formats, "verify": verify}
         record = run_record("export", settings, {"model": model}, files=files, checks=checks)

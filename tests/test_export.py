@@ -115,6 +115,40 @@ def test_the_folder_is_checksummed_and_described(exported: Any) -> None:
     assert (record["command"], record["files"]) == ("export", result["files"])
 
 
+def test_the_folder_says_what_it_holds_and_how_to_use_it(exported: Any) -> None:
+    source, out, result = exported
+    spec = read_spec(source)
+    assert spec
+    card = (out / "README.md").read_text()
+    front, _, body = card.removeprefix("---\n").partition("\n---\n")
+    assert "- query-expansion" in front.splitlines() and "- zh" in front.splitlines()
+    for query in ("a query", "一个查询"):
+        assert f"```text\n{spec.prompt.render(query)}\n```" in body
+    for name, size in result["files"].items():
+        check = result["checks"][name]
+        assert f"| {name} | {size / 1e6:.1f} | {check['logit_cosine']:.4f} |" in body
+    assert str(out.parent) not in card and str(source) not in card  # no path of this machine
+
+    modelfile = (out / "Modelfile").read_text()
+    template = modelfile.split('"""')[1]
+    assert template.replace("{{ .Prompt }}", "what causes tides") == spec.prompt.render("what causes tides")
+    assert f"FROM ./{sorted(n for n in result['files'] if n.endswith('.gguf'))[0]}\n" in modelfile
+
+
+def test_the_cards_mlx_command_runs(exported: Any) -> None:
+    source, out, _ = exported
+    spec = read_spec(source)
+    assert spec
+    command = [sys.executable, "-m", "mlx_lm", "generate", "--model", out / "student-mlx-bf16"]
+    command += ["--ignore-chat-template", "--temp", "0", "--max-tokens", "3"]
+    command += ["--prompt", spec.prompt.render("what causes tides")]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    backend = open_backend(resolve(source), engine="transformers")
+    ids = spec.prompt.encode("what causes tides", backend.tokenize)
+    assert f"Prompt: {len(ids)} tokens" in done.stdout
+
+
 def test_an_export_is_verified_later_on(exported: Any, tmp_path: Path) -> None:
     source, out, result = exported
     for name, limit in (("student-F16.gguf", 1e-4), ("student-Q4_K_M.gguf", 0.5), ("student-mlx-bf16", 1e-2)):
