@@ -106,6 +106,14 @@ def test_what_print_config_prints_is_a_recipes_section(monkeypatch, capsys, tmp_
     assert tomllib.loads(shown.out)["dpo"]["loss"] == ["sigmoid", "sft"]
 
 
+def test_a_flag_can_turn_off_what_a_recipe_turns_on(monkeypatch, capsys, tmp_path):
+    (tmp_path / "mine.toml").write_text("[sft]\ncheckpointing = true\npacking = true\n")
+    flags = ("--recipe", tmp_path / "mine.toml", "--no-checkpointing", "--print-config")
+    _, shown = cli(monkeypatch, capsys, "train", "sft", *flags)
+    settings = tomllib.loads(shown.out)["sft"]
+    assert (settings["checkpointing"], settings["packing"]) == (False, True)
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [

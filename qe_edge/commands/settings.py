@@ -40,6 +40,8 @@ def _flag(name: str, hint: Any, default: Any) -> inspect.Parameter:
     help_text = next(meta.description for meta in metas if meta.description)
     own_name = next((meta.extra["flag"] for meta in metas if meta.extra), f"--{name.replace('_', '-')}")
     kind = get_args(hint)[0]
+    if kind is bool:  # so that a recipe's true can be turned off
+        own_name = f"{own_name}/--no-{own_name.removeprefix('--')}"
     if get_origin(kind) is tuple:  # a flag that can be given several times
         item = get_args(kind)[0]
         item = get_args(item)[0] if get_origin(item) is Annotated else item
