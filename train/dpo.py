@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from qe_edge.console import note
-from qe_edge.errors import BadInput, require
+from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.prompt import Tokenize, hugging_face
 from qe_edge.records import Pair, read_jsonl
 from qe_edge.spec import ModelSpec
@@ -40,11 +40,16 @@ def dpo(
 
     Raises:
         BadInput: `adapter` is no SFT folder, or there is no usable pair.
-        BadArgument: a device or precision that isn't there.
+        BadArgument: a device or precision that isn't there, or `precompute` on several processes.
     """
     require("trl", "train")
     config = config or DpoConfig()
     on = hardware(config)
+    if config.precompute and on.processes > 1:
+        raise BadArgument(
+            "TRL can't precompute for pairs in memory on several processes; leave out --precompute, "
+            "or train on one"
+        )
     trained = open_trained(adapter)
     rows = list(read_jsonl(pairs, Pair))
     out = out or workdir.new("dpo")
@@ -63,7 +68,7 @@ def dpo(
         model = load_trained(trained, dtype=on.weights(trained.full), trainable=True)
         # Of an adapter, TRL makes a frozen copy itself; precomputing needs no copy at all.
         copied = trained.full and not config.precompute
-        reference = load_model(str(adapter), dtype=on.weights(full=False)) if copied else None
+        reference = load_model(str(adapter), dtype=on.weights(full=True)) if copied else None
         trainer = make_trainer(config, on, model, reference, tokenizer, encoded, run.partial)
     check_batch(trainer, [row for pair in encoded for row in _rows(pair)])
     # TRL's frozen copy of the adapter is not for keeping.

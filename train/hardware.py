@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
 from qe_edge.errors import BadArgument, QeEdgeError, require
@@ -45,14 +46,16 @@ class Hardware(NamedTuple):
         """Which of transformers' implementations; FlashAttention keeps packed rows apart without a mask."""
         from transformers.utils import is_flash_attn_2_available
 
-        return (
-            "flash_attention_2" if packing and self.device == "cuda" and is_flash_attn_2_available() else None
-        )
+        # It computes in 16 bits alone, on GPUs that have bfloat16.
+        able = packing and self.device == "cuda" and self.precision == "bfloat16"
+        return "flash_attention_2" if able and is_flash_attn_2_available() else None
 
     def main_process_first(self) -> AbstractContextManager[None]:
         """The main process goes through the block before the others do."""
         accelerate = require("accelerate", "train")
-        return accelerate.PartialState(cpu=self.device == "cpu").main_process_first()
+        # It may unpack a model or index a collection while the others wait, for longer than NCCL's minutes.
+        state = accelerate.PartialState(cpu=self.device == "cpu", timeout=timedelta(hours=6))
+        return state.main_process_first()
 
     def memory_gb(self) -> float:
         """What the device has, of which something is in use already."""
@@ -83,6 +86,11 @@ def hardware(config: TrainConfig) -> Hardware:
             "or train with --device cpu"
         )
     on_cuda = cuda and config.device != "cpu"
+    if on_cuda and torch.cuda.device_count() > 1 and "RANK" not in os.environ:
+        raise BadArgument(
+            f"this machine has {torch.cuda.device_count()} GPUs: start one process on each with `accelerate "
+            "launch --multi_gpu --no_python qe-edge train …`, or show one alone with CUDA_VISIBLE_DEVICES=0"
+        )
     name = torch.cuda.get_device_name(0) if on_cuda else cpu_name()
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else _cpu_has_bf16()
     if config.precision == "bfloat16" and not bf16:
@@ -124,9 +132,9 @@ def explain_out_of_memory(config: TrainConfig, on: Hardware) -> Iterator[None]:
             raise
         advice = []
         if config.batch_size > 1:
-            half = config.batch_size // 2
-            more = -(-config.batch_size * config.accumulate // half)
-            advice.append(f"--batch-size {half} --accumulate {more}, which trains the same")
+            fewer = max(n for n in range(1, config.batch_size) if config.batch_size % n == 0)
+            more = config.accumulate * config.batch_size // fewer
+            advice.append(f"--batch-size {fewer} --accumulate {more}, which trains the same")
         if not config.checkpointing:
             advice.append("--checkpointing")
         if getattr(config, "tuning", "lora") == "full":
@@ -134,5 +142,6 @@ def explain_out_of_memory(config: TrainConfig, on: Hardware) -> Iterator[None]:
         advice += ["a smaller --max-length", "a smaller student"]
         raise QeEdgeError(
             f"out of memory on {on.name} ({on.memory_gb():.1f} GB) with {config.batch_size} rows of up to "
-            f"{config.max_length} tokens at a time. Try {'; or '.join(advice)}"
+            f"{config.max_length} tokens at a time. Try {'; or '.join(advice)}. With other settings a run "
+            "starts anew: where this one left a checkpoint, name another folder with --out"
         ) from None
