@@ -281,7 +281,7 @@ def _child() -> None:
     from qe_edge.train.hardware import explain_out_of_memory
 
     try:
-        with explain_out_of_memory(SftConfig(batch_size=request.batch), hardware(SftConfig())):
+        with explain_out_of_memory(SftConfig(batch_size=request.batch), hardware(SftConfig()), False):
             os.write(stdout, msgspec.json.encode(measure(request)))
     except QeEdgeError as error:
         note(str(error))

@@ -2,18 +2,26 @@
 
 import math
 import shutil
-import signal
-import subprocess
 import sys
 
-import msgspec
 import pytest
+from training import (
+    BAD,
+    GOOD,
+    QUERIES,
+    SMALL_DPO,
+    expansion,
+    log_of,
+    losses,
+    pair,
+    train_until_killed,
+    write_task,
+)
 
 from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.join import Join
 from qe_edge.manifest import read_record
 from qe_edge.prompt import hugging_face, prompt_for
-from qe_edge.records import Expansion, Pair, encode_jsonl
 from qe_edge.spec import ModelSpec, read_spec
 from qe_edge.workdir import Workdir
 
@@ -24,33 +32,11 @@ from qe_edge.train.merge import merge
 from qe_edge.train.sft import encode_rows, sft
 
 SFT = {"rank": 8, "alpha": 16, "batch_size": 4, "accumulate": 1, "logging_steps": 1, "save_steps": 2}
-DPO = {"batch_size": 4, "accumulate": 1, "logging_steps": 1, "save_steps": 2}
-QUERIES = ("what causes tides", "how does bread rise", "what is a gene", "why is iron good for blood")
-GOOD = ("The moon's gravity.", "Yeast makes gas.", "A stretch of DNA.", "Doctors measure ferritin.")
-BAD = ("A short query.", "Long documents.", "The tax rate.", "A laptop or a phone.")
-
-
-def expansion(query, text, number=0):
-    return Expansion("tiny", f"q{number}", query, "en", "teacher", "zero-shot", text)
-
-
-def pair(query, chosen, rejected, number=0):
-    origin = ("teacher", "zero-shot") * 2
-    return Pair("tiny", f"q{number}", query, "en", chosen, rejected, 1.0, 0.0, 1.0, 0.0, *origin)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    rows = [
-        expansion(q, text, i)
-        for texts in (GOOD, BAD)
-        for i, (q, text) in enumerate(zip(QUERIES, texts, strict=True))
-    ]
-    (folder / "expansions.jsonl").write_bytes(encode_jsonl(rows))
-    pairs = [pair(q, good, bad, i) for i, (q, good, bad) in enumerate(zip(QUERIES, GOOD, BAD, strict=True))]
-    (folder / "pairs.jsonl").write_bytes(encode_jsonl(pairs))
-    return folder
+    return write_task(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +44,6 @@ def adapter(tiny_qwen3, data):
     """An SFT adapter that has learned the good and the bad answer of every query alike."""
     config = SftConfig(student=str(tiny_qwen3), epochs=30, learning_rate=5e-3, **SFT)
     return sft([data / "expansions.jsonl"], config, workdir=Workdir(data / "work"))
-
-
-def log_of(folder):
-    return [msgspec.json.decode(line) for line in (folder / "log.jsonl").read_bytes().splitlines()]
-
-
-def losses(folder):
-    return [entry["loss"] for entry in log_of(folder) if "loss" in entry]
 
 
 # What is trained on
@@ -179,7 +157,7 @@ def test_the_same_seed_gives_the_same_dpo_losses(adapter, data, tmp_path):
             dpo(
                 data / "pairs.jsonl",
                 adapter,
-                DpoConfig(seed=seed, epochs=4, **DPO),
+                DpoConfig(seed=seed, epochs=4, **SMALL_DPO),
                 workdir=Workdir(tmp_path / str(i)),
             )
         )
@@ -190,34 +168,24 @@ def test_the_same_seed_gives_the_same_dpo_losses(adapter, data, tmp_path):
     assert curves[0][0] == pytest.approx(math.log(2), abs=1e-4)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import qe_edge.train.loop as loop
-from qe_edge.train.config import DpoConfig
-from qe_edge.train.dpo import dpo
-from qe_edge.workdir import Workdir
-original = loop._callback_class()
-class AfterThree(original):
-    def on_step_end(self, args, state, control, **kw):
-        if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        super().on_step_end(args, state, control, **kw)
-loop._callback_class = lambda: AfterThree
-config = DpoConfig(epochs=4, batch_size=4, accumulate=1, logging_steps=1, save_steps=2)
-dpo(Path(sys.argv[1]), Path(sys.argv[2]), config, workdir=Workdir(sys.argv[3]))
-"""
-
-
 def test_killed_dpo_goes_on_to_the_same_losses(adapter, data, tmp_path):
-    config = DpoConfig(epochs=4, **DPO)
+    config = DpoConfig(epochs=4, **SMALL_DPO)
     whole = dpo(data / "pairs.jsonl", adapter, config, workdir=Workdir(tmp_path / "whole"))
-    command = [sys.executable, "-c", KILLED, data / "pairs.jsonl", adapter, tmp_path / "killed"]
-    killed = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    train_until_killed(3, config, tmp_path / "killed", data / "pairs.jsonl", adapter)
     assert (tmp_path / "killed" / "dpo" / "001.partial" / "checkpoint-2").is_dir()
+    # What a kill may leave of a checkpoint that was being written, or deleted, is not resumed from.
+    for number, missing in ((8, "trainer_state.json"), (6, "rng_state.pth")):
+        torn = tmp_path / "killed" / "dpo" / "001.partial" / f"checkpoint-{number}"
+        shutil.copytree(torn.with_name("checkpoint-2"), torn)
+        (torn / missing).unlink()
     resumed = dpo(data / "pairs.jsonl", adapter, config, workdir=Workdir(tmp_path / "killed"))
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-5)
+    # The mean is over all steps, also those before the kill; the speed would be of the last sitting.
+    for folder in (whole, resumed):
+        metrics = read_record(folder)["metrics"]
+        assert metrics["train_loss"] == pytest.approx(sum(losses(whole)) / 4, abs=1e-5)
+        assert ("train_runtime" in metrics) == (folder == whole)
+        assert not list(folder.glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize(
@@ -232,16 +200,16 @@ def test_killed_dpo_goes_on_to_the_same_losses(adapter, data, tmp_path):
 )
 def test_every_loss_starts_at_the_sft_model(adapter, data, tmp_path, settings, first):
     """Where policy and reference are one, DPO's loss is log 2 and IPO's 1 / (2 beta)^2."""
-    config = DpoConfig(epochs=1, **DPO, **settings)
+    config = DpoConfig(epochs=1, **SMALL_DPO, **settings)
     assert losses(dpo(data / "pairs.jsonl", adapter, config, workdir=Workdir(tmp_path)))[0] == pytest.approx(
         first, abs=1e-3
     )
 
 
 def test_mixed_in_sft_is_the_chosen_texts_own_loss(adapter, data, tmp_path):
-    config = DpoConfig(epochs=1, loss=("sigmoid", "sft"), loss_weights=(1.0, 0.5), **DPO)
+    config = DpoConfig(epochs=1, loss=("sigmoid", "sft"), loss_weights=(1.0, 0.5), **SMALL_DPO)
     mixed = losses(dpo(data / "pairs.jsonl", adapter, config, workdir=Workdir(tmp_path)))[0]
-    config = DpoConfig(epochs=1, loss=("sft",), **DPO)
+    config = DpoConfig(epochs=1, loss=("sft",), **SMALL_DPO)
     alone = losses(dpo(data / "pairs.jsonl", adapter, config, workdir=Workdir(tmp_path)))[0]
     assert mixed == pytest.approx(math.log(2) + 0.5 * alone, abs=1e-3)
     assert alone > 0.1
@@ -257,7 +225,7 @@ def test_after_dpo_the_students_own_answers_retrieve_better(adapter, data, tmp_p
 
     sft_log = losses(adapter)
     assert sft_log[-1] < 0.7 * sft_log[0]
-    config = DpoConfig(epochs=25, learning_rate=5e-3, **DPO)
+    config = DpoConfig(epochs=25, learning_rate=5e-3, **SMALL_DPO)
     aligned = dpo(data / "pairs.jsonl", adapter, config, workdir=Workdir(tmp_path))
     margins = [entry["rewards/margins"] for entry in log_of(aligned) if "rewards/margins" in entry]
     assert margins[0] == 0.0 and margins[-1] > 1

@@ -24,7 +24,7 @@ from qe_edge.workdir import Workdir
 BEST = "best"
 RECORD = "best.json"
 NDCG = "eval_ndcg"  # as TRL and TensorBoard name what is evaluated
-BATCH = 16  # expansions written at a time
+BATCH = 16  # expansions written at a time, at most
 
 
 class Best(msgspec.Struct, frozen=True):
@@ -52,6 +52,7 @@ class DevSet:
         count: int,
         seed: int,
         workdir: Workdir,
+        batch: int = BATCH,
     ):
         self.data = load_dataset(name)
         if self.data.lang not in spec.prompt.languages:
@@ -63,7 +64,7 @@ class DevSet:
         chosen = random.Random(seed).sample(ids, min(count, len(ids)))
         self.queries = {query_id: self.data.queries[query_id] for query_id in chosen}
         self.index = Index.for_dataset(self.data, workdir.root / "index")
-        self.spec, self.tokenizer, self.on, self.join = spec, tokenizer, on, join
+        self.spec, self.tokenizer, self.on, self.join, self.batch = spec, tokenizer, on, join, batch
         tokenize = hugging_face(tokenizer)
         prompts = {query_id: spec.prompt.encode(text, tokenize) for query_id, text in self.queries.items()}
         # By length, so that little is padded.
@@ -91,7 +92,7 @@ class DevSet:
         training, ids = model.training, list(self.prompts)
         model.eval()
         texts: dict[str, str] = {}
-        for batch in (ids[i : i + BATCH] for i in range(0, len(ids), BATCH)):
+        for batch in (ids[i : i + self.batch] for i in range(0, len(ids), self.batch)):
             width = max(len(self.prompts[query_id]) for query_id in batch)
             pads = [width - len(self.prompts[query_id]) for query_id in batch]
             rows = [
@@ -125,6 +126,8 @@ def load_dev(
         count=config.eval_queries,
         seed=config.seed,
         workdir=workdir,
+        # Writing a row takes less than training on one, and what makes a training smaller shrinks this too.
+        batch=min(BATCH, 2 * config.batch_size),
     )
 
 

@@ -61,10 +61,11 @@ def dpo(
     note(f"dpo: {len(encoded)} pairs from {len({r.query_id for r in rows})} queries{counted(dropped)}")
     lengths = [len(row.ids) for pair in encoded for row in _rows(pair)]
     rank = 0 if trained.full else rank_of(adapter)
-    announce("dpo", estimate(shape, config, on, rank=rank, longest=max(lengths), tokens=sum(lengths)), on)
+    needs = estimate(shape, config, on, rank=rank, longest=max(lengths), tokens=sum(lengths))
     dev = load_dev(config, spec, tokenizer, on, workdir)
 
-    with explain_out_of_memory(config, on):
+    with explain_out_of_memory(config, on, trained.full):
+        announce("dpo", needs, on)
         model = load_trained(trained, dtype=on.weights(trained.full), trainable=True)
         # Of an adapter, TRL makes a frozen copy itself; precomputing needs no copy at all.
         copied = trained.full and not config.precompute
@@ -72,7 +73,7 @@ def dpo(
         trainer = make_trainer(config, on, model, reference, tokenizer, encoded, run.partial)
     check_batch(trainer, [row for pair in encoded for row in _rows(pair)])
     # TRL's frozen copy of the adapter is not for keeping.
-    run.train(trainer, dev, **({} if trained.full else {"selected_adapters": ["default"]}))
+    run.train(trainer, dev, trained.full, **({} if trained.full else {"selected_adapters": ["default"]}))
     return run.finish_training(
         trainer,
         msgspec.structs.replace(spec, stage="dpo"),

@@ -50,22 +50,24 @@ def estimate(
     """What training on rows of `tokens` tokens in all, the longest of `longest`, takes on one process.
 
     `rank` is the adapter's, 0 for full fine-tuning. Activations are counted, not guessed: what autograd keeps
-    of one layer and of two, run on torch's meta device, which computes nothing, gives the rest of the layers.
+    of one layer and of two, run on torch's fake tensors, which compute nothing, gives the rest of the layers.
     """
     rows = config.batch_size * (2 if isinstance(config, DpoConfig) else 1)
     width = config.max_length if isinstance(config, SftConfig) and config.packing else longest
     first, second = (_Layers(model_config, n, rank, on, rows, width) for n in (1, 2))
     layers = model_config.num_hidden_layers
+    frozen_bytes = on.weights(full=rank == 0).itemsize
     repeated = second.parameters - first.parameters, second.trained - first.trained
     parameters = first.parameters + (layers - 1) * repeated[0]
     trained = first.trained + (layers - 1) * repeated[1]
     kept = second.kept - first.kept
     if config.checkpointing:  # the inputs of all layers, and one layer at a time
-        kept_in_all = first.kept + layers * rows * width * model_config.hidden_size * on.bytes_of_activations
+        kept_in_all = first.kept + layers * rows * width * model_config.hidden_size * frozen_bytes
+        if rank == 0 and on.precision != "float32":  # autocast's copies of the weights, which it keeps
+            kept_in_all += parameters * 2
     else:
         kept_in_all = first.kept + (layers - 1) * kept
     tile = TILES[on.device] * 4 * min(rows * width, TILE[0]) * min(model_config.vocab_size, TILE[1])
-    frozen_bytes = on.weights(full=rank == 0).itemsize
     weights = (parameters - trained) * frozen_bytes + trained * 4
     training = trained * 12  # the gradient and Adam's two moments, in float32
     process = 0 if on.device == "cuda" else psutil.Process().memory_info().rss
@@ -81,13 +83,14 @@ def estimate(
 
 
 class _Layers:
-    """A model with the first few layers alone, on the meta device: its parameters and what autograd keeps.
+    """A model with the first few layers alone, of fake tensors: its parameters and what autograd keeps.
 
-    All of it is in the precision of the arithmetic, as under autocast, which the meta device lacks.
+    That is the activations and, where the arithmetic is in 16 bits, its copies of float32 weights.
     """
 
     def __init__(self, model_config: Any, layers: int, rank: int, on: Hardware, rows: int, width: int):
         torch, peft = require("torch", "train"), require("peft", "train")
+        from torch._subclasses.fake_tensor import FakeTensorMode
         from transformers import AutoModelForCausalLM
 
         shape = copy.deepcopy(model_config)
@@ -95,14 +98,16 @@ class _Layers:
         if getattr(shape, "layer_types", None):
             shape.layer_types = shape.layer_types[:layers]
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(shape)
+            model = AutoModelForCausalLM.from_config(shape, dtype=on.weights(full=rank == 0))
             if rank:
                 model = peft.get_peft_model(model, lora_config(rank, rank))
-            model.to(getattr(torch, on.precision))
-            ids = torch.zeros((rows, width), dtype=torch.long)
-            mask = torch.ones((rows, 1, width, width), dtype=torch.bool)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        fake = FakeTensorMode()
+        with fake:
+            _fake(model)
+            ids = torch.zeros((rows, width), dtype=torch.long)
+            mask = torch.ones((rows, 1, width, width), dtype=torch.bool)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         kept: dict[int, Any] = {}
 
@@ -114,9 +119,31 @@ class _Layers:
             return tensor
 
         backbone = (model.get_base_model() if rank else model).base_model
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # Fake tensors of a GPU need a GPU; those of a CPU are as large.
+        as_on_cpu = on._replace(device="cpu").autocast()
+        with (
+            fake,
+            as_on_cpu,
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
             self._output = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
         self.kept = sum(storage.nbytes() for storage in kept.values())
+
+
+def _fake(model: Any) -> None:
+    """Replace a meta model's tensors by fake ones of the mode that is on; tied ones stay tied."""
+    torch = require("torch", "train")
+    done: dict[int, Any] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in done:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    trained = isinstance(tensor, torch.nn.Parameter)
+                    done[id(tensor)] = torch.nn.Parameter(fake, tensor.requires_grad) if trained else fake
+                table[name] = done[id(tensor)]
 
 
 def matmul_rate(on: Hardware) -> float:

@@ -10,7 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 from qe_edge.errors import BadArgument, QeEdgeError, require
 from qe_edge.manifest import cpu_name
-from qe_edge.train.config import TrainConfig
+from qe_edge.train.config import DpoConfig, SftConfig, TrainConfig
+
+# How torch says so where it doesn't raise its own error.
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
 
 
 class Hardware(NamedTuple):
@@ -118,8 +121,8 @@ def _cpu_has_bf16() -> bool:
 
 
 @contextmanager
-def explain_out_of_memory(config: TrainConfig, on: Hardware) -> Iterator[None]:
-    """Turn torch's out-of-memory errors into what to change.
+def explain_out_of_memory(config: TrainConfig, on: Hardware, full: bool) -> Iterator[None]:
+    """Turn torch's out-of-memory errors into what to change; `full` says that all weights are trained.
 
     Raises:
         QeEdgeError: memory ran out.
@@ -128,7 +131,7 @@ def explain_out_of_memory(config: TrainConfig, on: Hardware) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(s in str(error) for s in OUT_OF_MEMORY):
             raise
         advice = []
         if config.batch_size > 1:
@@ -137,8 +140,10 @@ def explain_out_of_memory(config: TrainConfig, on: Hardware) -> Iterator[None]:
             advice.append(f"--batch-size {fewer} --accumulate {more}, which trains the same")
         if not config.checkpointing:
             advice.append("--checkpointing")
-        if getattr(config, "tuning", "lora") == "full":
-            advice.append("--tuning lora")
+        if full:
+            advice.append("--tuning lora" if isinstance(config, SftConfig) else "an adapter of `train sft`")
+        if full and isinstance(config, DpoConfig) and not config.precompute:
+            advice.append("--precompute, which holds the reference only before the training")
         advice += ["a smaller --max-length", "a smaller student"]
         raise QeEdgeError(
             f"out of memory on {on.name} ({on.memory_gb():.1f} GB) with {config.batch_size} rows of up to "

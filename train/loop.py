@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from qe_edge.console import is_main_process, note, progress
-from qe_edge.errors import QeEdgeError, require
-from qe_edge.manifest import remove, write_bytes
+from qe_edge.errors import BadInput, QeEdgeError, require
+from qe_edge.manifest import read_json, remove, write_bytes
 from qe_edge.spec import ModelSpec, write_spec
 from qe_edge.train.config import TrainConfig
 from qe_edge.train.curve import draw
@@ -47,20 +47,33 @@ class TrainingRun(RunFolder):
         self.config = config
         self.on = on
         self.kept: Best | None = None  # the evaluation whose weights are kept
+        self.resumed = False
 
     def checkpoint(self) -> str | None:
-        """The last whole checkpoint of an interrupted run; trainer_state.json is the last file of one."""
-        whole = [path.parent for path in self.partial.glob(self.work)]
+        """The last whole checkpoint of an interrupted run; what is not whole is deleted."""
+        whole = {}
         for path in self.partial.glob("checkpoint-*"):
-            if path not in whole:
+            if self._is_whole(path):
+                whole[int(path.name.rpartition("-")[2])] = str(path)
+            else:
                 remove(path)
-        return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+        return whole[max(whole)] if whole else None
 
-    def train(self, trainer: Any, dev: DevSet | None, **saved: Any) -> None:
+    def _is_whole(self, checkpoint: Path) -> bool:
+        """Each process leaves its random state; trainer_state.json is the last file of the main one."""
+        each = range(self.on.processes)
+        random_states = [f"rng_state_{i}.pth" for i in each] if len(each) > 1 else ["rng_state.pth"]
+        try:
+            read_json(checkpoint / "trainer_state.json")
+        except (FileNotFoundError, BadInput):
+            return False
+        return all((checkpoint / name).is_file() for name in random_states)
+
+    def train(self, trainer: Any, dev: DevSet | None, full: bool, **saved: Any) -> None:
         """Train to the end, from the last checkpoint if there is one, and leave the weights in the folder.
 
-        With a dev set, the weights of the best evaluation are kept, else the last ones; `saved` goes to
-        `save_pretrained`.
+        With a dev set, the weights of the best evaluation are kept, else the last ones. `full` says that all
+        weights are trained; `saved` goes to `save_pretrained`.
 
         Raises:
             Interrupted: Ctrl-C; the step's state is saved first.
@@ -73,11 +86,12 @@ class TrainingRun(RunFolder):
         checkpoint = self.checkpoint()
         if checkpoint:
             note(f"{self.label}: resuming from step {checkpoint.rpartition('-')[2]}")
-        watch = _callback_class()(self.label, self.partial / LOG)
+        self.resumed = checkpoint is not None
+        watch = _callback_class()(self.label, self.partial / LOG, self.on.processes)
         trainer.add_callback(watch)
         if dev:
             trainer.add_callback(keep_best(trainer, dev, self.partial, self.config.eval_steps, saved))
-        with watch, explain_out_of_memory(self.config, self.on):
+        with watch, explain_out_of_memory(self.config, self.on, full):
             trainer.train(resume_from_checkpoint=checkpoint)
         if watch.stopped:
             raise Interrupted(
@@ -104,21 +118,36 @@ class TrainingRun(RunFolder):
         write_spec(self.partial, spec)
         write_log(self.partial / LOG, trainer.state.log_history)
         draw(self.partial, trainer.state.log_history)
-        for leftover in (*self.partial.glob("checkpoint-*"), self.partial / BEST):
-            remove(leftover)
-        metrics = {
-            key: value
-            for entry in trainer.state.log_history
-            for key, value in entry.items()
-            if isinstance(value, (int, float))
-        }
+        metrics = last_figures(trainer.state.log_history, self.resumed)
         device = {"device": self.on.name, "precision": self.on.precision}
-        return self.finish(metrics=metrics, kept=self.kept, **device, **extra)
+        self.finish(metrics=metrics, kept=self.kept, **device, **extra)
+        for leftover in (*self.out.glob("checkpoint-*"), self.out / BEST):  # no more needed, now it is whole
+            remove(leftover)
+        return self.out
 
 
 def counted(dropped: Counter[str]) -> str:
     """What was dropped and why, to end a sentence with."""
     return "".join(f"; dropped {count} ({reason})" for reason, count in dropped.items())
+
+
+def last_figures(history: list[dict[str, Any]], resumed: bool) -> dict[str, float]:
+    """Each figure's last value in the log; `train_loss` is the mean of the steps that were logged.
+
+    transformers' own mean, time and speed are those of the last sitting, divided by the steps of all.
+    """
+    figures = {
+        key: value
+        for entry in history
+        for key, value in entry.items()
+        if isinstance(value, (int, float)) and not (resumed and key.startswith("train_"))
+    }
+    logged = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    if logged:
+        starts = [0, *(step for step, _ in logged)]
+        weighted = sum(loss * (step - start) for (step, loss), start in zip(logged, starts, strict=False))
+        figures["train_loss"] = weighted / logged[-1][0]
+    return figures
 
 
 def write_log(file: Path, history: list[dict[str, Any]]) -> None:
@@ -162,18 +191,23 @@ def _callback_class() -> type:
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
-        """Draws progress and writes the log; turns the first Ctrl-C into: finish the step, save, stop."""
+        """Draws progress and writes the log; turns the first Ctrl-C into: finish the step, save, stop.
 
-        def __init__(self, label: str, log: Path):
+        Of several processes, one that stopped by itself would leave the others waiting: they stop at once.
+        """
+
+        def __init__(self, label: str, log: Path, processes: int):
             self.label = label
             self.log = log
+            self.processes = processes
             self.stopped = False
             self._bar: Any = None
             self._info = ""
 
         def __enter__(self) -> None:
             self._before = signal.getsignal(signal.SIGINT)
-            signal.signal(signal.SIGINT, self._interrupt)
+            if self.processes == 1:
+                signal.signal(signal.SIGINT, self._interrupt)
 
         def __exit__(self, *error: object) -> None:
             signal.signal(signal.SIGINT, self._before)

@@ -66,14 +66,14 @@ def sft(
     needs = estimate(
         shape, config, on, rank=0 if full else config.rank, longest=max(lengths), tokens=sum(lengths)
     )
-    announce("sft", needs, on)
     dev = load_dev(config, spec, tokenizer, on, workdir)
 
-    with explain_out_of_memory(config, on):
+    with explain_out_of_memory(config, on, full):
+        announce("sft", needs, on)
         model = load_model(source, dtype=on.weights(full), attention=on.attention(config.packing))
         trainer = make_trainer(config, on, model, tokenizer, encoded, run.partial)
     check_batch(trainer, [_row(row) for row in encoded])
-    run.train(trainer, dev)
+    run.train(trainer, dev, full)
     return run.finish_training(
         trainer,
         msgspec.structs.replace(spec, stage="sft"),
