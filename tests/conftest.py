@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import save_tiny_llama, save_tiny_qwen3
@@ -23,3 +25,14 @@ def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A merged Llama folder, untied; copy it before changing anything."""
     return save_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Any:
+    """A data set of three queries without judgments."""
+    from qe_edge.datasets import load_queries
+
+    file = tmp_path / "three.jsonl"
+    texts = ("what causes tides", "how does bread rise", "why is the sky blue")
+    file.write_text("".join(json.dumps({"_id": f"q{i}", "text": t}) + "\n" for i, t in enumerate(texts)))
+    return load_queries(file)

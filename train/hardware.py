@@ -41,10 +41,6 @@ class Hardware(NamedTuple):
             self.device, dtype=getattr(torch, self.precision), enabled=self.precision != "float32"
         )
 
-    @property
-    def bytes_of_activations(self) -> int:
-        return 4 if self.precision == "float32" else 2
-
     def attention(self, packing: bool) -> str | None:
         """Which of transformers' implementations; FlashAttention keeps packed rows apart without a mask."""
         from transformers.utils import is_flash_attn_2_available
