@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qe_edge.errors import BadArgument, BadInput, NotFound, NotInstalled, require
 from qe_edge.export.card import write_card, write_modelfile
-from qe_edge.export.gguf import convert_gguf, read_config
+from qe_edge.export.gguf import convert_gguf
+from qe_edge.export.imatrix import Importance, calibration_rows, measure_importance
+from qe_edge.export.lineage import provenance, training_data
+from qe_edge.export.mixed import choose_types
 from qe_edge.export.mlx import convert_mlx
-from qe_edge.export.quantize import KINDS, bits_of, quantize_gguf
-from qe_edge.export.verify import CHECKSUMS, Reference, load_reference, verify_gguf, verify_mlx
+from qe_edge.export.probes import Reference, load_reference
+from qe_edge.export.quantize import KINDS, MIXED, NEED_IMPORTANCE, bits_of, quantize_gguf
+from qe_edge.export.source import Source
+from qe_edge.export.verify import CHECKSUMS, verify_gguf, verify_mlx
 from qe_edge.manifest import (
     MANIFEST,
     atomic_path,
@@ -21,11 +26,20 @@ from qe_edge.manifest import (
     write_json,
 )
 from qe_edge.spec import ModelSpec, read_spec
+from qe_edge.train.student import load_tokenizer
 
 FORMATS = ("gguf", "mlx")
 UNQUANTIZED = ("BF16", "F16")
 
 Progress = Callable[[str], None]
+
+
+class MlxOptions(NamedTuple):
+    """What `convert_mlx` is told apart from what the kinds say; `bits` and `recipe` take their place."""
+
+    bits: int | None = None
+    group_size: int = 64
+    recipe: str | None = None
 
 
 def export_model(
@@ -34,6 +48,9 @@ def export_model(
     *,
     kinds: Sequence[str] = ("Q4_K_M",),
     formats: Sequence[str] = FORMATS,
+    budget_mb: float | None = None,
+    calibrate: Sequence[Path] | None = None,
+    mlx: MlxOptions | None = None,
     verify: bool = True,
     threads: int | None = None,
     progress: Progress = lambda message: None,
@@ -42,16 +59,22 @@ def export_model(
 
     Writes `student-<kind>.gguf` for every kind, one `student-mlx-<bits>bit` folder for every number of
     bits among the kinds (`student-mlx-bf16` for BF16 and F16), a model card (README.md), a Modelfile
-    for Ollama, SHA256SUMS and run.json. An older `out`
-    is replaced, and stays if anything fails.
+    for Ollama, SHA256SUMS and run.json. An older `out` is replaced, and stays if anything fails.
+
+    With `budget_mb` comes `student-mixed.gguf` of at most so many million bytes, whose tensors have the types
+    that change the answers least (see `choose_types`).
+
+    `calibrate` names the expansions that the importance matrix of the quantized GGUFs is measured on: by
+    default those that the student was trained on, where they are at hand; none at all if empty.
 
     Returns:
-        `files` (name -> bytes) and `checks` (name -> what `verify_gguf` or `verify_mlx` found). The
-        checks include the BF16 GGUF that is quantized from, the only one exact enough to show a
-        fault of the conversion itself.
+        `files` (name -> bytes), `checks` (name -> what `verify_gguf` or `verify_mlx` found), `calibration`
+        and, of a mixed file, `types` (GGUF tensor -> type); None without. The checks include the BF16 GGUF
+        that is quantized from, the only one exact enough to show a fault of the conversion itself.
 
     Raises:
-        BadArgument: an unknown kind or format, or an `out` that holds something else.
+        BadArgument: an unknown kind or format, one that needs calibration and has none, or an `out` that
+            holds something else.
         NotInstalled: a format's extra is missing.
         NotFound, BadInput: the model is missing, has no qe-edge spec, or can't be converted.
         QeEdgeError: an export doesn't answer as its source does.
@@ -63,29 +86,68 @@ def export_model(
     spec = read_spec(model)
     if spec is None:
         raise BadInput("has no qe_edge.json, which holds its prompt; `qe-edge merge` writes it", path=model)
-    read_config(model)
     _check_installed(formats, verify)
+    source = Source(model)
     check_output(out, "export")
+    calibration = None
+    if "gguf" in formats and (budget_mb or any(bits_of(kind) < 8 for kind in kinds)):
+        needing = [kind for kind in kinds if kind in NEED_IMPORTANCE] + ["a mixed file"] * bool(budget_mb)
+        calibration = _calibrate(source, spec, calibrate, needing, progress)
     reference = None
     if verify:
         progress("asking the source model, in float32")
         reference = load_reference(model)
+    origin, options = provenance(model, spec), mlx or MlxOptions()
     checks: dict[str, Any] = {}
+    types: dict[str, str] | None = None
     with atomic_path(out) as folder:
         folder.mkdir()
+        work = _Export(source, folder, spec, origin, calibration, reference, threads, progress)
         if "gguf" in formats:
-            checks |= _export_ggufs(model, folder, kinds, spec, reference, threads, progress)
+            made, types = work.ggufs(kinds, budget_mb)
+            checks |= made
         if "mlx" in formats:
-            checks |= _export_mlx(model, folder, kinds, spec, reference, progress)
+            checks |= work.mlx(kinds, options)
         files = {path.name: _size(path) for path in sorted(folder.iterdir())}
-        write_card(folder, spec, files, checks)
+        write_card(folder, spec, files, checks, calibration.importance if calibration else None)
         if ggufs := [name for name in files if name.endswith(".gguf")]:
             write_modelfile(folder, spec, ggufs[0])
         _write_checksums(folder)
-        settings = {"kinds": kinds, "formats": formats, "verify": verify}
-        record = run_record("export", settings, {"model": model}, files=files, checks=checks)
+        settings = {"kinds": kinds, "formats": formats, "budget_mb": budget_mb, "mlx": options._asdict()}
+        measured = calibration.importance.describe() if calibration else None
+        found = {"files": files, "checks": checks, "calibration": measured, "types": types}
+        record = run_record("export", settings | {"verify": verify}, {"model": model}, **found)
         write_json(folder / MANIFEST, record)
-    return {"files": files, "checks": checks}
+    return found
+
+
+class _Calibration(NamedTuple):
+    """Expansions as token ids, each with the place where its answer starts, and what they weigh."""
+
+    rows: list[tuple[list[int], int]]
+    importance: Importance
+
+
+def _calibrate(
+    source: Source,
+    spec: ModelSpec,
+    calibrate: Sequence[Path] | None,
+    needing: list[str],
+    progress: Progress,
+) -> _Calibration | None:
+    """On the named expansions, or those that the student was trained on; `needing` can't do without."""
+    files = training_data(source.model) if calibrate is None else list(calibrate)
+    if files:
+        progress(f"importance matrix from {', '.join(path.name for path in files)}")
+        rows = calibration_rows(files, spec, load_tokenizer(str(source.model)))
+        return _Calibration(rows, measure_importance(source.model, source.architecture, rows, files))
+    if needing:
+        raise BadArgument(
+            f"{', '.join(needing)} needs an importance matrix; name expansions for it with --calibrate"
+        )
+    if calibrate is None:
+        progress("no importance matrix: name expansions to measure it on with --calibrate")
+    return None
 
 
 def check_choices(kinds: Sequence[str], formats: Sequence[str]) -> None:
@@ -118,59 +180,86 @@ def _check_installed(formats: list[str], verify: bool) -> None:
             raise NotInstalled(f"{error}{alone}") from None
 
 
-def _export_ggufs(
-    model: Path,
-    folder: Path,
-    kinds: list[str],
-    spec: ModelSpec,
-    reference: Reference | None,
-    threads: int | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    checks = {}
+class _Export(NamedTuple):
+    """One export on its way: what it is made from, and the folder that its files go to."""
 
-    def made(file: Path, note: str = "") -> None:
-        if reference:
-            checks[file.name] = verify_gguf(file, reference)
-        progress(_summary(file, checks) + note)
+    source: Source
+    folder: Path
+    spec: ModelSpec
+    origin: dict[str, Any]
+    calibration: _Calibration | None
+    reference: Reference | None
+    threads: int | None
+    progress: Progress
 
-    base = folder / "student-BF16.gguf"
-    if any(kind != "F16" for kind in kinds):
-        convert_gguf(model, base, spec=spec)
-        made(base, "" if "BF16" in kinds else " (to be quantized, not kept)")
-    for kind in kinds:
-        file = folder / f"student-{kind}.gguf"
-        if kind == "F16":
-            made(convert_gguf(model, file, dtype="f16", spec=spec))
-        elif kind != "BF16":
-            made(quantize_gguf(base, file, kind, threads=threads))
-    if "BF16" not in kinds:
-        base.unlink(missing_ok=True)
-    return checks
+    def ggufs(
+        self, kinds: list[str], budget_mb: float | None
+    ) -> tuple[dict[str, Any], dict[str, str] | None]:
+        """Write a GGUF of each kind, and a mixed one; returns what was found of each, and the mixed types."""
+        checks: dict[str, Any] = {}
+
+        def made(file: Path, note: str = "") -> None:
+            if self.reference:
+                checks[file.name] = verify_gguf(file, self.reference)
+            self.progress(_summary(file, checks) + note)
+
+        described: dict[str, Any] = {"spec": self.spec, "provenance": self.origin}
+        importance = self.calibration.importance if self.calibration else None
+        model, base = self.source.model, self.folder / "student-BF16.gguf"
+        if budget_mb or any(kind != "F16" for kind in kinds):
+            convert_gguf(model, base, **described)
+            made(base, "" if "BF16" in kinds else " (to be quantized, not kept)")
+        for kind in kinds:
+            file = self.folder / f"student-{kind}.gguf"
+            if kind == "F16":
+                made(convert_gguf(model, file, dtype="f16", **described))
+            elif kind != "BF16":
+                made(quantize_gguf(base, file, kind, importance=importance, threads=self.threads))
+        types = self._mixed(base, budget_mb, made) if budget_mb else None
+        if "BF16" not in kinds:
+            base.unlink(missing_ok=True)
+        return checks, types
+
+    def _mixed(self, base: Path, budget_mb: float, made: Callable[[Path], None]) -> dict[str, str]:
+        assert self.calibration  # checked before anything was written
+        self.progress("measuring what each type does to the answers")
+        rows, importance = self.calibration
+        types = choose_types(self.source, base, rows, importance, int(budget_mb * 1e6), self.folder)
+        file = self.folder / "student-mixed.gguf"
+        made(quantize_gguf(base, file, MIXED, importance=importance, types=types, threads=self.threads))
+        return types
+
+    def mlx(self, kinds: list[str], options: MlxOptions) -> dict[str, Any]:
+        """Write an MLX folder of each number of bits; returns what was found of each."""
+        checks: dict[str, Any] = {}
+        widths = [None if kind in UNQUANTIZED else mlx_bits(kind) for kind in kinds]
+        for bits in [options.bits] if options.bits or options.recipe else dict.fromkeys(widths):
+            name = options.recipe or (f"{bits}bit" if bits else "bf16")
+            target = convert_mlx(
+                self.source.model,
+                self.folder / f"student-mlx-{name}",
+                bits=bits,
+                group_size=options.group_size,
+                recipe=options.recipe,
+                spec=self.spec,
+                provenance=self.origin,
+            )
+            if self.reference:
+                checks[target.name] = verify_mlx(target, self.reference)
+            self.progress(_summary(target, checks))
+        return checks
 
 
-def _export_mlx(
-    model: Path,
-    folder: Path,
-    kinds: list[str],
-    spec: ModelSpec,
-    reference: Reference | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    checks = {}
-    for bits in dict.fromkeys(None if kind in UNQUANTIZED else bits_of(kind) for kind in kinds):
-        target = folder / f"student-mlx-{f'{bits}bit' if bits else 'bf16'}"
-        convert_mlx(model, target, bits=bits, spec=spec)
-        if reference:
-            checks[target.name] = verify_mlx(target, reference)
-        progress(_summary(target, checks))
-    return checks
+def mlx_bits(kind: str) -> int:
+    """MLX's number of bits for a kind of llama.cpp's: MLX has none below 2."""
+    return max(2, bits_of(kind))
 
 
 def _summary(path: Path, checks: dict[str, Any]) -> str:
     size = f"{path.name}: {_size(path) / 1e6:.1f} MB"
     if check := checks.get(path.name):
-        return f"{size}, token ids identical, logit cosine {check['logit_cosine']:.4f}"
+        closeness = f"logit cosine {check['logit_cosine']:.4f}, KL divergence {check['kl_divergence']:.4f}"
+        return f"{size}, token ids identical, {closeness}"
     return f"{size}, not verified"
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qe_edge.spec import ModelSpec
+from qe_edge.export.imatrix import Importance
+from qe_edge.spec import ModelSpec, is_hub_id
 
 CARD, MODELFILE = "README.md", "Modelfile"
 _STAGES = {"base": "not trained", "sft": "supervised fine-tuning", "dpo": "supervised fine-tuning, then DPO"}
@@ -16,7 +16,13 @@ _STAGES = {"base": "not trained", "sft": "supervised fine-tuning", "dpo": "super
 _QUERY = {"en": "a query", "zh": "一个查询"}
 
 
-def write_card(folder: Path, spec: ModelSpec, files: dict[str, int], checks: dict[str, Any]) -> None:
+def write_card(
+    folder: Path,
+    spec: ModelSpec,
+    files: dict[str, int],
+    checks: dict[str, Any],
+    importance: Importance | None,
+) -> None:
     """Write README.md for a hub, with metadata, usage and what was checked of each file.
 
     `files` has the bytes of each file or folder, `checks` what `verify_gguf` and `verify_mlx` found.
@@ -24,18 +30,20 @@ def write_card(folder: Path, spec: ModelSpec, files: dict[str, int], checks: dic
     ggufs = [name for name in files if name.endswith(".gguf")]
     mlx = [name for name in files if "-mlx-" in name]
     formats = [name for name, made in (("gguf", ggufs), ("mlx", mlx)) if made]
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", spec.base_model)
+    on_hub = is_hub_id(spec.base_model)
     base = spec.base_model if on_hub or ":" in spec.base_model else Path(spec.base_model).name
     lines = [
         "---",
         "pipeline_tag: text-generation",
         *([f"base_model: {spec.base_model}"] if on_hub else []),
+        *([f"license: {spec.license}"] if spec.license else []),
         f"library_name: {formats[0]}",
         *_listed("language", spec.prompt.languages),
         *_listed("tags", ("query-expansion", "information-retrieval", *formats)),
         *("---", "", "# A query expansion student", ""),
         f"Made with qe-edge from `{base}` ({_STAGES[spec.stage]}). It writes a short passage for a",
-        "search query; the words of both together find more under BM25. Its licence is the base model's.",
+        "search query; the words of both together find more under BM25. Its licence is the base model's"
+        f"{f' ({spec.license})' if spec.license else ''}.",
         *("", "## Use", ""),
         "The file knows its prompt and how the passage is joined with the query:",
         *("", "```python", "from qe_edge import Expander", ""),
@@ -48,11 +56,13 @@ def write_card(folder: Path, spec: ModelSpec, files: dict[str, int], checks: dic
         *("", "## Join", ""),
         f"`{spec.join}`, at most {spec.prompt.max_tokens} tokens an expansion.",
         *("", "## Checked against the model it was made from", ""),
-        "On the probes of `qe-edge verify`: the same token ids, and next-token logits as close as this.",
+        "On the probes of `qe-edge verify`: the same token ids, and logits as close as this. Greedy is how",
+        "much of the source's greedy answers a file writes before it differs.",
         "",
-        "| file | MB | logit cosine | KL divergence | top-1 |",
-        "| :-- | --: | --: | --: | --: |",
+        "| file | MB | logit cosine | KL divergence | top-1 | greedy |",
+        "| :-- | --: | --: | --: | --: | --: |",
         *(_row(name, files[name], checks.get(name)) for name in (*ggufs, *mlx)),
+        *_calibrated(importance),
     ]
     (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -97,6 +107,16 @@ def _listed(key: str, values: Sequence[str]) -> list[str]:
 
 def _row(name: str, size: int, check: dict[str, Any] | None) -> str:
     if not check:
-        return f"| {name} | {size / 1e6:.1f} | not checked | – | – |"
+        return f"| {name} | {size / 1e6:.1f} | not checked | – | – | – |"
     figures = f"{check['logit_cosine']:.4f} | {check['kl_divergence']:.4f} | {check['top1_agreement']:.0%}"
-    return f"| {name} | {size / 1e6:.1f} | {figures} |"
+    return f"| {name} | {size / 1e6:.1f} | {figures} | {check['greedy_agreement']:.0%} |"
+
+
+def _calibrated(importance: Importance | None) -> list[str]:
+    if importance is None:
+        return []
+    return [
+        "",
+        f"The GGUFs below 8 bits were quantized with an importance matrix of {importance.tokens:,} tokens",
+        f"({importance.rows} expansions, from {', '.join(importance.files)}).",
+    ]

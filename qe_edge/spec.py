@@ -5,6 +5,7 @@ In a GGUF it is one custom key, in a Hugging Face or MLX folder one file.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,10 @@ from qe_edge.join import Join
 from qe_edge.prompt import PromptSpec
 
 GGUF_KEY = "qe_edge.spec"
+KIND_KEY = "qe_edge.quantization"  # the kind of a quantized file, which llama.cpp has no word for if mixed
+PROVENANCE_KEY = "qe_edge.provenance"
 SPEC_FILE = "qe_edge.json"
+PROVENANCE_FILE = "qe_edge_provenance.json"
 # A spec holds a few short texts; anything larger is not one of ours.
 MAX_BYTES = 64 * 1024
 
@@ -22,17 +26,24 @@ MAX_BYTES = 64 * 1024
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The contract between a student and whoever runs it.
 
-    `stage` says what was done to the base model: `base`, `sft` or `dpo`.
+    `stage` says what was done to the base model: `base`, `sft` or `dpo`; `license` is the base model's,
+    in the hub's words (`apache-2.0`), empty where it isn't known.
     """
 
     prompt: PromptSpec
     join: Join
     base_model: str
     stage: str = "base"
+    license: str = ""
     schema_version: int = 1
 
     def to_json(self) -> str:
         return msgspec.json.encode(self).decode()
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a base model's name is one of the hub, `owner/name`."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
 
 
 def parse_spec(content: str | bytes, *, source: Path | str) -> ModelSpec:

@@ -21,8 +21,9 @@ from qe_edge.errors import BadArgument, BadInput, NotFound, NotInstalled, QeEdge
 from qe_edge.export import export_model, vocab
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.mlx import convert_mlx
+from qe_edge.export.probes import HOSTILE, load_reference
 from qe_edge.export.quantize import bits_of, quantize_gguf
-from qe_edge.export.verify import HOSTILE, load_reference, verify_export, verify_gguf, verify_mlx
+from qe_edge.export.verify import verify_export, verify_gguf, verify_mlx
 from qe_edge.models import resolve
 from qe_edge.spec import read_spec
 

@@ -8,6 +8,8 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from qe_edge.backends import default_spec
 from qe_edge.console import note, quiet_transformers
 from qe_edge.errors import BadArgument, BadInput, NotFound, require
@@ -44,7 +46,10 @@ def prepare_student(student: str, workdir: Workdir) -> tuple[str, ModelSpec]:
     tokenizer, config = load_tokenizer(ref.source), load_config(ref.source)
     if getattr(config, "quantization_config", None):
         raise BadArgument(f"{student} is quantized; train its unquantized original and quantize at export")
-    spec = (read_spec(ref.path) if ref.path else None) or default_spec(ref, tokenizer.chat_template)
+    spec = read_spec(ref.path) if ref.path else None
+    if spec is None:
+        licensed = _license_of_card(ref)
+        spec = msgspec.structs.replace(default_spec(ref, tokenizer.chat_template), license=licensed)
     return str(ref.path.resolve()) if ref.path else ref.name, spec
 
 
@@ -66,7 +71,8 @@ def _unpack_gguf(ref: ModelRef, file: Path, folder: Path) -> ModelSpec:
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise BadInput(f"transformers can't read this GGUF: {error}", path=file) from None
     _restore_digits(tokenizer, file)
-    spec = default_spec(ref, tokenizer.chat_template)
+    licensed = _gguf_text(file, "general.license")
+    spec = msgspec.structs.replace(default_spec(ref, tokenizer.chat_template), license=licensed)
     with atomic_path(folder) as partial:
         save_model(model, partial)
         tokenizer.save_pretrained(partial)
@@ -76,14 +82,31 @@ def _unpack_gguf(ref: ModelRef, file: Path, folder: Path) -> ModelSpec:
 
 def _restore_digits(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     """transformers forgets SmolLM's first cut, into single digits, when it reads the vocabulary of a GGUF."""
-    from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    field = GGUFReader(str(file)).get_field("tokenizer.ggml.pre")
-    if field and field.contents() == "smollm":
+    if _gguf_text(file, "tokenizer.ggml.pre") == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
+
+
+def _gguf_text(file: Path, key: str) -> str:
+    """A text from a GGUF's metadata; empty where it is not there."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(str(file)).get_field(key)
+    return str(field.contents()) if field else ""
+
+
+def _license_of_card(ref: ModelRef) -> str:
+    """The licence that a folder's or a hub model's card names; empty where there is none, or no network."""
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard.load(ref.path / "README.md" if ref.path else ref.name)
+    except (OSError, ValueError):  # the hub's errors are OSErrors
+        return ""
+    return str(card.data.license or "")
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

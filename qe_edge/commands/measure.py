@@ -9,7 +9,7 @@ import typer
 
 from qe_edge.commands.common import WORKDIR, AnalyzerOption, JsonOption, OutOption, WorkdirOption, emit, took
 from qe_edge.console import note
-from qe_edge.errors import NotFound, PartlyDone
+from qe_edge.errors import BadArgument, NotFound, PartlyDone
 from qe_edge.records import configured
 from qe_edge.workdir import Workdir
 
@@ -26,21 +26,53 @@ def export(
     formats: Annotated[
         list[str] | None, typer.Option("--format", help="gguf or mlx (default: both).")
     ] = None,
+    budget_mb: Annotated[
+        float | None, typer.Option(min=0.1, help="Add a mixed GGUF of at most so many MB, by measurement.")
+    ] = None,
+    target_bpw: Annotated[
+        float | None, typer.Option(min=1, help="The same, by bits per weight instead of MB.")
+    ] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Expansions for the importance matrix (default: those it was trained on)."),
+    ] = None,
+    no_calibrate: Annotated[
+        bool, typer.Option("--no-calibrate", help="Quantize without an importance matrix.")
+    ] = False,
+    mlx_bits: Annotated[int | None, typer.Option(help="2, 3, 4, 5, 6 or 8 (default: the kind's).")] = None,
+    mlx_group: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
+    mlx_recipe: Annotated[
+        str | None, typer.Option(help="mlx-lm's mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.")
+    ] = None,
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
     """Turn a merged model into quantized GGUF and MLX, checked against the original."""
-    from qe_edge.export import export_model
+    from qe_edge.export import MlxOptions, export_model
+    from qe_edge.export.source import Source
 
+    if no_calibrate and calibrate:
+        raise BadArgument("give either --calibrate or --no-calibrate")
+    if budget_mb and target_bpw:
+        raise BadArgument("give either --budget-mb or --target-bpw")
     work = Workdir(workdir)
     if model is None:
         model = _newest_model(work)
+    if target_bpw:
+        budget_mb = Source(model).parameters * target_bpw / 8e6
     named = {"Q4_K_M": q4, "Q8_0": q8, "F16": f16, "BF16": bf16}
     kinds = [kind for kind, wanted in named.items() if wanted] + list(quant or [])
     out = out or work.new("export")
     report = export_model(
-        model, out, kinds=kinds or ["Q4_K_M"], formats=formats or ["gguf", "mlx"], progress=note
+        model,
+        out,
+        kinds=kinds or ["Q4_K_M"],
+        formats=formats or ["gguf", "mlx"],
+        budget_mb=budget_mb,
+        calibrate=[] if no_calibrate else calibrate,
+        mlx=MlxOptions(mlx_bits, mlx_group, mlx_recipe),
+        progress=note,
     )
     lines = [f"{out / name}  {size / 1e6:.1f} MB" for name, size in report["files"].items()]
     emit(json, "export", "\n".join(lines), inputs={"model": model}, artifacts={"folder": out}, metrics=report)
@@ -61,7 +93,8 @@ def verify(
     text = (
         f"{exported} answers as its source does: {found['checksums']} checksums right, token ids of "
         f"{found['probes']} texts identical, logit cosine {found['logit_cosine']:.4f}, "
-        f"KL divergence {found['kl_divergence']:.4f}, top-1 agreement {found['top1_agreement']:.0%}"
+        f"KL divergence {found['kl_divergence']:.4f}, top-1 agreement {found['top1_agreement']:.0%}, "
+        f"greedy agreement {found['greedy_agreement']:.0%}"
     )
     emit(json, "verify", text, inputs={"export": exported}, metrics=found)
 

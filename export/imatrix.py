@@ -1,0 +1,90 @@
+"""The importance matrix: how strongly a student uses each input of its weight matrices on our own texts.
+
+llama.cpp's quantizer weighs the error of a weight with it. The statistic is that of its `llama-imatrix`
+tool: the mean over tokens of the squared activation at each input of a matrix.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qe_edge.errors import BadInput, require
+from qe_edge.manifest import sha256
+from qe_edge.spec import ModelSpec
+
+ROWS = 128  # of about 190 tokens; llama.cpp's usual hundred chunks of 512 are twice that
+MAX_LENGTH = 512
+
+
+class Importance(NamedTuple):
+    """GGUF tensor name -> float32 [inputs of the matrix], and what it was measured on."""
+
+    values: dict[str, np.ndarray]
+    files: dict[str, str]  # name -> SHA-256
+    rows: int
+    tokens: int
+
+    def describe(self) -> dict[str, Any]:
+        return {"files": self.files, "rows": self.rows, "tokens": self.tokens}
+
+
+def calibration_rows(
+    expansions: Sequence[Path], spec: ModelSpec, tokenizer: Any
+) -> list[tuple[list[int], int]]:
+    """Token ids of prompt and expansion, and where the expansion starts, of ROWS rows drawn from the files.
+
+    Raises:
+        BadInput: the files hold no usable row.
+    """
+    from qe_edge.prompt import hugging_face
+    from qe_edge.train.config import SftConfig
+    from qe_edge.train.sft import encode_rows, select_rows
+
+    rows = select_rows(expansions, SftConfig())
+    rows = [row for row in rows if row.lang in spec.prompt.languages]
+    rows = random.Random(0).sample(rows, min(ROWS, len(rows)))
+    encoded, _ = encode_rows(rows, spec, hugging_face(tokenizer), MAX_LENGTH)
+    return [(row["input_ids"], row["labels"].count(-100)) for row in encoded]
+
+
+def measure_importance(
+    model: Path, architecture: str, rows: Sequence[tuple[list[int], int]], expansions: Sequence[Path]
+) -> Importance:
+    """Run the model over `calibration_rows`, one at a time, in float32; `expansions` are their files.
+
+    `architecture` is its name in `gguf.MODEL_ARCH`. The output layer is left out, as by llama.cpp.
+
+    Raises:
+        BadInput: the model can't be loaded, or its activations aren't finite.
+    """
+    gguf, torch = require("gguf", "llama"), require("torch", "train")
+    from qe_edge.train.student import load_model
+
+    network = load_model(str(model), dtype=torch.float32).eval()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], network.config.num_hidden_layers)
+    sums: dict[str, Any] = {}
+
+    def add(name: str) -> Any:
+        def hook(_: Any, inputs: tuple[Any, ...]) -> None:
+            squares = inputs[0].float().square().sum((0, 1))
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        return hook
+
+    for name, module in network.model.named_modules(prefix="model"):
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(add(names.get_name(name) + ".weight"))
+    with torch.inference_mode():
+        for ids, _ in rows:
+            network.model(torch.tensor([ids]), use_cache=False)
+    tokens = sum(len(ids) for ids, _ in rows)
+    values = {name: (total / tokens).numpy() for name, total in sums.items()}
+    if not all(np.isfinite(value).all() for value in values.values()):
+        raise BadInput("its activations are not finite; the training diverged", path=model)
+    files = {path.name: sha256(path) for path in expansions}
+    return Importance(values, files, len(rows), tokens)

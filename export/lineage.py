@@ -1,0 +1,56 @@
+"""How a merged student came to be: the run.json of merge, and of the SFT and DPO before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qe_edge.console import note
+from qe_edge.manifest import read_record, sha256
+from qe_edge.spec import ModelSpec
+
+
+def training_records(model: Path) -> list[dict[str, Any]]:
+    """The records of the trainings behind a merged model, in order, as far as they are still there."""
+    records: list[dict[str, Any]] = []
+    record = read_record(model)
+    while record.get("command") in ("merge", "train dpo"):
+        record = read_record(Path(record["inputs"]["adapter"]["path"]))
+        if record:
+            records.insert(0, record)
+    return records
+
+
+def training_data(model: Path) -> list[Path]:
+    """The expansions that a merged model was trained on, where they are at hand and haven't changed."""
+    files = []
+    for record in training_records(model):
+        for name, made_from in record["inputs"].items():
+            if name.startswith("expansions"):
+                file = Path(made_from["path"])
+                if file.is_file() and sha256(file) == made_from["sha256"]:
+                    files.append(file)
+                else:
+                    note(f"{file}, which the student was trained on, is gone or has changed")
+    return files
+
+
+def provenance(model: Path, spec: ModelSpec) -> dict[str, Any]:
+    """What an export says of its origin: base model, licence, and each training's settings, data and loss."""
+    return {
+        "base_model": Path(spec.base_model).name if Path(spec.base_model).is_absolute() else spec.base_model,
+        "license": spec.license,
+        "trainings": [
+            {
+                "command": record["command"],
+                "finished": record["finished"],
+                "settings": {k: v for k, v in record["settings"].items() if k != "student"},
+                "inputs": {name: made_from["sha256"] for name, made_from in record["inputs"].items()},
+                "rows": record["rows"],
+                "kept": record["kept"],
+                "train_loss": record["metrics"].get("train_loss"),
+                "versions": record["versions"],
+            }
+            for record in training_records(model)
+        ],
+    }
