@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qe_edge.errors import BadArgument, BadInput, NotFound, NotInstalled, require
+from qe_edge.export.adapter import adapter_of, base_folder, convert_adapter
 from qe_edge.export.card import write_card, write_modelfile
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.imatrix import Importance, calibration_rows, measure_importance
@@ -29,6 +30,7 @@ from qe_edge.spec import ModelSpec, read_spec
 from qe_edge.train.student import load_tokenizer
 
 FORMATS = ("gguf", "mlx")
+ADAPTER = "adapter"  # the folder of the adapter's GGUF
 UNQUANTIZED = ("BF16", "F16")
 
 Progress = Callable[[str], None]
@@ -49,6 +51,7 @@ def export_model(
     kinds: Sequence[str] = ("Q4_K_M",),
     formats: Sequence[str] = FORMATS,
     budget_mb: float | None = None,
+    adapter: bool = False,
     calibrate: Sequence[Path] | None = None,
     mlx: MlxOptions | None = None,
     verify: bool = True,
@@ -63,6 +66,8 @@ def export_model(
 
     With `budget_mb` comes `student-mixed.gguf` of at most so many million bytes, whose tensors have the types
     that change the answers least (see `choose_types`).
+
+    With `adapter` comes `adapter/student-lora.gguf`, the last LoRA adapter alone, for the base model's GGUF.
 
     `calibrate` names the expansions that the importance matrix of the quantized GGUFs is measured on: by
     default those that the student was trained on, where they are at hand; none at all if empty.
@@ -89,6 +94,7 @@ def export_model(
     _check_installed(formats, verify)
     source = Source(model)
     check_output(out, "export")
+    lora = adapter_of(model) if adapter else None
     calibration = None
     if "gguf" in formats and (budget_mb or any(bits_of(kind) < 8 for kind in kinds)):
         needing = [kind for kind in kinds if kind in NEED_IMPORTANCE] + ["a mixed file"] * bool(budget_mb)
@@ -106,6 +112,8 @@ def export_model(
         if "gguf" in formats:
             made, types = work.ggufs(kinds, budget_mb)
             checks |= made
+            if lora:
+                checks |= work.adapter(lora)
         if "mlx" in formats:
             checks |= work.mlx(kinds, options)
         files = {path.name: _size(path) for path in sorted(folder.iterdir())}
@@ -113,10 +121,16 @@ def export_model(
         if ggufs := [name for name in files if name.endswith(".gguf")]:
             write_modelfile(folder, spec, ggufs[0])
         _write_checksums(folder)
-        settings = {"kinds": kinds, "formats": formats, "budget_mb": budget_mb, "mlx": options._asdict()}
+        settings: dict[str, Any] = {
+            "kinds": kinds,
+            "formats": formats,
+            "budget_mb": budget_mb,
+            "adapter": adapter,
+        }
+        settings |= {"mlx": options._asdict(), "verify": verify}
         measured = calibration.importance.describe() if calibration else None
         found = {"files": files, "checks": checks, "calibration": measured, "types": types}
-        record = run_record("export", settings | {"verify": verify}, {"model": model}, **found)
+        record = run_record("export", settings, {"model": model}, **found)
         write_json(folder / MANIFEST, record)
     return found
 
@@ -228,6 +242,19 @@ class _Export(NamedTuple):
         file = self.folder / "student-mixed.gguf"
         made(quantize_gguf(base, file, MIXED, importance=importance, types=types, threads=self.threads))
         return types
+
+    def adapter(self, adapter: Path) -> dict[str, Any]:
+        """Write the adapter's GGUF; it is checked on the base model's, which isn't kept."""
+        checks: dict[str, Any] = {}
+        described: dict[str, Any] = {"spec": self.spec, "provenance": self.origin}
+        # In a folder of its own, where nobody takes it for a model.
+        file = convert_adapter(adapter, self.source, self.folder / ADAPTER / "student-lora.gguf", **described)
+        if self.reference:
+            base = convert_gguf(base_folder(adapter), self.folder / "base.gguf", spec=self.spec)
+            checks[ADAPTER] = verify_gguf(base, self.reference, adapter=file)
+            base.unlink()
+        self.progress(_summary(file.parent, checks))
+        return checks
 
     def mlx(self, kinds: list[str], options: MlxOptions) -> dict[str, Any]:
         """Write an MLX folder of each number of bits; returns what was found of each."""

@@ -52,7 +52,7 @@ def write_card(
         "Without qe-edge, give the model exactly this text and stop at the end token:",
         *(line for lang in spec.prompt.languages for line in _prompt(spec, _QUERY[lang])),
         "",
-        *_elsewhere(spec, ggufs, mlx),
+        *_elsewhere(spec, ggufs, mlx, "adapter" in files),
         *("", "## Join", ""),
         f"`{spec.join}`, at most {spec.prompt.max_tokens} tokens an expansion.",
         *("", "## Checked against the model it was made from", ""),
@@ -61,7 +61,7 @@ def write_card(
         "",
         "| file | MB | logit cosine | KL divergence | top-1 | greedy |",
         "| :-- | --: | --: | --: | --: | --: |",
-        *(_row(name, files[name], checks.get(name)) for name in (*ggufs, *mlx)),
+        *(_row(name, size, checks.get(name)) for name, size in files.items()),
         *_calibrated(importance),
     ]
     (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -84,11 +84,12 @@ def write_modelfile(folder: Path, spec: ModelSpec, gguf: str) -> None:
     )
 
 
-def _elsewhere(spec: ModelSpec, ggufs: Sequence[str], mlx: Sequence[str]) -> list[str]:
+def _elsewhere(spec: ModelSpec, ggufs: Sequence[str], mlx: Sequence[str], lora: bool) -> list[str]:
     budget, lines = spec.prompt.max_tokens, []
     if ggufs:
         lines += [
             f"- llama.cpp: `llama-cli -m {ggufs[0]} -no-cnv --temp 0 -n {budget} -p …`",
+            *(["- llama.cpp, on a GGUF of the base model: add `--lora adapter/student-lora.gguf`"] * lora),
             "- Ollama: `ollama create student -f Modelfile`, then `ollama run student 'what causes tides'`",
         ]
     if mlx:

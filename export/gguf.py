@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from qe_edge.errors import BadArgument, require
-from qe_edge.export.source import HfConfig, Source
+from qe_edge.export.source import Source
 from qe_edge.export.vocab import add_vocabulary
 from qe_edge.manifest import atomic_path
 from qe_edge.spec import GGUF_KEY, PROVENANCE_KEY, ModelSpec, is_hub_id
@@ -68,7 +68,7 @@ def convert_gguf(
         stack.callback(writer.close)
         writer.add_file_type(types[dtype][2])
         writer.add_size_label(gguf.size_label(source.parameters, source.parameters, 0, 0))
-        _add_description(writer, spec, provenance)
+        add_description(writer, gguf.GGUFType.MODEL, spec, provenance)
         _add_metadata(writer, source)
         add_vocabulary(writer, model, config.vocab_size)
         for name, (element, code, _) in stored.items():
@@ -80,16 +80,15 @@ def convert_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, (element, _, _) in stored.items():
-            tensor = source.tensor(name, element)
-            if architecture == "LLAMA":
-                tensor = _permute_rotary(name, tensor, config)
-            _write(writer, tensor, out)
+            _write(writer, permute_rotary(name, source.tensor(name, element), source), out)
     return out
 
 
-def _add_description(writer: GGUFWriter, spec: ModelSpec | None, provenance: dict[str, Any] | None) -> None:
-    """What the file is, for people and hubs, and what our own runtime reads."""
-    writer.add_type("model")
+def add_description(
+    writer: GGUFWriter, kind: str, spec: ModelSpec | None, provenance: dict[str, Any] | None
+) -> None:
+    """What the file is, for people and hubs, and what our own runtime reads; `kind` is model or adapter."""
+    writer.add_type(kind)
     if spec:
         base = Path(spec.base_model).name
         writer.add_name(f"{base} {spec.stage}, query expansion")
@@ -126,29 +125,33 @@ def _add_metadata(writer: GGUFWriter, source: Source) -> None:
         writer.add_vocab_size(config.vocab_size)
 
 
-def unpermute_rotary(name: str, tensor: Tensor, source: Source) -> Tensor:
-    """A tensor of a GGUF in its source's order of rows."""
-    heads = _rotary_heads(name, source.config) if source.architecture == "LLAMA" else None
-    if heads is None:
-        return tensor
-    return tensor.reshape(heads, -1, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape).contiguous()
-
-
-def _permute_rotary(name: str, tensor: Tensor, config: HfConfig) -> Tensor:
-    """Reorder the rows of Llama's query and key projections.
+def permute_rotary(name: str, tensor: Tensor, source: Source) -> Tensor:
+    """Reorder the rows of Llama's query and key projections; every other tensor stays as it is.
 
     transformers rotates a head's first half against its second, llama.cpp's Llama (unlike its Qwen3)
     even rows against odd ones; see `LlamaModel.permute` in llama.cpp's converter.
     """
-    heads = _rotary_heads(name, config)
+    heads = _rotary_heads(name, source)
     if heads is None:
         return tensor
     return tensor.reshape(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
-def _rotary_heads(name: str, config: HfConfig) -> int | None:
-    """How many heads a projection that is rotated has; None for all other tensors."""
-    return {"q_proj": config.num_attention_heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
+def unpermute_rotary(name: str, tensor: Tensor, source: Source) -> Tensor:
+    """A tensor of a GGUF in its source's order of rows."""
+    heads = _rotary_heads(name, source)
+    if heads is None:
+        return tensor
+    return tensor.reshape(heads, -1, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape).contiguous()
+
+
+def _rotary_heads(name: str, source: Source) -> int | None:
+    """How many heads a matrix has whose rows llama.cpp orders otherwise; None for all other tensors."""
+    if source.architecture != "LLAMA":
+        return None
+    return {"q_proj": source.config.num_attention_heads, "k_proj": source.config.kv_heads}.get(
+        name.split(".")[-2]
+    )
 
 
 def _write(writer: GGUFWriter, tensor: Tensor, out: Path) -> None:

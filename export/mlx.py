@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qe_edge.errors import BadArgument, require
-from qe_edge.export.source import HfConfig, Source
+from qe_edge.export.source import HfConfig, Source, read_config
 from qe_edge.export.vocab import read_json
 from qe_edge.manifest import atomic_path, write_json
 from qe_edge.spec import PROVENANCE_FILE, ModelSpec, write_spec
@@ -51,11 +51,11 @@ def convert_mlx(
         BadInput: the model can't be converted.
     """
     mx, torch = require("mlx.core", "mlx"), require("torch", "train")
-    source = Source(model)
     if recipe is not None:
         bits = _low_bits(recipe)
     if bits is not None:
-        _check_groups(source.config, bits, group_size)
+        _check_groups(read_config(model)[1], bits, group_size)
+    source = Source(model)
     bits_of = _recipe_bits(model, recipe, group_size) if recipe else lambda _: bits
     plan = {name: bits_of(name) if len(shape) == 2 else None for name, shape in source.shapes.items()}
     with atomic_path(out) as partial:

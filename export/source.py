@@ -123,7 +123,13 @@ class Source:
 def read_config(model: Path) -> tuple[str, HfConfig]:
     """The architecture's name in `gguf`, and the model's hyper-parameters, checked to be convertible."""
     path = model / "config.json"
+    if not path.exists() and (model / "adapter_config.json").exists():
+        raise BadInput(
+            "is an adapter; merge it into its base with `qe-edge merge`, and export that", path=model
+        )
     content = read_json(path)
+    if content.get("quantization_config") or content.get("quantization"):
+        raise BadInput("is quantized; export the model that it was made from", path=model)
     found = ", ".join(content.get("architectures") or ["none"])
     if found not in ARCHITECTURES:
         raise BadInput(

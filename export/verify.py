@@ -35,26 +35,34 @@ MLX_LIMITS = dict.fromkeys([2, 3, 4, 5, 6, 8, 16], Limits(-1, 99))
 _FILE_TYPES = {0: "F32", 1: "F16", 32: "BF16"} | {number: kind for kind, number in KINDS.items()}
 
 
-def verify_export(path: Path, source: Path | None = None) -> dict[str, Any]:
-    """Check a GGUF or MLX folder that `qe-edge export` wrote: its checksums, then as `verify_gguf` does.
-
-    `source` is the merged model; by default the one that the export's run.json names.
+def source_of(exported: Path) -> Path:
+    """The merged model that the run.json beside an export names.
 
     Raises:
-        NotFound: there is no such export, or its source is gone.
+        NotFound: there is no such export, it has no run.json, or its source is gone.
+    """
+    if not exported.exists():
+        raise NotFound(f"{exported}: no such GGUF file or MLX folder")
+    made_from = read_record(exported.parent).get("inputs", {}).get("model", {}).get("path")
+    if not made_from:
+        raise NotFound(f"{exported.parent} has no {MANIFEST} that names the source; name it with --source")
+    if not Path(made_from).is_dir():
+        raise NotFound(f"{made_from}, which {exported} was made from, isn't there; name it with --source")
+    return Path(made_from)
+
+
+def verify_export(exported: Path, source: Path) -> dict[str, Any]:
+    """Check a GGUF or MLX folder that `qe-edge export` wrote: its checksums, then as `verify_gguf` does.
+
+    Raises:
+        NotFound: there is no such export, or source.
         QeEdgeError: a file changed since, or answers differently from the source.
     """
-    if not path.exists():
-        raise NotFound(f"{path}: no such GGUF file or MLX folder")
-    sums = check_sums(path)
-    if source is None:
-        made_from = read_record(path.parent).get("inputs", {}).get("model", {}).get("path")
-        if not made_from:
-            raise NotFound(f"{path.parent} has no {MANIFEST} that names the source; name it with --source")
-        source = Path(made_from)
-    if not source.is_dir():
-        raise NotFound(f"{source}, which {path} was made from, isn't there; name it with --source")
-    found = verify_mlx(path, source) if path.is_dir() else verify_gguf(path, source)
+    for path in (exported, source):
+        if not path.exists():
+            raise NotFound(f"{path}: no such file or folder")
+    sums = check_sums(exported)
+    found = verify_mlx(exported, source) if exported.is_dir() else verify_gguf(exported, source)
     return {"checksums": sums, **found}
 
 
@@ -78,8 +86,10 @@ def check_sums(path: Path) -> int:
     return len(own)
 
 
-def verify_gguf(file: Path, source: Path | Reference) -> dict[str, Any]:
+def verify_gguf(file: Path, source: Path | Reference, *, adapter: Path | None = None) -> dict[str, Any]:
     """Check a GGUF against the model folder it was made from, or against its `load_reference`.
+
+    With `adapter`, a GGUF of the base model is checked with that adapter's GGUF applied to it.
 
     Returns:
         `token_ids` ("identical"), `probes` (how many texts were tokenized), `queries` (how many of them
@@ -97,7 +107,12 @@ def verify_gguf(file: Path, source: Path | Reference) -> dict[str, Any]:
     with captured_log() as log:
         try:
             llama = llama_cpp.Llama(
-                str(file), n_ctx=longest + 1, n_batch=longest, logits_all=True, verbose=False
+                str(file),
+                n_ctx=longest + 1,
+                n_batch=longest,
+                logits_all=True,
+                lora_path=str(adapter) if adapter else None,
+                verbose=False,
             )
         except (ValueError, RuntimeError):
             raise QeEdgeError(f"llama.cpp can't load {file}: {'; '.join(log[-3:])}") from None

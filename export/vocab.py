@@ -17,12 +17,13 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2_SPLIT = _SPLIT % ""
 _GPT2 = "ByteLevel with GPT-2's regex"
 # How text is cut before the merges -> llama.cpp's name for it (`tokenizer.ggml.pre`). llama.cpp holds the
 # cutting in code by that name, so it can't be stored, only recognised. What the tokenizer does decides, not
 # the model's name: transformers rebuilds some tokenizers differently when it loads and saves them.
 _PRE = {
-    ("Split " + _SPLIT % "", "ByteLevel"): "qwen2",
+    ("Split " + QWEN2_SPLIT, "ByteLevel"): "qwen2",
     ("Split " + _SPLIT % "{1,3}", "ByteLevel"): "llama-bpe",
     ("each digit", _GPT2): "smollm",
     (_GPT2,): "gpt-2",

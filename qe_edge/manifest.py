@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.metadata
 import os
@@ -50,6 +51,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
         yield partial
         publish(partial, target)
     except OSError as error:
@@ -61,6 +63,16 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         ) from error
     finally:
         remove(partial)
+
+
+def _sweep(target: Path) -> None:
+    """Delete what killed processes left half-written of `target`."""
+    import psutil
+
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        process = leftover.name.split(".")[-2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            remove(leftover)
 
 
 def publish(partial: Path, target: Path) -> None:

@@ -78,13 +78,29 @@ def model(name: str, *, layers: int | None = None, dtype: Any, device: str = "cp
 
 
 def tokenizer(name: str) -> Any:
-    """A tokenizer that knows a shape's padding and end token alone: for rows that are ids already."""
-    from tokenizers import Tokenizer, models
+    """A byte-level BPE without merges, whose padding and end token have the real ids.
+
+    It suffices where rows are ids already, and for the converters, which want Qwen's way to cut a text.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    from qe_edge.export.vocab import QWEN2_SPLIT
+
     end, pad = ENDS[SHAPES[name].family]
-    vocabulary = {"<|endoftext|>": pad, "<|im_end|>": end}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    special = {"<|endoftext|>": pad, "<|im_end|>": end}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    first = max(pad, end) + 1 if max(pad, end) < len(alphabet) else 0  # SmolLM2's special ids are 0 and 2
+    vocabulary = special | {letter: first + i for i, letter in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +38,23 @@ def three(tmp_path: Path) -> Any:
     texts = ("what causes tides", "how does bread rise", "why is the sky blue")
     file.write_text("".join(json.dumps({"_id": f"q{i}", "text": t}) + "\n" for i, t in enumerate(texts)))
     return load_queries(file)
+
+
+@pytest.fixture
+def altered(tiny_qwen3: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the tiny Qwen3 with changed config keys (None removes one) or tensors."""
+
+    def alter(tensors: Callable[[dict[str, Any]], object] | None = None, **config: Any) -> Path:
+        folder = shutil.copytree(tiny_qwen3, tmp_path / "altered")
+        path = folder / "config.json"
+        content = json.loads(path.read_text()) | config
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+        if tensors:
+            from safetensors.torch import load_file, save_file
+
+            weights = load_file(folder / "model.safetensors")
+            tensors(weights)
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return alter

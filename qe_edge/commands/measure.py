@@ -32,6 +32,9 @@ def export(
     target_bpw: Annotated[
         float | None, typer.Option(min=1, help="The same, by bits per weight instead of MB.")
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Add the LoRA adapter alone, for a GGUF of the base model.")
+    ] = False,
     calibrate: Annotated[
         list[Path] | None,
         typer.Option(help="Expansions for the importance matrix (default: those it was trained on)."),
@@ -70,6 +73,7 @@ def export(
         kinds=kinds or ["Q4_K_M"],
         formats=formats or ["gguf", "mlx"],
         budget_mb=budget_mb,
+        adapter=adapter,
         calibrate=[] if no_calibrate else calibrate,
         mlx=MlxOptions(mlx_bits, mlx_group, mlx_recipe),
         progress=note,
@@ -84,11 +88,17 @@ def verify(
         Path | None,
         typer.Option(help="The merged model it was made from (default: the one its run.json names)."),
     ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="Compare nDCG@10 on it too: NAME or NAME@SPLIT.")
+    ] = None,
+    workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
-    """Check an export against its source: checksums, token ids, spec and logits."""
-    from qe_edge.export.verify import verify_export
+    """Check an export against its source: checksums, token ids, spec, logits, and nDCG@10 if asked."""
+    from qe_edge.export.retrieval import compare_retrieval
+    from qe_edge.export.verify import source_of, verify_export
 
+    source = source or source_of(exported)
     found = verify_export(exported, source)
     text = (
         f"{exported} answers as its source does: {found['checksums']} checksums right, token ids of "
@@ -96,6 +106,15 @@ def verify(
         f"KL divergence {found['kl_divergence']:.4f}, top-1 agreement {found['top1_agreement']:.0%}, "
         f"greedy agreement {found['greedy_agreement']:.0%}"
     )
+    if dataset:
+        retrieval = compare_retrieval(exported, source, dataset, workdir=Workdir(workdir))
+        found["retrieval"] = retrieval
+        change = retrieval["difference"]
+        text += (
+            f"\nnDCG@10 on {retrieval['queries']} queries of {retrieval['dataset']}: "
+            f"{retrieval['before']:.3f} before, {retrieval['after']:.3f} after, difference "
+            f"{change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
+        )
     emit(json, "verify", text, inputs={"export": exported}, metrics=found)
 
 
