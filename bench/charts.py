@@ -50,13 +50,13 @@ def pareto(section: Section, paint: Paint, width: int | Literal["container"]) ->
     """
     alt = require("altair", "report")
     values = [_point(section, row) for row in section.drawn]
-    references = section.of_kind("bm25") + section.of_kind("teacher")
+    references = section.of_kind("bm25") + section.of_kind("feedback") + section.of_kind("teacher")
     plane = Plane(
         [Point(v["model"], v["x"], v["low"], v["y"], v["high"]) for v in values],
         [Reference(f"{r.system.name} {score(r.system.ndcg.mean)}", r.system.ndcg.mean) for r in references],
     )
     lines = [
-        {"y": row.system.ndcg.mean, "dash": [4, 3] if row.system.kind == "bm25" else [1, 0]}
+        {"y": row.system.ndcg.mean, "dash": [1, 0] if row.system.kind == "teacher" else [4, 3]}
         for row in references
     ]
     x_axis = alt.Axis(values=plane.x_ticks(), format="~s", title="decode tokens/s, log scale (faster →)")
@@ -79,6 +79,39 @@ def pareto(section: Section, paint: Paint, width: int | Literal["container"]) ->
     ]
     description = f"{section.measure} against decode tokens per second on {section.info.name}"
     return alt.layer(*layers).properties(width=width, height=HEIGHT, description=description)
+
+
+def by_budget(section: Section, paint: Paint, width: int | Literal["container"]) -> Any:
+    """nDCG against the tokens of each expansion that are used, from one generation; BM25 as a line.
+
+    Of models that did the same on several machines, one is drawn.
+    """
+    alt = require("altair", "report")
+    values: list[dict[str, Any]] = []
+    for name, row in section.distinct_models():
+        if row.system.budgets:
+            curve = {str(budget): interval for budget, interval in sorted(row.system.budgets.items())}
+            for tokens, interval in (curve | {"all": row.system.ndcg}).items():
+                figure = with_interval(interval, score)
+                values.append({"tokens": tokens, "y": interval.mean, "model": name, "score": figure})
+    names = list(dict.fromkeys(value["model"] for value in values))
+    ticks = sorted({int(v["tokens"]) for v in values if v["tokens"] != "all"})
+    plain = [{"y": row.system.ndcg.mean} for row in section.of_kind("bm25")]
+    y = alt.Y("y:Q", scale=alt.Scale(zero=False), axis=alt.Axis(title=section.measure, tickCount=6))
+    colours = alt.Scale(domain=names, range=[paint(_SERIES[i % len(_SERIES)]) for i in range(len(names))])
+    legend = alt.Legend(title=None, orient="top", columns=1, labelLimit=300)
+    x_axis = alt.Axis(title="tokens of each expansion that are used", labelAngle=0)
+    lines = alt.Chart(alt.Data(values=values)).encode(
+        x=alt.X("tokens:O", sort=[*map(str, ticks), "all"], axis=x_axis),
+        y=y,
+        color=alt.Color("model:N", scale=colours, legend=legend),
+        tooltip=_tooltip({"model": "model", "tokens": "tokens", "score": section.measure}),
+    )
+    rule = alt.Chart(alt.Data(values=plain)).mark_rule(color=paint("muted"), strokeDash=[4, 3]).encode(y=y)
+    description = f"{section.measure} by the tokens that are used on {section.info.name}"
+    return alt.layer(
+        rule, lines.mark_line(strokeWidth=2), lines.mark_point(filled=True, size=60, opacity=1)
+    ).properties(width=width, height=260, description=description)
 
 
 def per_query(section: Section, row: Row, paint: Paint) -> Any:

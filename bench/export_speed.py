@@ -26,15 +26,18 @@ from qe_edge import synthetic
 from qe_edge.bench.speed import peak_memory_mb
 from qe_edge.console import note
 from qe_edge.errors import QeEdgeError
-from qe_edge.manifest import remove, write_json
+from qe_edge.manifest import atomic_path, remove, write_json
 
-# Runs llama.cpp's own script; it knows tokenizers by what they do to a text, and not the synthetic one.
-SCRIPT = """
+# Runs llama.cpp's own script. It knows a tokenizer by what that does to a text; one that it can't know, such
+# as a synthetic one, is named.
+LLAMA_CPP_SCRIPT = """
 import runpy, sys
-sys.path.insert(0, sys.argv.pop(1))
+folder, known = sys.argv.pop(1), sys.argv.pop(1)
+sys.path.insert(0, folder)
 import conversion.base
-conversion.base.TextModel.get_vocab_base_pre = lambda *_: "qwen2"
-runpy.run_path(sys.path[0] + "/convert_hf_to_gguf.py", run_name="__main__")
+if known:
+    conversion.base.TextModel.get_vocab_base_pre = lambda *_: known
+runpy.run_path(folder + "/convert_hf_to_gguf.py", run_name="__main__")
 """
 
 
@@ -63,7 +66,7 @@ def main(
     theirs = ["gguf llama.cpp"] if llama_cpp else []
     ways = ["write", "gguf ours", *theirs, "Q4_K_M", "mlx ours", "mlx mlx-lm"]
     turns: dict[str, list[Measured]] = {way: [] for way in ways}
-    target, base = folder / "converted", folder / "base.gguf"
+    target, base = folder / "converted", folder / f"{shape}.gguf"
     for _ in range(rounds):
         for way in ways:
             note(way)
@@ -105,8 +108,9 @@ def weights(shape: str, folder: Path) -> None:
     """A model folder of random weights in shards, as the hub has them."""
     import torch
 
-    synthetic.model(shape, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="2GB")
-    synthetic.tokenizer(shape).save_pretrained(folder)
+    with atomic_path(folder) as partial:
+        synthetic.model(shape, dtype=torch.bfloat16).save_pretrained(partial, max_shard_size="2GB")
+        synthetic.tokenizer(shape).save_pretrained(partial)
 
 
 def write(source: Path, target: Path) -> None:
@@ -123,8 +127,8 @@ def gguf_ours(model: Path, target: Path) -> None:
 
 def gguf_llama_cpp(model: Path, target: Path, llama_cpp: Path) -> None:
     """Its script in this process, whose peak is measured."""
-    sys.argv = ["-c", str(llama_cpp), str(model), "--outfile", str(target), "--outtype", "bf16"]
-    exec(SCRIPT, {"__name__": "script"})
+    sys.argv = ["-c", str(llama_cpp), "qwen2", str(model), "--outfile", str(target), "--outtype", "bf16"]
+    exec(LLAMA_CPP_SCRIPT, {"__name__": "script"})
 
 
 def q4_k_m(base: Path, target: Path) -> None:

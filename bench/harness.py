@@ -7,22 +7,38 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from qe_edge.bench.quality import MEASURE, compare, retrieve, values_of
-from qe_edge.bench.result import RESULT, BenchResult, DatasetResult, Kind, Speed, System
-from qe_edge.bench.speed import Request, WrongLanguage, generate
+from qe_edge.bench.feedback import rm3
+from qe_edge.bench.quality import DEPTH, MEASURE, compare_all, retrieve, values_of
+from qe_edge.bench.result import RESULT, BenchResult, DatasetResult, Kind, Speed, System, Tuning
+from qe_edge.bench.speed import BUDGETS, Generated, Request, WrongLanguage, generate
 from qe_edge.console import note
 from qe_edge.datasets import BUILTIN, Dataset, builtin_folder, describe, load_dataset
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
-from qe_edge.index import Index
+from qe_edge.index import Index, Ranking
 from qe_edge.join import DEFAULT_JOIN, TEACHER_JOIN, Join
 from qe_edge.manifest import cpu_name, machine, now, versions, write_json
-from qe_edge.measures import RESAMPLES, mean_interval, write_run
+from qe_edge.measures import RESAMPLES, Interval, check_measure, depth, evaluate, mean_interval, write_run
 from qe_edge.models import resolve
 from qe_edge.records import Count, Expansion, read_jsonl
+from qe_edge.spec import ModelSpec
 from qe_edge.workdir import RunFolder, Workdir
+
+# From hardly trusting an expansion to hardly trusting the query.
+TUNE_JOINS = (
+    "mass:0.3",
+    "mass:0.5",
+    "mass:0.7",
+    "mass:1",
+    "mass:1.5",
+    "mass:2",
+    "mass:3",
+    "repeat:5",
+    "repeat:12",
+)
 
 
 class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -30,7 +46,9 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     `models` are files, folders, hub ids or built-ins, each as `MODEL` or `LABEL=MODEL`. `joins` replaces
     the models' own join; several make several rows of one generation. `teachers` are expansion files, of
-    which `teacher_models` selects (empty: all); the best of them is what retention refers to.
+    which `teacher_models` selects (empty: all); the best of them is what retention refers to. `tune_on`
+    names another data set, on whose queries each model's join is chosen among `tune_joins`. `measures` are
+    ir_measures to report beside nDCG@10.
     `max_tokens` replaces the models' own token budget, `analyzer` the one of the collection's language.
     `label` names the machine in reports.
     """
@@ -38,6 +56,9 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     datasets: tuple[str, ...]
     models: tuple[str, ...] = ()
     joins: tuple[str, ...] = ()
+    tune_on: str = ""
+    tune_joins: tuple[str, ...] = TUNE_JOINS
+    measures: tuple[str, ...] = ()
     teachers: tuple[str, ...] = ()
     teacher_models: tuple[str, ...] = ()
     teacher_join: str = str(TEACHER_JOIN)
@@ -58,9 +79,12 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     """
     if not config.datasets:
         raise BadArgument("name at least one data set with --dataset")
-    for join in (*config.joins, config.teacher_join):
+    for join in (*config.joins, *config.tune_joins, config.teacher_join):
         Join.parse(join)
+    for measure in config.measures:
+        check_measure(measure)
     loaded = [load_dataset(name) for name in config.datasets]
+    dev = _load_dev(config, loaded)
     models = dict(parse_model(text) for text in config.models)
     if len(models) < len(config.models):
         raise BadArgument("two models have the same name; tell them apart with --model LABEL=MODEL")
@@ -76,10 +100,12 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         if not any(_is_of(row, data) for row in read_jsonl(path, Expansion) for data in loaded):
             warnings.append(f"{path} holds no expansion of these queries")
             note(f"bench: {warnings[-1]}")
+    tuning = _OneDataset(dev, config, run.partial, workdir).tune(models, failures) if dev else []
+    tuned = {found.model: found.chosen for found in tuning}
     for data in loaded:
         note(f"bench: {data}")
         one = _OneDataset(data, config, run.partial, workdir)
-        results.append(one.measure(models, digests, warnings, failures))
+        results.append(one.measure(models, digests, tuned, warnings, failures))
     result = BenchResult(
         created=now(),
         label=config.label or cpu_name(),
@@ -90,11 +116,29 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         resamples=RESAMPLES,
         warnings=warnings,
         failures=failures,
+        tuning=tuning,
     )
     if failures and not any(system.kind == "model" for data in results for system in data.systems):
         raise QeEdgeError(f"every model failed: {'; '.join(failures)}")
     write_json(run.partial / RESULT, msgspec.to_builtins(result))
     return run.finish()
+
+
+def _load_dev(config: BenchConfig, measured: Sequence[Dataset]) -> Dataset | None:
+    """The data set to tune on, which must not be one that is measured."""
+    if not config.tune_on:
+        return None
+    if config.joins:
+        raise BadArgument("give either --join or --tune-on")
+    dev = load_dataset(config.tune_on)
+    for data in measured:
+        shared = set(dev.queries.values()) & set(data.queries.values())
+        if shared:
+            raise BadArgument(
+                f"{dev} and {data} share {len(shared)} queries, such as {min(shared)!r}; "
+                "tune on others than those that are measured"
+            )
+    return dev
 
 
 class _OneDataset:
@@ -109,12 +153,20 @@ class _OneDataset:
         self.systems: list[System] = []
 
     def measure(
-        self, models: dict[str, str], digests: dict[str, str | None], warnings: list[str], failures: list[str]
+        self,
+        models: dict[str, str],
+        digests: dict[str, str | None],
+        tuned: dict[str, str],
+        warnings: list[str],
+        failures: list[str],
     ) -> DatasetResult:
-        self.add("BM25", "bm25", {}, DEFAULT_JOIN, shown_join="")
+        plain = self.retrieve({}, DEFAULT_JOIN)
+        self.add("BM25", "bm25", "", plain)
+        self.add("BM25 + RM3", "feedback", "", rm3(self.data, self.index, plain, self.depth))
         for label, model in models.items():
+            joins = (tuned[label],) if label in tuned else self.config.joins
             try:
-                self.add_model(label, model, digests[label], warnings)
+                self.add_model(label, model, digests[label], joins, warnings)
             except QeEdgeError as error:
                 failures.append(f"{label} on {self.data}: {error}")
                 note(f"bench: {failures[-1]}")
@@ -124,8 +176,9 @@ class _OneDataset:
                 warnings.append(
                     f"{name} has no expansion of {missing} queries of {self.data}, searched as they are"
                 )
-            self.add(name, "teacher", expansions, Join.parse(self.config.teacher_join), failed=missing)
-        bm25 = self.systems[0]
+            run = self.retrieve(expansions, Join.parse(self.config.teacher_join))
+            more = {"failed": missing, "expansions": expansions}
+            self.add(name, "teacher", self.config.teacher_join, run, **more)
         # The best of the teacher's rows: the strictest one to be compared with.
         teachers = [s for s in self.systems if s.kind == "teacher"]
         teacher = max(teachers, key=lambda s: s.ndcg.mean, default=None)
@@ -135,41 +188,56 @@ class _OneDataset:
             measure=MEASURE,
             queries=self.data.queries,
             teacher=teacher.name if teacher else None,
-            systems=[bm25] + [compare(system, bm25, teacher) for system in self.systems[1:]],
+            systems=compare_all(self.systems, teacher),
         )
 
-    def add(
-        self,
-        name: str,
-        kind: Kind,
-        expansions: dict[str, str],
-        join: Join,
-        *,
-        shown_join: str | None = None,
-        failed: int = 0,
-        speed: Speed | None = None,
-        digest: str | None = None,
-    ) -> None:
-        run = retrieve(self.data, self.index, expansions, join)
-        shown = str(join) if shown_join is None else shown_join
-        file = f"{_slug(f'{name} {shown}')}-{_hash(name + shown)}.trec"
+    def tune(self, models: dict[str, str], failures: list[str]) -> list[Tuning]:
+        """Choose each model's join by its nDCG@10 here; of equals, the one that trusts the query more."""
+        found = []
+        for label, model in models.items():
+            try:
+                rows, *_ = self.generate(label, model)
+            except QeEdgeError as error:
+                failures.append(f"{label} on {self.data}: {error}")
+                note(f"bench: {failures[-1]}")
+                continue
+            texts = {row.query_id: row.text for row in rows}
+            curve = {}
+            for join in self.config.tune_joins:
+                run = retrieve(self.data, self.index, texts, Join.parse(join), depth=10)
+                curve[join] = mean_interval(list(values_of(self.data, run).values()))
+            chosen = max(curve, key=lambda join: curve[join].mean)
+            note(f"bench: {label}: {chosen}, chosen on {self.data}")
+            found.append(Tuning(label, str(self.data), curve, chosen))
+        return found
+
+    @property
+    def depth(self) -> int:
+        return max(DEPTH, depth(self.config.measures)) if self.config.measures else DEPTH
+
+    def retrieve(self, expansions: dict[str, str], join: Join) -> dict[str, Ranking]:
+        return retrieve(self.data, self.index, expansions, join, depth=self.depth)
+
+    def add(self, name: str, kind: Kind, join: str, run: dict[str, Ranking], **more: Any) -> None:
+        """Write the run and add its row; `more` goes to `System`."""
+        file = f"{_slug(f'{name} {join}')}-{_hash(name + join)}.trec"
         write_run(self.folder / "runs" / self.slug / file, run, _slug(name))
         values = values_of(self.data, run)
+        wanted = self.config.measures
+        others = evaluate(self.data.qrels, run, wanted) if wanted else {}
         self.systems.append(
             System(
                 name=name,
                 kind=kind,
-                join=shown,
+                join=join,
                 ndcg=mean_interval(list(values.values())),
-                failed=failed,
-                sha256=digest,
-                speed=speed,
                 per_query=values,
-                expansions=expansions,
+                measures={measure: mean_interval(list(v.values())) for measure, v in others.items()},
+                **more,
             )
         )
 
-    def add_model(self, label: str, model: str, digest: str | None, warnings: list[str]) -> None:
+    def generate(self, label: str, model: str) -> tuple[list[Generated], Speed, ModelSpec]:
         request = Request(
             model=model,
             lang=self.info.lang,
@@ -179,23 +247,40 @@ class _OneDataset:
             threads=self.config.threads,
             max_tokens=self.config.max_tokens,
         )
+        return generate(request)
+
+    def add_model(
+        self, label: str, model: str, digest: str | None, joins: Sequence[str], warnings: list[str]
+    ) -> None:
         try:
-            rows, speed, spec = generate(request)
+            rows, speed, spec = self.generate(label, model)
         except WrongLanguage as error:
             warnings.append(f"{label} was not run on {self.data}: {error}")
             note(f"bench: {warnings[-1]}")
             return
         failed = sum(row.finish_reason == "failed" or not row.text for row in rows)
         expansions = {row.query_id: row.text for row in rows if row.text}
-        for join in [Join.parse(text) for text in self.config.joins] or [spec.join]:
-            self.add(label, "model", expansions, join, failed=failed, speed=speed, digest=digest)
+        more: dict[str, Any] = {"failed": failed, "speed": speed, "sha256": digest, "expansions": expansions}
+        for join in [Join.parse(text) for text in joins] or [spec.join]:
+            run = self.retrieve(expansions, join)
+            self.add(label, "model", str(join), run, budgets=self.by_budget(rows, join), **more)
         if speed.engine == "mlx" and sys.platform == "linux":
             warnings.append(f"{label} ran on MLX's CPU build for Linux: its speed says nothing about MLX")
         cut = sum(row.finish_reason == "length" for row in rows)
         note(
-            f"bench: {request.label}: {speed.decode_tokens_per_s:.0f} tokens/s, "
+            f"bench: {label} on {self.data}: {speed.decode_tokens_per_s:.0f} tokens/s, "
             f"{cut} of {len(rows)} expansions cut by the budget, {failed} failed"
         )
+
+    def by_budget(self, rows: Sequence[Generated], join: Join) -> dict[int, Interval]:
+        """nDCG@10 when each expansion ends after so many tokens; only budgets that cut one."""
+        found = {}
+        for budget in BUDGETS:
+            if any(budget in row.cut for row in rows):
+                texts = {row.query_id: row.at(budget) for row in rows}
+                run = retrieve(self.data, self.index, texts, join, depth=10)
+                found[budget] = mean_interval(list(values_of(self.data, run).values()))
+        return found
 
     def teachers(self) -> Iterator[tuple[str, dict[str, str]]]:
         """(model and mode, each query's first expansion) of every teacher that knows these queries."""

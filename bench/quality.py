@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from qe_edge.bench.result import System
 from qe_edge.datasets import Dataset
 from qe_edge.index import Index, Ranking
 from qe_edge.join import Join
-from qe_edge.measures import mean_interval, per_query, ratio_interval
+from qe_edge.measures import holm, mean_interval, per_query, randomization_test, ratio_interval
 
 MEASURE = "nDCG@10"
 # Deep enough for R@1000, so that any tool can compute any usual measure from the run files.
@@ -30,23 +32,40 @@ def values_of(data: Dataset, run: dict[str, Ranking]) -> dict[str, float]:
     return per_query(data.qrels, run, MEASURE)
 
 
+def compare_all(systems: Sequence[System], teacher: System | None) -> list[System]:
+    """Compare the systems with the first of them, which is plain BM25, and with the teacher."""
+    bm25, *others = systems
+    compared = [compare(system, bm25, teacher) for system in others]
+    for name in ("p_vs_bm25", "p_vs_teacher"):
+        tested = [i for i, system in enumerate(compared) if getattr(system, name) is not None]
+        for i, p in zip(tested, holm([getattr(compared[i], name) for i in tested]), strict=True):
+            compared[i] = msgspec.structs.replace(compared[i], **{name: p})
+    return [bm25, *compared]
+
+
 def compare(system: System, bm25: System, teacher: System | None) -> System:
-    """Add what a system gains over BM25 and keeps of the teacher, paired over the queries."""
+    """Add what a system gains over BM25 and keeps of the teacher, paired over the queries.
+
+    The p-values are those of the two comparisons alone.
+    """
     ids = list(system.per_query)
     own, plain = ([s.per_query[i] for i in ids] for s in (system, bm25))
     gain = [a - b for a, b in zip(own, plain, strict=True)]
     compared = msgspec.structs.replace(
         system,
         vs_bm25=mean_interval(gain),
+        p_vs_bm25=randomization_test(gain),
         helped=sum(difference > 0 for difference in gain),
         hurt=sum(difference < 0 for difference in gain),
     )
     if teacher is None or teacher is system:
         return compared
     taught = [teacher.per_query[i] for i in ids]
+    loss = [a - b for a, b in zip(own, taught, strict=True)]
     return msgspec.structs.replace(
         compared,
-        vs_teacher=mean_interval([a - b for a, b in zip(own, taught, strict=True)]),
+        vs_teacher=mean_interval(loss),
+        p_vs_teacher=randomization_test(loss),
         retention=ratio_interval(own, taught),
         gain_retention=ratio_interval(gain, [a - b for a, b in zip(taught, plain, strict=True)]),
     )

@@ -18,9 +18,10 @@ from qe_edge.bench.result import System, read_result
 from qe_edge.bench.table import bounds, score, signed
 from qe_edge.commands.common import WORKDIR, WorkdirOption
 from qe_edge.console import note
+from qe_edge.errors import QeEdgeError
 from qe_edge.export import export_model
 from qe_edge.export.quantize import MIXED, NEED_IMPORTANCE
-from qe_edge.manifest import MANIFEST, read_record
+from qe_edge.manifest import read_record
 from qe_edge.measures import mean_interval
 from qe_edge.workdir import Workdir
 
@@ -59,8 +60,10 @@ def main(
         files += _export(model, root / f"mixed-{budget:g}", [], calibrate, budget)
     models = tuple(f"{exported.label}={exported.file}" for exported in files)
     config = BenchConfig(datasets=(dataset,), models=models, joins=(join,) if join else ())
-    (result,) = read_result(bench(config, workdir=work)).datasets
-    systems = {system.name: system for system in result.systems}
+    result = read_result(bench(config, workdir=work))
+    if result.failures:
+        raise QeEdgeError("; ".join(result.failures))
+    systems = {system.name: system for system in result.datasets[0].systems}
     print("| kind | imatrix | MB | KL | top-1 | greedy | nDCG@10 | vs BF16 | tokens/s, of BF16's |")
     print("| :-- | :-- | --: | --: | --: | --: | --: | --: | --: |")
     for exported in sorted(files, key=lambda e: -e.file.stat().st_size):
@@ -70,17 +73,16 @@ def main(
 def _export(
     model: Path, out: Path, kinds: list[str], calibrate: list[Path], budget_mb: float | None = None
 ) -> list[Exported]:
-    """The kinds' files, or with a budget the mixed one; kept for the next time."""
-    if not (out / MANIFEST).exists():
-        export_model(
-            model,
-            out,
-            kinds=kinds or ["Q8_0"],
-            formats=["gguf"],
-            calibrate=calibrate,
-            budget_mb=budget_mb,
-            progress=note,
-        )
+    """The kinds' files, or with a budget the mixed one."""
+    export_model(
+        model,
+        out,
+        kinds=kinds or ["Q8_0"],
+        formats=["gguf"],
+        calibrate=calibrate,
+        budget_mb=budget_mb,
+        progress=note,
+    )
     if budget_mb:
         return [Exported(f"{MIXED} {budget_mb:g} MB", True, out / f"student-{MIXED}.gguf")]
     return [Exported(kind, bool(calibrate), out / f"student-{kind}.gguf") for kind in kinds]

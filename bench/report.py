@@ -17,7 +17,7 @@ from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.manifest import write_bytes
 from qe_edge.measures import Interval
 
-_EXAMPLES = 5
+_EXAMPLES = 10
 _PNG_WIDTH = 640
 
 
@@ -85,6 +85,8 @@ def _view(section: Section) -> dict[str, Any]:
         "headline": headline(section),
         "caveat": caveat(len(section.queries)),
         "pareto": charts.pareto(section, paint, "container").to_dict() if section.drawn else None,
+        "by_budget": charts.by_budget(section, paint, "container").to_dict() if section.has_budgets else None,
+        "tested": any(row.system.p_vs_bm25 is not None for row in section.rows),
         "per_query": [
             (title, charts.per_query(section, row, paint).to_dict())
             for title, row in section.distinct_models()
@@ -142,6 +144,7 @@ def _quality(section: Section) -> _Table:
         "System",
         section.measure,
         "vs BM25",
+        "p (Holm)",
         "vs teacher",
         "Of teacher",
         "Of its gain",
@@ -149,7 +152,12 @@ def _quality(section: Section) -> _Table:
         "Hurt",
     ]
     titles += ["Failed", "Tokens/s", "ms/query", "MB file", "MB memory"]
-    rows = [_quality_row(section, row) for row in section.rows]
+    measures = list(dict.fromkeys(name for row in section.rows for name in row.system.measures))
+    titles += measures
+    rows = [
+        _quality_row(section, row) + [_interval(row.system.measures.get(name), score) for name in measures]
+        for row in section.rows
+    ]
     known = [any(row[column].value is not None for row in rows) for column in range(len(titles))]
     return _Table(
         "Effectiveness and cost", list(compress(titles, known)), [list(compress(row, known)) for row in rows]
@@ -163,6 +171,7 @@ def _quality_row(section: Section, row: Row) -> list[_Cell]:
         _Cell(section.title(row), section.name(row), section.machine(row)),
         _interval(system.ndcg, score),
         _interval(system.vs_bm25, signed),
+        _number(system.p_vs_bm25, score),
         _interval(system.vs_teacher, signed),
         _interval(system.retention, percent),
         _interval(system.gain_retention, percent),

@@ -14,7 +14,7 @@ from qe_edge.measures import Interval
 SCHEMA_VERSION = 1
 RESULT = "result.json"
 
-Kind = Literal["bm25", "model", "teacher"]
+Kind = Literal["bm25", "feedback", "model", "teacher"]
 
 
 class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,11 +38,14 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One row: plain BM25, a model, or a teacher's ready-made expansions, with its effectiveness.
+    """One row: plain BM25, BM25 with feedback, a model, or a teacher's ready-made expansions.
 
     nDCG values lie in 0..1. Differences and ratios are paired over the queries, each with its 95 %
     bootstrap interval; they are None where there is nothing to compare with. `retention` is this
     system / teacher; `gain_retention` is (this - BM25) / (teacher - BM25).
+    `measures` holds what was asked for besides, and `budgets` nDCG@10 by how many tokens of the same
+    generation are used. `p_vs_bm25` and `p_vs_teacher` are two-sided p-values of paired randomization tests,
+    corrected by Holm over all systems that are compared with the same one.
     `helped` and `hurt` count queries against plain BM25. `failed` counts the queries that have no expansion,
     because a generation failed or was empty, or a teacher's file lacks them: they are searched as they are.
     """
@@ -53,6 +56,8 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ndcg: Interval
     vs_bm25: Interval | None = None
     vs_teacher: Interval | None = None
+    p_vs_bm25: float | None = None
+    p_vs_teacher: float | None = None
     retention: Interval | None = None
     gain_retention: Interval | None = None
     helped: int = 0
@@ -61,6 +66,8 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     sha256: str | None = None
     speed: Speed | None = None
     per_query: dict[str, float]
+    measures: dict[str, Interval] = {}
+    budgets: dict[int, Interval] = {}
     expansions: dict[str, str] = {}
 
 
@@ -75,11 +82,20 @@ class DatasetResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     systems: list[System]
 
 
+class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a model's join was chosen: nDCG@10 of each candidate on the queries of another data set."""
+
+    model: str
+    dataset: str
+    curve: dict[str, Interval]
+    chosen: str
+
+
 class BenchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One bench run on one machine.
 
     `settings` are the BenchConfig's, `resamples` the bootstrap's; `failures` name the models that have
-    no row because they failed.
+    no row because they failed; `tuning` says how the models' joins were chosen, if they were.
     """
 
     created: str
@@ -91,6 +107,7 @@ class BenchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     resamples: int
     warnings: list[str] = []
     failures: list[str] = []
+    tuning: list[Tuning] = []
     schema_version: int = SCHEMA_VERSION
 
 

@@ -58,6 +58,11 @@ class Section:
         rows = sorted(self.of_kind("model"), key=lambda row: row.system.ndcg.mean)
         return list({(row.label, row.system.name): row for row in rows if row.tokens_per_s}.values())
 
+    @property
+    def has_budgets(self) -> bool:
+        """Whether a model's effectiveness is known at several token budgets."""
+        return any(row.system.budgets for row in self.of_kind("model"))
+
     def title(self, row: Row) -> str:
         """A system's name, with its join where it was measured with several."""
         joins = {other.system.join for other in self.rows if other.system.name == row.system.name}

@@ -27,10 +27,15 @@ from qe_edge.records import Lang, encode_jsonl, read_jsonl
 from qe_edge.spec import ModelSpec
 
 WARM_UP = "warm up"
+# Where the text of one generation is cut, to see what more tokens buy.
+BUDGETS = (16, 32, 48, 64, 96, 128)
 
 
 class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One query's expansion and its cost in tokens and seconds."""
+    """One query's expansion and its cost in tokens and seconds.
+
+    `cut` is the text at each of BUDGETS that it is longer than.
+    """
 
     query_id: str
     text: str
@@ -39,6 +44,11 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    cut: dict[int, str] = {}
+
+    def at(self, budget: int) -> str:
+        """The text that so many tokens give."""
+        return self.cut.get(budget, self.text)
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -167,6 +177,11 @@ def _expand(expander: Expander, query_id: str, query: str) -> Generated:
         expanded.tokens,
         expanded.prefill_s,
         expanded.decode_s,
+        {
+            budget: " ".join(expander.backend.detokenize(list(expanded.token_ids[:budget])).split())
+            for budget in BUDGETS
+            if budget < expanded.tokens
+        },
     )
 
 

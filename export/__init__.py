@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from qe_edge.errors import BadArgument, BadInput, NotFound, NotInstalled, require
@@ -11,9 +13,9 @@ from qe_edge.export.adapter import adapter_of, base_folder, convert_adapter
 from qe_edge.export.card import write_card, write_modelfile
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.imatrix import Importance, calibration_rows, measure_importance
-from qe_edge.export.lineage import provenance, training_data
+from qe_edge.export.lineage import provenance, training_data, training_selection
 from qe_edge.export.mixed import choose_types
-from qe_edge.export.mlx import convert_mlx
+from qe_edge.export.mlx import RECIPES, check_mlx, convert_mlx, low_bits
 from qe_edge.export.probes import Reference, load_reference
 from qe_edge.export.quantize import KINDS, MIXED, NEED_IMPORTANCE, bits_of, quantize_gguf
 from qe_edge.export.source import Source
@@ -27,6 +29,7 @@ from qe_edge.manifest import (
     write_json,
 )
 from qe_edge.spec import ModelSpec, read_spec
+from qe_edge.train.config import SftConfig
 from qe_edge.train.student import load_tokenizer
 
 FORMATS = ("gguf", "mlx")
@@ -55,7 +58,6 @@ def export_model(
     calibrate: Sequence[Path] | None = None,
     mlx: MlxOptions | None = None,
     verify: bool = True,
-    threads: int | None = None,
     progress: Progress = lambda message: None,
 ) -> dict[str, Any]:
     """Export a merged model folder to the folder `out`, whole or not at all.
@@ -64,8 +66,8 @@ def export_model(
     bits among the kinds (`student-mlx-bf16` for BF16 and F16), a model card (README.md), a Modelfile
     for Ollama, SHA256SUMS and run.json. An older `out` is replaced, and stays if anything fails.
 
-    With `budget_mb` comes `student-mixed.gguf` of at most so many million bytes, whose tensors have the types
-    that change the answers least (see `choose_types`).
+    With `budget_mb` comes `student-mixed.gguf` of at most so many million bytes, whose tensors have the
+    types that change the answers least (see `choose_types`).
 
     With `adapter` comes `adapter/student-lora.gguf`, the last LoRA adapter alone, for the base model's GGUF.
 
@@ -85,7 +87,7 @@ def export_model(
         QeEdgeError: an export doesn't answer as its source does.
     """
     kinds, formats = list(dict.fromkeys(kinds)), list(dict.fromkeys(formats))
-    check_choices(kinds, formats)
+    check_choices(kinds, formats, budget_mb=budget_mb, adapter=adapter, calibrate=calibrate, mlx=mlx)
     if not model.is_dir():
         raise NotFound(f"{model}: no such model folder")
     spec = read_spec(model)
@@ -94,10 +96,16 @@ def export_model(
     _check_installed(formats, verify)
     source = Source(model)
     check_output(out, "export")
+    if "mlx" in formats:
+        for width in mlx_widths(kinds, mlx):
+            check_mlx(source.config, width, (mlx or MlxOptions()).group_size)
     lora = adapter_of(model) if adapter else None
+    base = base_folder(lora) if lora else None
     calibration = None
-    if "gguf" in formats and (budget_mb or any(bits_of(kind) < 8 for kind in kinds)):
-        needing = [kind for kind in kinds if kind in NEED_IMPORTANCE] + ["a mixed file"] * bool(budget_mb)
+    if "gguf" in formats and (budget_mb is not None or any(bits_of(kind) < 8 for kind in kinds)):
+        needing = [kind for kind in kinds if kind in NEED_IMPORTANCE] + ["a mixed file"] * (
+            budget_mb is not None
+        )
         calibration = _calibrate(source, spec, calibrate, needing, progress)
     reference = None
     if verify:
@@ -108,12 +116,12 @@ def export_model(
     types: dict[str, str] | None = None
     with atomic_path(out) as folder:
         folder.mkdir()
-        work = _Export(source, folder, spec, origin, calibration, reference, threads, progress)
+        work = _Export(source, folder, spec, origin, calibration, reference, progress)
         if "gguf" in formats:
             made, types = work.ggufs(kinds, budget_mb)
             checks |= made
-            if lora:
-                checks |= work.adapter(lora)
+            if lora and base:
+                checks |= work.adapter(lora, base)
         if "mlx" in formats:
             checks |= work.mlx(kinds, options)
         files = {path.name: _size(path) for path in sorted(folder.iterdir())}
@@ -131,6 +139,8 @@ def export_model(
         measured = calibration.importance.describe() if calibration else None
         found = {"files": files, "checks": checks, "calibration": measured, "types": types}
         record = run_record("export", settings, {"model": model}, **found)
+        # So that both can be moved together, and no path of this machine is published.
+        record["inputs"]["model"]["path"] = os.path.relpath(model, out)
         write_json(folder / MANIFEST, record)
     return found
 
@@ -150,24 +160,49 @@ def _calibrate(
     progress: Progress,
 ) -> _Calibration | None:
     """On the named expansions, or those that the student was trained on; `needing` can't do without."""
-    files = training_data(source.model) if calibrate is None else list(calibrate)
+    named = calibrate is not None
+    selection = SftConfig() if named else training_selection(source.model)
+    files = list(calibrate or []) if named else training_data(source.model)
     if files:
         progress(f"importance matrix from {', '.join(path.name for path in files)}")
-        rows = calibration_rows(files, spec, load_tokenizer(str(source.model)))
+        rows = calibration_rows(files, selection, spec, load_tokenizer(str(source.model)))
         return _Calibration(rows, measure_importance(source.model, source.architecture, rows, files))
     if needing:
         raise BadArgument(
             f"{', '.join(needing)} needs an importance matrix; name expansions for it with --calibrate"
         )
-    if calibrate is None:
+    if not named:
         progress("no importance matrix: name expansions to measure it on with --calibrate")
     return None
 
 
-def check_choices(kinds: Sequence[str], formats: Sequence[str]) -> None:
-    """Refuse unknown kinds and formats, listing the known ones."""
+def check_choices(
+    kinds: Sequence[str],
+    formats: Sequence[str],
+    *,
+    budget_mb: float | None = None,
+    adapter: bool = False,
+    calibrate: Sequence[Path] | None = None,
+    mlx: MlxOptions | None = None,
+) -> None:
+    """Refuse what is unknown, listing what is known, and what would be left out without a word."""
     _check("kind", kinds, (*KINDS, *UNQUANTIZED))
     _check("format", formats, FORMATS)
+    of_gguf = {"--budget-mb or --target-bpw": budget_mb is not None, "--adapter": adapter}
+    of_gguf["--calibrate"] = bool(calibrate)
+    of_mlx = {"--mlx-…": mlx is not None and mlx != MlxOptions()}
+    for given, needed in ((of_gguf, "gguf"), (of_mlx, "mlx")):
+        for name, is_given in given.items():
+            if is_given and needed not in formats:
+                raise BadArgument(f"{name} needs the format {needed}, which --format leaves out")
+    if calibrate and budget_mb is None and all(bits_of(kind) >= 8 for kind in kinds):
+        raise BadArgument(
+            f"--calibrate changes nothing for {', '.join(kinds)}: only kinds below 8 bits use it"
+        )
+    if mlx and mlx.recipe is not None and mlx.bits is not None:
+        raise BadArgument("give either MLX bits or a recipe, which says the bits itself")
+    if mlx and mlx.recipe is not None:
+        _check("MLX recipe", [mlx.recipe], RECIPES)
 
 
 def _check(what: str, chosen: Sequence[str], known: Sequence[str]) -> None:
@@ -203,7 +238,6 @@ class _Export(NamedTuple):
     origin: dict[str, Any]
     calibration: _Calibration | None
     reference: Reference | None
-    threads: int | None
     progress: Progress
 
     def ggufs(
@@ -220,7 +254,7 @@ class _Export(NamedTuple):
         described: dict[str, Any] = {"spec": self.spec, "provenance": self.origin}
         importance = self.calibration.importance if self.calibration else None
         model, base = self.source.model, self.folder / "student-BF16.gguf"
-        if budget_mb or any(kind != "F16" for kind in kinds):
+        if budget_mb is not None or any(kind != "F16" for kind in kinds):
             convert_gguf(model, base, **described)
             made(base, "" if "BF16" in kinds else " (to be quantized, not kept)")
         for kind in kinds:
@@ -228,8 +262,8 @@ class _Export(NamedTuple):
             if kind == "F16":
                 made(convert_gguf(model, file, dtype="f16", **described))
             elif kind != "BF16":
-                made(quantize_gguf(base, file, kind, importance=importance, threads=self.threads))
-        types = self._mixed(base, budget_mb, made) if budget_mb else None
+                made(quantize_gguf(base, file, kind, importance=importance))
+        types = self._mixed(base, budget_mb, made) if budget_mb is not None else None
         if "BF16" not in kinds:
             base.unlink(missing_ok=True)
         return checks, types
@@ -238,29 +272,30 @@ class _Export(NamedTuple):
         assert self.calibration  # checked before anything was written
         self.progress("measuring what each type does to the answers")
         rows, importance = self.calibration
-        types = choose_types(self.source, base, rows, importance, int(budget_mb * 1e6), self.folder)
+        with TemporaryDirectory(dir=self.folder) as scratch:
+            budget = int(budget_mb * 1e6)
+            types = choose_types(self.source, base, rows, importance, budget, Path(scratch))
         file = self.folder / "student-mixed.gguf"
-        made(quantize_gguf(base, file, MIXED, importance=importance, types=types, threads=self.threads))
+        made(quantize_gguf(base, file, MIXED, importance=importance, types=types))
         return types
 
-    def adapter(self, adapter: Path) -> dict[str, Any]:
+    def adapter(self, adapter: Path, base: Path) -> dict[str, Any]:
         """Write the adapter's GGUF; it is checked on the base model's, which isn't kept."""
         checks: dict[str, Any] = {}
         described: dict[str, Any] = {"spec": self.spec, "provenance": self.origin}
         # In a folder of its own, where nobody takes it for a model.
         file = convert_adapter(adapter, self.source, self.folder / ADAPTER / "student-lora.gguf", **described)
         if self.reference:
-            base = convert_gguf(base_folder(adapter), self.folder / "base.gguf", spec=self.spec)
-            checks[ADAPTER] = verify_gguf(base, self.reference, adapter=file)
-            base.unlink()
+            whole = convert_gguf(base, self.folder / "base.gguf", spec=self.spec)
+            checks[ADAPTER] = verify_gguf(whole, self.reference, adapter=file)
+            whole.unlink()
         self.progress(_summary(file.parent, checks))
         return checks
 
     def mlx(self, kinds: list[str], options: MlxOptions) -> dict[str, Any]:
         """Write an MLX folder of each number of bits; returns what was found of each."""
         checks: dict[str, Any] = {}
-        widths = [None if kind in UNQUANTIZED else mlx_bits(kind) for kind in kinds]
-        for bits in [options.bits] if options.bits or options.recipe else dict.fromkeys(widths):
+        for bits in mlx_widths(kinds, options):
             name = options.recipe or (f"{bits}bit" if bits else "bf16")
             target = convert_mlx(
                 self.source.model,
@@ -277,9 +312,13 @@ class _Export(NamedTuple):
         return checks
 
 
-def mlx_bits(kind: str) -> int:
-    """MLX's number of bits for a kind of llama.cpp's: MLX has none below 2."""
-    return max(2, bits_of(kind))
+def mlx_widths(kinds: Sequence[str], options: MlxOptions | None) -> list[int | None]:
+    """The bits of each MLX folder to write, None for bfloat16; MLX has none below 2."""
+    if options and options.recipe is not None:
+        return [low_bits(options.recipe)]
+    if options and options.bits is not None:
+        return [options.bits]
+    return list(dict.fromkeys(None if kind in UNQUANTIZED else max(2, bits_of(kind)) for kind in kinds))
 
 
 def _summary(path: Path, checks: dict[str, Any]) -> str:

@@ -14,8 +14,7 @@ import msgspec
 from qe_edge.errors import BadArgument, BadInput, NotFound, require
 from qe_edge.export.gguf import add_description, permute_rotary
 from qe_edge.export.source import Source
-from qe_edge.export.vocab import read_json
-from qe_edge.manifest import atomic_path, read_record
+from qe_edge.manifest import atomic_path, read_json, read_record
 from qe_edge.spec import ModelSpec
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -55,8 +54,8 @@ def base_folder(adapter: Path) -> Path:
     """
     from transformers.utils import cached_file
 
-    base = read_record(adapter)["base"]
-    if Path(base).is_dir():
+    base = read_record(adapter).get("base", "")
+    if base and Path(base).is_dir():
         return Path(base)
     try:
         found = cached_file(base, "config.json", local_files_only=True)

@@ -119,5 +119,5 @@ def _calibrated(importance: Importance | None) -> list[str]:
     return [
         "",
         f"The GGUFs below 8 bits were quantized with an importance matrix of {importance.tokens:,} tokens",
-        f"({importance.rows} expansions, from {', '.join(importance.files)}).",
+        f"({importance.rows} expansions, from {', '.join(name for name, _ in importance.files)}).",
     ]

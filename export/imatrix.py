@@ -16,39 +16,41 @@ import numpy as np
 from qe_edge.errors import BadInput, require
 from qe_edge.manifest import sha256
 from qe_edge.spec import ModelSpec
+from qe_edge.train.config import SftConfig
 
 ROWS = 128  # of about 190 tokens; llama.cpp's usual hundred chunks of 512 are twice that
-MAX_LENGTH = 512
 
 
 class Importance(NamedTuple):
     """GGUF tensor name -> float32 [inputs of the matrix], and what it was measured on."""
 
     values: dict[str, np.ndarray]
-    files: dict[str, str]  # name -> SHA-256
+    files: list[tuple[str, str]]  # name and SHA-256
     rows: int
     tokens: int
 
     def describe(self) -> dict[str, Any]:
-        return {"files": self.files, "rows": self.rows, "tokens": self.tokens}
+        files = [{"name": name, "sha256": digest} for name, digest in self.files]
+        return {"files": files, "rows": self.rows, "tokens": self.tokens}
 
 
 def calibration_rows(
-    expansions: Sequence[Path], spec: ModelSpec, tokenizer: Any
+    expansions: Sequence[Path], selection: SftConfig, spec: ModelSpec, tokenizer: Any
 ) -> list[tuple[list[int], int]]:
     """Token ids of prompt and expansion, and where the expansion starts, of ROWS rows drawn from the files.
+
+    `selection` says which rows may be drawn, as it does for a training.
 
     Raises:
         BadInput: the files hold no usable row.
     """
     from qe_edge.prompt import hugging_face
-    from qe_edge.train.config import SftConfig
     from qe_edge.train.sft import encode_rows, select_rows
 
-    rows = select_rows(expansions, SftConfig())
+    rows = select_rows(expansions, selection)
     rows = [row for row in rows if row.lang in spec.prompt.languages]
     rows = random.Random(0).sample(rows, min(ROWS, len(rows)))
-    encoded, _ = encode_rows(rows, spec, hugging_face(tokenizer), MAX_LENGTH)
+    encoded, _ = encode_rows(rows, spec, hugging_face(tokenizer), selection.max_length)
     return [(row["input_ids"], row["labels"].count(-100)) for row in encoded]
 
 
@@ -86,5 +88,5 @@ def measure_importance(
     values = {name: (total / tokens).numpy() for name, total in sums.items()}
     if not all(np.isfinite(value).all() for value in values.values()):
         raise BadInput("its activations are not finite; the training diverged", path=model)
-    files = {path.name: sha256(path) for path in expansions}
+    files = [(path.name, sha256(path)) for path in expansions]
     return Importance(values, files, len(rows), tokens)

@@ -7,7 +7,11 @@ from typing import Any
 
 from qe_edge.console import note
 from qe_edge.manifest import read_record, sha256
+from qe_edge.records import configured
 from qe_edge.spec import ModelSpec
+from qe_edge.train.config import SftConfig
+
+_MAY_BE_PATHS = ("student", "eval_dataset")
 
 
 def training_records(model: Path) -> list[dict[str, Any]]:
@@ -35,16 +39,25 @@ def training_data(model: Path) -> list[Path]:
     return files
 
 
+def training_selection(model: Path) -> SftConfig:
+    """The settings by which a merged model's SFT chose its rows; the defaults where they aren't known."""
+    for record in training_records(model):
+        if record["command"] == "train sft":
+            names = SftConfig.__struct_fields__
+            return configured(SftConfig, **{k: v for k, v in record["settings"].items() if k in names})
+    return SftConfig()
+
+
 def provenance(model: Path, spec: ModelSpec) -> dict[str, Any]:
     """What an export says of its origin: base model, licence, and each training's settings, data and loss."""
     return {
-        "base_model": Path(spec.base_model).name if Path(spec.base_model).is_absolute() else spec.base_model,
+        "base_model": spec.base_model,
         "license": spec.license,
         "trainings": [
             {
                 "command": record["command"],
                 "finished": record["finished"],
-                "settings": {k: v for k, v in record["settings"].items() if k != "student"},
+                "settings": {k: v for k, v in record["settings"].items() if k not in _MAY_BE_PATHS},
                 "inputs": {name: made_from["sha256"] for name, made_from in record["inputs"].items()},
                 "rows": record["rows"],
                 "kept": record["kept"],

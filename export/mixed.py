@@ -18,19 +18,12 @@ import numpy as np
 from qe_edge.errors import BadArgument, require
 from qe_edge.export.gguf import unpermute_rotary
 from qe_edge.export.imatrix import Importance
-from qe_edge.export.quantize import quantize_gguf
+from qe_edge.export.quantize import MIXED, quantize_gguf
 from qe_edge.export.source import Source
 
-# A type of ggml, and a kind whose default it is. Where a matrix is too narrow for a type, llama.cpp takes
-# another one, which is then what was measured.
-CANDIDATES = {
-    "Q3_K": "Q3_K_S",
-    "IQ4_XS": "IQ4_XS",
-    "Q4_K": "Q4_K_S",
-    "Q5_K": "Q5_K_S",
-    "Q6_K": "Q6_K",
-    "Q8_0": "Q8_0",
-}
+# Types of ggml, the smallest first. Where a matrix is too narrow for one, llama.cpp takes another, which is
+# then what was measured.
+CANDIDATES = ("Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 ROWS = 8  # of the calibration rows, to measure on
 BLOCKS = 4  # of layers, told apart
 
@@ -59,16 +52,15 @@ def choose_types(
     Raises:
         BadArgument: the budget is too small for any choice.
     """
+    groups = _groups(source)
+    smallest = _sizes(_quantized(base, CANDIDATES[0], groups, importance, scratch), groups)
+    if smallest.fixed + sum(smallest.groups.values()) > budget:
+        least = smallest.fixed + sum(smallest.groups.values())
+        raise BadArgument(f"the budget of {budget / 1e6:.2f} MB is below the least, {least / 1e6:.2f} MB")
     effects = measure_effects(source, base, rows[:ROWS], importance, scratch)
-    # What isn't quantized: vectors and metadata.
-    reader = _reader(base)
-    fixed = base.stat().st_size - sum(int(t.n_bytes) for t in reader.tensors if len(t.shape) == 2)
-    chosen = _cheapest(effects, budget - fixed)
-    if chosen is None:
-        least = fixed + sum(min(e.bytes for e in group) for group in effects.values())
-        raise BadArgument(f"the budget of {budget / 1e6:.1f} MB is below the least, {least / 1e6:.1f} MB")
-    members = _groups(source)
-    return {name: effect.type for group, effect in chosen.items() for name in members[group].values()}
+    chosen = _cheapest(effects, budget - smallest.fixed)
+    assert chosen is not None  # the smallest of each fits
+    return {name: effect.type for group, effect in chosen.items() for name in groups[group].values()}
 
 
 def measure_effects(
@@ -87,7 +79,6 @@ def measure_effects(
     network = load_model(str(source.model), dtype=torch.float32).eval()
     parameters = dict(network.named_parameters())
     groups = _groups(source)
-    everything = [name for members in groups.values() for name in members.values()]
 
     def answers() -> list[Any]:
         """Log-probabilities where the answer of each row is decided."""
@@ -98,9 +89,9 @@ def measure_effects(
 
     expected = answers()
     effects: dict[str, list[Effect]] = defaultdict(list)
-    for candidate, kind in CANDIDATES.items():
-        file = scratch / "candidate.gguf"
-        quantize_gguf(base, file, kind, importance=importance, types=dict.fromkeys(everything, candidate))
+    for candidate in CANDIDATES:
+        file = _quantized(base, candidate, groups, importance, scratch)
+        sizes = _sizes(file, groups)
         tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
         for group, members in groups.items():
             parts = [tensors[short] for short in members.values()]
@@ -119,9 +110,32 @@ def measure_effects(
             )
             for name, data in original.items():
                 parameters[name].data = data
-            effects[group].append(Effect(found, sum(int(part.n_bytes) for part in parts), float(divergence)))
-        file.unlink()
+            effects[group].append(Effect(found, sizes.groups[group], float(divergence)))
     return effects
+
+
+def _quantized(
+    base: Path, candidate: str, groups: dict[str, dict[str, str]], importance: Importance, scratch: Path
+) -> Path:
+    """All matrices in one type, in a file that the next one replaces."""
+    everything = [name for members in groups.values() for name in members.values()]
+    types = dict.fromkeys(everything, candidate)
+    return quantize_gguf(base, scratch / "candidate.gguf", MIXED, importance=importance, types=types)
+
+
+class _Sizes(NamedTuple):
+    """Bytes of a GGUF: of the matrices, by group, and of vectors and metadata."""
+
+    groups: dict[str, int]
+    fixed: int
+
+
+def _sizes(file: Path, groups: dict[str, dict[str, str]]) -> _Sizes:
+    reader = _reader(file)
+    # Each tensor starts at a multiple of the alignment.
+    padded = {t.name: -(-int(t.n_bytes) // reader.alignment) * reader.alignment for t in reader.tensors}
+    found = {group: sum(padded[name] for name in members.values()) for group, members in groups.items()}
+    return _Sizes(found, file.stat().st_size - sum(found.values()))
 
 
 def _groups(source: Source) -> dict[str, dict[str, str]]:

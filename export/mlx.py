@@ -14,8 +14,7 @@ from typing import Any
 
 from qe_edge.errors import BadArgument, require
 from qe_edge.export.source import HfConfig, Source, read_config
-from qe_edge.export.vocab import read_json
-from qe_edge.manifest import atomic_path, write_json
+from qe_edge.manifest import atomic_path, read_json, write_json
 from qe_edge.spec import PROVENANCE_FILE, ModelSpec, write_spec
 
 # What MLX's affine quantization has kernels for.
@@ -52,12 +51,11 @@ def convert_mlx(
     """
     mx, torch = require("mlx.core", "mlx"), require("torch", "train")
     if recipe is not None:
-        bits = _low_bits(recipe)
-    if bits is not None:
-        _check_groups(read_config(model)[1], bits, group_size)
+        bits = low_bits(recipe)
+    check_mlx(read_config(model)[1], bits, group_size)
     source = Source(model)
-    bits_of = _recipe_bits(model, recipe, group_size) if recipe else lambda _: bits
-    plan = {name: bits_of(name) if len(shape) == 2 else None for name, shape in source.shapes.items()}
+    width_of = _recipe_bits(model, recipe, group_size) if recipe else lambda _: bits
+    plan = {name: width_of(name) if len(shape) == 2 else None for name, shape in source.shapes.items()}
     with atomic_path(out) as partial:
         partial.mkdir()
         shards = _Shards(mx, partial)
@@ -130,7 +128,8 @@ class _Shards:
         write_json(self.folder / "model.safetensors.index.json", index)
 
 
-def _low_bits(recipe: str) -> int:
+def low_bits(recipe: str) -> int:
+    """The bits of most matrices under a recipe."""
     if recipe not in RECIPES:
         raise BadArgument(f"no MLX recipe {recipe!r}; choose one of: {', '.join(RECIPES)}")
     return int(recipe.split("_")[1])
@@ -147,8 +146,14 @@ def _recipe_bits(model: Path, recipe: str, group_size: int) -> Callable[[str], i
     return lambda name: rule(name.removesuffix(".weight"), None)["bits"]
 
 
-def _check_groups(config: HfConfig, bits: int, group_size: int) -> None:
-    """mlx-lm silently leaves a layer as it is when the group size doesn't divide its width."""
+def check_mlx(config: HfConfig, bits: int | None, group_size: int) -> None:
+    """mlx-lm silently leaves a layer as it is when the group size doesn't divide its width.
+
+    Raises:
+        BadArgument: it doesn't, or MLX lacks such bits or groups.
+    """
+    if bits is None:
+        return
     if bits not in BITS or group_size not in GROUP_SIZES:
         raise BadArgument(
             f"MLX can't quantize to {bits} bits in groups of {group_size}; "

@@ -9,6 +9,7 @@ import numpy as np
 
 from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, require
+from qe_edge.export.source import Source
 from qe_edge.prompt import hugging_face
 from qe_edge.spec import ModelSpec, read_spec
 
@@ -55,6 +56,7 @@ def load_reference(source: Path) -> Reference:
         BadInput: transformers can't load the folder, or it has no qe-edge spec.
     """
     torch, transformers = require("torch", "train"), require("transformers", "train")
+    Source(source)  # whole and of a kind that can be exported, before transformers reads it
     quiet_transformers()
     spec = read_spec(source)
     if spec is None:

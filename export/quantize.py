@@ -88,7 +88,7 @@ def quantize_gguf(
     described: dict[str, str | int] = {KIND_KEY: kind}
     if importance:
         params.imatrix = _importance_array(importance)
-        described |= _provenance(importance)
+        described |= _imatrix_keys(importance)
     params.kv_overrides = _metadata_array(described)
     if types:
         params.tt_overrides = _types_array(types)
@@ -116,9 +116,9 @@ def _importance_array(importance: Importance) -> Any:
     return ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
 
 
-def _provenance(importance: Importance) -> dict[str, str | int]:
+def _imatrix_keys(importance: Importance) -> dict[str, str | int]:
     """Under the keys that llama.cpp's own tool writes; a text may have 127 bytes."""
-    files = ", ".join(f"{name} sha256:{digest[:12]}" for name, digest in importance.files.items())
+    files = ", ".join(f"{name} sha256:{digest[:12]}" for name, digest in importance.files)
     return {
         "quantize.imatrix.dataset": files.encode()[:127].decode(errors="ignore"),
         "quantize.imatrix.entries_count": len(importance.values),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from qe_edge.errors import BadInput, require
-from qe_edge.export.vocab import read_json
+from qe_edge.manifest import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,6 +128,8 @@ def read_config(model: Path) -> tuple[str, HfConfig]:
             "is an adapter; merge it into its base with `qe-edge merge`, and export that", path=model
         )
     content = read_json(path)
+    if "model_file" in content:  # mlx-lm would run it
+        raise BadInput("names a file of code, model_file, which is not run", path=path)
     if content.get("quantization_config") or content.get("quantization"):
         raise BadInput("is quantized; export the model that it was made from", path=model)
     found = ", ".join(content.get("architectures") or ["none"])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qe_edge.errors import BadInput, NotFound, QeEdgeError, require
+from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.probes import QUERIES, Reference, load_reference
 from qe_edge.export.quantize import KINDS, MIXED, captured_log
 from qe_edge.manifest import MANIFEST, read_record, sha256
@@ -43,12 +43,16 @@ def source_of(exported: Path) -> Path:
     """
     if not exported.exists():
         raise NotFound(f"{exported}: no such GGUF file or MLX folder")
+    if (exported / MANIFEST).is_file():
+        names = ", ".join(read_record(exported).get("files", {}))
+        raise BadArgument(f"{exported} is a whole export; verify one of its files: {names}")
     made_from = read_record(exported.parent).get("inputs", {}).get("model", {}).get("path")
     if not made_from:
         raise NotFound(f"{exported.parent} has no {MANIFEST} that names the source; name it with --source")
-    if not Path(made_from).is_dir():
-        raise NotFound(f"{made_from}, which {exported} was made from, isn't there; name it with --source")
-    return Path(made_from)
+    source = exported.parent / made_from
+    if not source.is_dir():
+        raise NotFound(f"{source}, which {exported} was made from, isn't there; name it with --source")
+    return source
 
 
 def verify_export(exported: Path, source: Path) -> dict[str, Any]:
@@ -75,14 +79,22 @@ def check_sums(path: Path) -> int:
     sums = path.parent / CHECKSUMS
     if not sums.is_file():
         raise BadInput(f"has no {CHECKSUMS} beside it, so nothing tells whether it is whole", path=path)
-    lines = [line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines()]
-    own = {name: digest for digest, name in lines if Path(name).parts[0] == path.name}
+    try:
+        lines = sums.read_text(encoding="utf-8").splitlines()
+        listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (UnicodeDecodeError, ValueError):
+        raise BadInput("isn't a list of checksums as sha256sum writes it", path=sums) from None
+    own = {name: digest for name, digest in listed.items() if Path(name).parts[:1] == (path.name,)}
     if not own:
         raise BadInput(f"does not list {path.name}; it is from another export", path=sums)
     for name, digest in own.items():
         file = path.parent / name
         if not file.is_file() or sha256(file) != digest:
             raise BadInput(f"differs from its entry in {sums}: it is damaged or was changed", path=file)
+    # An engine may read what nobody listed: mlx-lm takes every model*.safetensors of a folder.
+    for file in path.rglob("*") if path.is_dir() else ():
+        if file.is_file() and file.relative_to(path.parent).as_posix() not in own:
+            raise BadInput(f"isn't listed in {sums}: it was added later", path=file)
     return len(own)
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from qe_edge.errors import BadInput, require
+from qe_edge.manifest import read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -51,16 +50,6 @@ def add_vocabulary(writer: GGUFWriter, model: Path, vocab_size: int) -> None:
     special = gguf.SpecialVocab(model, load_merges=True, n_vocab=vocab_size)
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model folder."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except FileNotFoundError:
-        raise BadInput("no such file; a model folder needs it", path=path) from None
-    except msgspec.MsgspecError as error:
-        raise BadInput(f"not a JSON object: {error}", path=path) from None
 
 
 def _token_table(tokenizer: dict[str, Any], vocab_size: int, path: Path) -> tuple[list[str], list[int]]:

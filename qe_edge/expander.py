@@ -28,13 +28,18 @@ class ExpandedQuery:
     text: str
     join: Join
     prompt_tokens: int
-    tokens: int
+    token_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length"]
     prefill_s: float
     decode_s: float
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the student wrote, its end token not counted."""
+        return len(self.token_ids)
 
     def terms(self, analyzer: str | None = None) -> dict[str, float]:
         """Weighted index terms of query and expansion, joined by the student's own rule.
@@ -49,7 +54,7 @@ class Completion(NamedTuple):
     """What a model wrote after a prompt; times in seconds, as in `ExpandedQuery`."""
 
     text: str
-    tokens: int
+    token_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length"]
     prefill_s: float
     decode_s: float
@@ -108,7 +113,7 @@ class Expander:
             text=" ".join(written.text.split()),
             join=self.spec.join,
             prompt_tokens=len(prompt),
-            tokens=written.tokens,
+            token_ids=written.token_ids,
             finish_reason=written.finish_reason,
             prefill_s=written.prefill_s,
             decode_s=written.decode_s,
@@ -140,7 +145,7 @@ class Expander:
         end = time.perf_counter()
         return Completion(
             text=self.backend.detokenize(tokens),
-            tokens=len(tokens),
+            token_ids=tuple(tokens),
             finish_reason=finish,
             prefill_s=(first or end) - start,
             decode_s=end - (first or end),

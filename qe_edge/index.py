@@ -128,6 +128,11 @@ class Index:
                 scores[self.rows[start:end]] += weight * self.data[start:end].astype(np.float64)
         return [(self.ids[i], score) for i, score in _top(scores, k)]
 
+    def frequency(self, term: str) -> int:
+        """How many documents hold a term."""
+        number = self.vocab.get(term)
+        return 0 if number is None else int(self.starts[number + 1] - self.starts[number])
+
     def search_text(self, query: str, expansion: str = "", *, join: Join, k: int = 10) -> Ranking:
         """Analyse, join and search."""
         return self.search(join(self.analyze(query), self.analyze(expansion)), k)

@@ -178,7 +178,7 @@ def run_record(
         "argv": sys.argv[1:],
         "settings": settings,
         "inputs": {
-            name: {"path": str(path), "sha256": sha256(path) if Path(path).exists() else None}
+            name: {"path": _absolute(path), "sha256": sha256(path) if Path(path).exists() else None}
             for name, path in inputs.items()
         },
         "versions": versions(),
@@ -188,10 +188,17 @@ def run_record(
     }
 
 
+def _absolute(path: Path | str) -> str:
+    """Of what exists, so that it is found from any folder; a hub id or a built-in as it is."""
+    return str(Path(path).resolve()) if Path(path).exists() else str(path)
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that qe-edge wrote."""
+    """A JSON object from a file of ours or of a model folder."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError:
+        raise BadInput("no such file", path=path) from None
     except msgspec.MsgspecError as error:
         raise BadInput(f"not a JSON object: {error}", path=path) from None
 

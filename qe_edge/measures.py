@@ -96,6 +96,36 @@ def mean_interval(values: Sequence[float], *, seed: int = 0) -> Interval:
     return _bootstrap([np.asarray(values)], lambda x: x.mean(axis=-1), seed)
 
 
+def randomization_test(differences: Sequence[float], *, seed: int = 0) -> float:
+    """Two-sided p-value of the mean of paired differences: the share of random signs with one as far from 0.
+
+    The paired randomization test that Smucker et al. (CIKM 2007) recommend for retrieval.
+    """
+    from scipy.stats import permutation_test
+
+    if len(differences) < 2 or not np.any(differences):
+        return 1.0
+    return float(
+        permutation_test(
+            (np.asarray(differences),),
+            lambda x, axis: x.mean(axis=axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            rng=np.random.default_rng(seed),
+        ).pvalue
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values of several comparisons, corrected by Holm's step-down procedure (1979)."""
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, p_values[i] * (len(p_values) - rank)))
+        corrected[i] = least
+    return corrected
+
+
 def ratio_interval(
     numerator: Sequence[float], denominator: Sequence[float], *, seed: int = 0
 ) -> Interval | None:

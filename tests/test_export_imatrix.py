@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from training import run_sft, write_task
 
-from qe_edge.errors import BadArgument, BadInput
+from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.export import export_model
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.imatrix import Importance, calibration_rows, measure_importance
-from qe_edge.export.quantize import NEED_IMPORTANCE, quantize_gguf
+from qe_edge.export.quantize import KINDS, NEED_IMPORTANCE, quantize_gguf
 from qe_edge.manifest import read_record, sha256
 from qe_edge.spec import read_spec
+from qe_edge.train.config import SftConfig
 from qe_edge.workdir import Workdir
 
 pytest.importorskip("trl")
@@ -35,7 +39,7 @@ def importance(tiny_qwen3: Path, data: Path) -> Importance:
     spec = read_spec(tiny_qwen3)
     assert spec
     files = [data / "expansions.jsonl"]
-    rows = calibration_rows(files, spec, load_tokenizer(str(tiny_qwen3)))
+    rows = calibration_rows(files, SftConfig(), spec, load_tokenizer(str(tiny_qwen3)))
     return measure_importance(tiny_qwen3, "QWEN3", rows, files)
 
 
@@ -47,7 +51,7 @@ def test_importance_is_the_mean_square_of_a_matrixs_inputs(
 
     spec = read_spec(tiny_qwen3)
     assert spec
-    rows = calibration_rows([data / "expansions.jsonl"], spec, load_tokenizer(str(tiny_qwen3)))
+    rows = calibration_rows([data / "expansions.jsonl"], SftConfig(), spec, load_tokenizer(str(tiny_qwen3)))
     assert len(rows) == importance.rows == 8
     ids = torch.tensor([token for ids, _ in rows for token in ids])
     assert importance.tokens == len(ids)
@@ -88,8 +92,8 @@ def test_it_lowers_the_error_of_the_inputs_that_matter(
     fields = GGUFReader(str(weighted)).fields
     assert fields["quantize.imatrix.entries_count"].contents() == len(importance.values)
     assert fields["quantize.imatrix.chunks_count"].contents() == 8
-    digest = importance.files["expansions.jsonl"][:12]
-    assert fields["quantize.imatrix.dataset"].contents() == f"expansions.jsonl sha256:{digest}"
+    ((name, digest),) = importance.files
+    assert fields["quantize.imatrix.dataset"].contents() == f"{name} sha256:{digest[:12]}"
     assert "quantize.imatrix.dataset" not in GGUFReader(str(plain)).fields
 
 
@@ -100,9 +104,21 @@ def test_kinds_that_need_it_say_so_and_work_with_it(
         export_model(tiny_qwen3, tmp_path / "out", kinds=["Q4_0", "IQ2_XS"], formats=["gguf"])
     assert not (tmp_path / "out").exists()
     base = convert_gguf(tiny_qwen3, tmp_path / "base.gguf")
-    for kind in NEED_IMPORTANCE:
+    for kind in KINDS:
         file = quantize_gguf(base, tmp_path / f"{kind}.gguf", kind, importance=importance)
-        assert file.stat().st_size < 0.5 * base.stat().st_size
+        assert file.stat().st_size < 0.6 * base.stat().st_size
+        if kind in NEED_IMPORTANCE:
+            with pytest.raises(QeEdgeError, match="requires an importance matrix"):
+                quantize_gguf(base, tmp_path / "plain.gguf", kind)
+        else:
+            quantize_gguf(base, tmp_path / "plain.gguf", kind)
+
+
+def calibration_of(model: Path, out: Path) -> Any:
+    """What an export is calibrated on that is made in another working folder."""
+    command = [sys.executable, "-m", "qe_edge.cli", "export", model, "--out", out, "--format", "gguf"]
+    subprocess.run(list(map(str, command)), check=True, cwd="/", capture_output=True)
+    return read_record(out)["calibration"]
 
 
 def test_an_export_takes_what_the_student_was_trained_on(
@@ -116,7 +132,8 @@ def test_an_export_takes_what_the_student_was_trained_on(
     export_model(merged, out, kinds=["Q4_K_M"], mlx=None)
     file = data / "expansions.jsonl"
     calibration = read_record(out)["calibration"]
-    assert calibration == {"files": {file.name: sha256(file)}, "rows": 8, "tokens": calibration["tokens"]}
+    assert calibration["files"] == [{"name": file.name, "sha256": sha256(file)}]
+    assert calibration["rows"] == 8
     assert "importance matrix" in (out / "README.md").read_text()
 
     # Where the file comes from is inside it, and beside the MLX weights; no path of this machine is.
@@ -129,6 +146,11 @@ def test_an_export_takes_what_the_student_was_trained_on(
     assert training["inputs"] == {"expansions[0]": sha256(file)}
     assert training["settings"]["rank"] == 4
     assert training["train_loss"] == read_record(trained)["metrics"]["train_loss"]
+
+    # From anywhere, and only the rows that were trained on.
+    assert calibration_of(merged, tmp_path / "elsewhere") == calibration
+    few = run_sft(tiny_qwen3, data, tmp_path / "few", max_rows=3)
+    assert calibration_of(merge(few, workdir=Workdir(tmp_path / "few")), tmp_path / "fewer")["rows"] == 3
 
     plain = tmp_path / "plain"
     export_model(merged, plain, kinds=["Q4_K_M"], formats=["gguf"], calibrate=[])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import save_tiny_qwen3
 from training import SMALL_DPO, run_sft, write_task
 
 from qe_edge.errors import BadArgument, BadInput
@@ -23,10 +24,27 @@ pytest.importorskip("trl")
 from gguf import GGUFReader
 
 from qe_edge.spec import read_spec
-from qe_edge.train.config import DpoConfig
+from qe_edge.train.config import DpoConfig, SftConfig
 from qe_edge.train.dpo import dpo
 from qe_edge.train.merge import merge
 from qe_edge.train.student import load_tokenizer
+
+
+def test_matrices_too_narrow_for_a_type_get_another_that_is_measured(tmp_path: Path) -> None:
+    """As SmolLM2-135M's, whose width is no multiple of 256."""
+    narrow = save_tiny_qwen3(tmp_path / "narrow", hidden_size=288)
+    files = [write_task(tmp_path) / "expansions.jsonl"]
+    result = export_model(
+        narrow, tmp_path / "out", kinds=["Q8_0"], formats=["gguf"], budget_mb=1.5, calibrate=files
+    )
+    reader = GGUFReader(str(tmp_path / "out" / "student-mixed.gguf"))
+    found = {t.name: t.tensor_type.name for t in reader.tensors if len(t.shape) == 2}
+    assert found == result["types"]
+    by_width = {width: {found[t.name] for t in reader.tensors if t.shape[0] == width and t.name in found}
+                for width in (288, 512)}  # fmt: skip
+    assert by_width[288] <= {"Q4_0", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0"}
+    assert by_width[512] <= {"Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"}
+    assert result["files"]["student-mixed.gguf"] <= 1.5e6
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
@@ -44,7 +62,11 @@ def test_a_mixed_file_keeps_its_budget_and_its_types(merged: Path, tmp_path: Pat
     out = tmp_path / "out"
     export_model(merged, out, kinds=["Q4_K_M", "Q8_0"], formats=["gguf"], budget_mb=1.4)
     record = read_record(out)
-    assert record["files"]["student-mixed.gguf"] <= 1.4e6
+    size = record["files"]["student-mixed.gguf"]
+    assert size <= 1.4e6
+    # Its own size is enough for it, to the byte.
+    again = export_model(merged, tmp_path / "again", kinds=["Q8_0"], formats=["gguf"], budget_mb=size / 1e6)
+    assert (again["files"]["student-mixed.gguf"], again["types"]) == (size, record["types"])
     reader = GGUFReader(str(out / "student-mixed.gguf"))
     assert reader.fields["qe_edge.quantization"].contents() == "mixed"
     found = {t.name: t.tensor_type.name for t in reader.tensors if len(t.shape) == 2}
@@ -65,7 +87,7 @@ def test_an_effect_is_what_the_quantized_group_alone_does(merged: Path, tmp_path
     source, spec = Source(merged), read_spec(merged)
     assert spec
     files = [merged.parent.parent / "expansions.jsonl"]
-    rows = calibration_rows(files, spec, load_tokenizer(str(merged)))[:2]
+    rows = calibration_rows(files, SftConfig(), spec, load_tokenizer(str(merged)))[:2]
     importance = measure_importance(merged, source.architecture, rows, files)
     base = convert_gguf(merged, tmp_path / "base.gguf", dtype="f32")
     effects = measure_effects(source, base, rows, importance, tmp_path)
@@ -111,7 +133,7 @@ def test_the_cheapest_choice_is_the_best_that_fits() -> None:
 
 
 def test_a_budget_below_the_least_is_refused(merged: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadArgument, match=r"0\.3 MB is below the least, \d\.\d MB"):
+    with pytest.raises(BadArgument, match=r"0\.30 MB is below the least, \d\.\d+ MB"):
         export_model(merged, tmp_path / "out", formats=["gguf"], budget_mb=0.3)
     with pytest.raises(BadArgument, match="a mixed file needs an importance matrix"):
         export_model(merged, tmp_path / "out", formats=["gguf"], budget_mb=3, calibrate=[])

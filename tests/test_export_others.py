@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tiny import save_tiny_llama, save_tiny_qwen3
 
+from qe_edge.bench.export_speed import LLAMA_CPP_SCRIPT
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.mlx import RECIPES, convert_mlx
 from qe_edge.spec import read_spec
@@ -23,16 +24,6 @@ needs_llama_cpp = pytest.mark.skipif(
     reason="set QE_EDGE_LLAMA_CPP to a folder of llama.cpp's source, such as vendor/llama.cpp in "
     "llama-cpp-python's source package",
 )
-# Runs llama.cpp's script, which knows tokenizers by what they do to a text, and not those of the tests.
-SCRIPT = """
-import runpy, sys
-folder, known = sys.argv.pop(1), sys.argv.pop(1)
-sys.path.insert(0, folder)
-import conversion.base
-if known:
-    conversion.base.TextModel.get_vocab_base_pre = lambda *_: known
-runpy.run_path(folder + "/convert_hf_to_gguf.py", run_name="__main__")
-"""
 # What ours says beyond theirs: who made it, and that no BOS is to be added.
 OURS = {"qe_edge.spec", "general.name", "general.finetune", "general.languages", "general.tags"} | {
     "general.base_model.count",
@@ -45,7 +36,7 @@ OURS = {"qe_edge.spec", "general.name", "general.finetune", "general.languages",
 def by_llama_cpp(model: Path, out: Path, dtype: str, known: str = "") -> Path:
     assert LLAMA_CPP
     arguments = [LLAMA_CPP, known, model, "--outfile", out, "--outtype", dtype]
-    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    command = [sys.executable, "-c", LLAMA_CPP_SCRIPT, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out

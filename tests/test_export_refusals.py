@@ -245,6 +245,11 @@ def test_no_code_of_a_checkpoint_runs(altered: Callable[..., Path], tmp_path: Pa
 
     names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
     folder = altered(auto_map=names)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_file": "evil.py"}))
+    with pytest.raises(BadInput, match="model_file, which is not run"):
+        convert_mlx(folder, tmp_path / "mlx", recipe="mixed_4_6")
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'sprung')!r}).touch()")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
     export_model(folder, tmp_path / "out", kinds=["Q8_0"])
@@ -338,3 +343,53 @@ def test_a_target_that_cannot_be_written_is_named_before_the_work(
     monkeypatch.setattr("qe_edge.manifest.os.access", lambda *_: False)  # root may write anywhere
     with pytest.raises(BadArgument, match="is not writable"):
         export_model(tiny_qwen3, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--format", "mlx", "--budget-mb", "1"),
+            "--target-bpw needs the format gguf, which --format leaves out",
+        ),
+        (
+            ("--format", "mlx", "--target-bpw", "4"),
+            "--target-bpw needs the format gguf, which --format leaves out",
+        ),
+        (("--format", "mlx", "--adapter"), "--adapter needs the format gguf"),
+        (("--format", "mlx", "--calibrate", "x"), "--calibrate needs the format gguf"),
+        (("--format", "gguf", "--mlx-bits", "4"), "--mlx-… needs the format mlx"),
+        (("--q8", "--calibrate", "x"), "--calibrate changes nothing for Q8_0"),
+        (("--mlx-bits", "0"), "can't quantize to 0 bits"),
+        (("--mlx-bits", "7"), "can't quantize to 7 bits"),
+        (("--mlx-group", "48"), "in groups of 48"),
+        (("--mlx-bits", "8", "--mlx-recipe", "mixed_3_4"), "either MLX bits or a recipe"),
+        (("--mlx-recipe", "mixed_1_2"), "unknown MLX recipe mixed_1_2; choose from: mixed_2_6"),
+        (("--budget-mb", "1", "--target-bpw", "4"), "either --budget-mb or --target-bpw"),
+        (("--calibrate", "x", "--no-calibrate"), "either --calibrate or --no-calibrate"),
+        (("--quant", "mixed"), "unknown kind mixed"),
+        (("--quant", "Q9"), "unknown kind Q9"),
+        (("--calibrate", "nothing.jsonl"), "nothing.jsonl: no such file"),
+        (("--budget-mb", "1", "--no-calibrate"), "a mixed file needs an importance matrix"),
+        (("--adapter",), "wasn't merged from a LoRA adapter"),
+    ],
+)
+def test_choices_that_contradict_are_refused_before_the_work(
+    tiny_qwen3: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    message: str,
+) -> None:
+    from qe_edge.cli import main
+
+    monkeypatch.setattr("qe_edge.export.load_reference", lambda _: pytest.fail("the work began"))
+    monkeypatch.setattr(
+        sys, "argv", ["qe-edge", "export", str(tiny_qwen3), "--out", str(tmp_path / "out"), *flags]
+    )
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code in (2, 4)
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()

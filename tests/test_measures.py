@@ -3,7 +3,16 @@ import numpy as np
 import pytest
 
 from qe_edge.errors import BadArgument
-from qe_edge.measures import Interval, mean, mean_interval, per_query, ratio_interval, write_run
+from qe_edge.measures import (
+    Interval,
+    holm,
+    mean,
+    mean_interval,
+    per_query,
+    randomization_test,
+    ratio_interval,
+    write_run,
+)
 
 QRELS = {"q1": {"a": 3, "b": 0, "c": 1}, "q2": {"a": 1}}
 
@@ -46,6 +55,21 @@ def test_a_ratio_resamples_its_queries_together():
 
 def test_a_ratio_to_nothing_has_no_interval():
     assert ratio_interval([0.1, 0.2], [0.1, -0.1]) is None
+
+
+def test_a_randomization_test_counts_the_signs_that_reach_as_far():
+    # Of the eight sign patterns of three equal differences, two have a mean as far from 0.
+    assert randomization_test([0.1, 0.1, 0.1]) == pytest.approx(2 / 8)
+    assert randomization_test([0.1, -0.1]) == 1.0
+    assert randomization_test([0.0, 0.0, 0.0]) == 1.0
+    assert randomization_test([0.2] * 30) < 0.001
+
+
+def test_holm_steps_down():
+    # The smallest times three, the next times two, the last once; never below one before.
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_run_files_are_trecs(tmp_path):

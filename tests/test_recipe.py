@@ -92,6 +92,7 @@ def test_a_recipe_runs_to_a_benchmarked_student_and_skips_what_is_done(tiny_qwen
     (data,) = read_result(out["bench"]).datasets
     assert [s.name for s in data.systems] == [
         "BM25",
+        "BM25 + RM3",
         "untrained",
         "SFT Q4_K_M",
         "SFT+DPO Q4_K_M",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 
 import msgspec
@@ -10,8 +12,18 @@ import pytest
 from results import bench, small
 
 from qe_edge.bench.labels import HEIGHT, WIDTH, Plane, Point, Reference, text_width
+from qe_edge.bench.result import BenchResult, Tuning
 from qe_edge.bench.section import headline, merge, verdict
-from qe_edge.bench.table import console_table, markdown_table, notes, rate, score, signed
+from qe_edge.bench.table import (
+    console_table,
+    csv_rows,
+    latex_table,
+    markdown_table,
+    notes,
+    rate,
+    score,
+    signed,
+)
 from qe_edge.measures import Interval
 
 
@@ -65,6 +77,63 @@ def test_markdown_table() -> None:
     )
     assert lines[4].endswith("| .800 [.700, .900] | – | – | – | 2/0 | – | – | – | – |")
     assert lines[5:] == ["", *notes(small().datasets[0])]
+
+
+def rich() -> BenchResult:
+    """The small result with other measures, budgets, p-values and a tuned join."""
+    result = small()
+    (data,) = result.datasets
+    bm25, model, teacher = data.systems
+    model = msgspec.structs.replace(
+        model,
+        p_vs_bm25=0.04,
+        measures={"R@100": Interval(0.61, 0.5, 0.7)},
+        budgets={16: Interval(0.45, 0.4, 0.5), 32: Interval(0.47, 0.4, 0.5)},
+    )
+    bm25 = msgspec.structs.replace(bm25, measures={"R@100": Interval(0.55, 0.5, 0.6)})
+    curve = {"mass:0.5": Interval(0.41, 0.4, 0.5), "mass:0.7": Interval(0.43, 0.4, 0.5)}
+    return msgspec.structs.replace(
+        result,
+        datasets=[msgspec.structs.replace(data, systems=[bm25, model, teacher])],
+        tuning=[Tuning("my[bold]|Q4", "dev@train", curve, "mass:0.7")],
+    )
+
+
+def test_other_measures_budgets_and_the_tuning_are_shown() -> None:
+    lines = [re.sub(r"\s{2,}", "  ", line.strip()) for line in console_table(rich()).splitlines()]
+    assert "system  join  R@100  tokens  tokens" in lines
+    assert "BM25  –  .550  –  –" in lines
+    assert "my[bold]|Q4  mass:0.7  .610  .450  .470" in lines
+    assert any("+.051 [−.003, +.101]*  61 %" in line for line in lines)
+    assert "* p < .05 against BM25: paired randomization test, corrected by Holm over 2 systems." in lines
+    assert "N tokens: nDCG@10 when each expansion ends after so many." in lines
+    assert lines[-1] == "my[bold]|Q4: join mass:0.7, the best of 2 on dev@train"
+    assert markdown_table(rich().datasets[0]).splitlines()[0].endswith("| R@100 | 16 tokens | 32 tokens |")
+
+
+def test_csv_holds_every_figure() -> None:
+    rows = list(csv.DictReader(io.StringIO(csv_rows([rich(), small()]))))
+    assert [row["name"] for row in rows] == ["BM25", "my[bold]|Q4", "gpt-4.1 zero-shot"] * 2
+    model = rows[1]
+    assert (model["machine"], model["dataset"], model["kind"]) == ("laptop", "demo-en@test", "model")
+    figures = {"ndcg.mean": 0.485, "vs_bm25.high": 0.101, "measures.R@100.low": 0.5, "budgets.16.mean": 0.45}
+    assert {name: float(model[name]) for name in figures} == figures
+    assert float(model["speed.decode_tokens_per_s"]) == 158.4
+    assert rows[0]["speed.decode_tokens_per_s"] == rows[4]["budgets.16.mean"] == ""
+    assert not any(name.startswith(("per_query", "expansions")) for name in model)
+
+
+def test_latex_escapes_what_latex_would_read() -> None:
+    data = small().datasets[0]
+    hostile = msgspec.structs.replace(data.systems[0], name="a_b & 50% {x} #1 ^~\\")
+    lines = latex_table(msgspec.structs.replace(data, systems=[hostile, *data.systems[1:]])).splitlines()
+    assert r"\begin{tabular}{llrrrrrrrrr}" in lines
+    assert any(
+        line.startswith(r"a\_b \& 50\% \{x\} \#1 \textasciicircum{}\textasciitilde{}\textbackslash{} & -- &")
+        for line in lines
+    )
+    assert any(r"+.051 [$-$.003, +.101] & 61 \% & $-$6 \% & 1/1" in line for line in lines)
+    assert all(line.startswith("%") for line in lines[: lines.index(r"\begin{tabular}{llrrrrrrrrr}")])
 
 
 def test_headline_claims_no_more_than_the_interval() -> None:

@@ -93,13 +93,13 @@ def tiny_tokenizer(family: Literal["qwen3", "llama"] = "qwen3") -> PreTrainedTok
     )
 
 
-def save_tiny_qwen3(folder: Path, seed: int = 0, tied: bool = True) -> Path:
+def save_tiny_qwen3(folder: Path, seed: int = 0, tied: bool = True, **changed: Any) -> Path:
     """A model folder as `qe-edge merge` writes it, of the Qwen3 architecture."""
     from transformers import Qwen3Config
 
     tokenizer = tiny_tokenizer("qwen3")
     config = Qwen3Config(
-        **_shape(tokenizer),
+        **_shape(tokenizer) | changed,
         head_dim=128,  # not hidden_size / heads, as in the real ones
         tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},

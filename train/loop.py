@@ -65,7 +65,7 @@ class TrainingRun(RunFolder):
         random_states = [f"rng_state_{i}.pth" for i in each] if len(each) > 1 else ["rng_state.pth"]
         try:
             read_json(checkpoint / "trainer_state.json")
-        except (FileNotFoundError, BadInput):
+        except BadInput:
             return False
         return all((checkpoint / name).is_file() for name in random_states)
 

@@ -208,7 +208,7 @@ class LocalTeacher:
                 written = expander.complete(prompt, temperature=request.temperature, seed=request.seed)
         except BadInput as error:
             raise Unanswerable(str(error)) from None
-        return Answer(written.text, written.finish_reason, len(prompt), written.tokens)
+        return Answer(written.text, written.finish_reason, len(prompt), len(written.token_ids))
 
     async def close(self) -> None:
         # A second Ctrl-C ends the session, but not the thread that is still writing.

@@ -46,9 +46,8 @@ def default_spec(ref: ModelRef, chat_template: str | None) -> ModelSpec:
     """The spec of a model that qe-edge has not trained: our default prompt in its chat format."""
     from qe_edge.join import DEFAULT_JOIN
 
-    return ModelSpec(
-        prompt=prompt_for(chat_template, languages=ref.languages), join=DEFAULT_JOIN, base_model=ref.name
-    )
+    prompt = prompt_for(chat_template, languages=ref.languages)
+    return ModelSpec(prompt=prompt, join=DEFAULT_JOIN, base_model=ref.public_name)
 
 
 def open_backend(ref: ModelRef, *, engine: Engine | None = None, threads: int | None = None) -> Backend:

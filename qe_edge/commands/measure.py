@@ -30,7 +30,7 @@ def export(
         float | None, typer.Option(min=0.1, help="Add a mixed GGUF of at most so many MB, by measurement.")
     ] = None,
     target_bpw: Annotated[
-        float | None, typer.Option(min=1, help="The same, by bits per weight instead of MB.")
+        float | None, typer.Option(min=1, help="The same, by the file's bits per weight instead of its MB.")
     ] = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Add the LoRA adapter alone, for a GGUF of the base model.")
@@ -52,30 +52,35 @@ def export(
     json: JsonOption = False,
 ) -> None:
     """Turn a merged model into quantized GGUF and MLX, checked against the original."""
-    from qe_edge.export import MlxOptions, export_model
+    from qe_edge.export import MlxOptions, check_choices, export_model
     from qe_edge.export.source import Source
 
     if no_calibrate and calibrate:
         raise BadArgument("give either --calibrate or --no-calibrate")
     if budget_mb and target_bpw:
         raise BadArgument("give either --budget-mb or --target-bpw")
+    named = {"Q4_K_M": q4, "Q8_0": q8, "F16": f16, "BF16": bf16}
+    kinds = [kind for kind, wanted in named.items() if wanted] + list(quant or []) or ["Q4_K_M"]
+    formats = formats or ["gguf", "mlx"]
     work = Workdir(workdir)
+    mlx = MlxOptions(mlx_bits, mlx_group, mlx_recipe)
+    check_choices(
+        kinds, formats, budget_mb=budget_mb or target_bpw, adapter=adapter, calibrate=calibrate, mlx=mlx
+    )
     if model is None:
         model = _newest_model(work)
     if target_bpw:
         budget_mb = Source(model).parameters * target_bpw / 8e6
-    named = {"Q4_K_M": q4, "Q8_0": q8, "F16": f16, "BF16": bf16}
-    kinds = [kind for kind, wanted in named.items() if wanted] + list(quant or [])
     out = out or work.new("export")
     report = export_model(
         model,
         out,
-        kinds=kinds or ["Q4_K_M"],
-        formats=formats or ["gguf", "mlx"],
+        kinds=kinds,
+        formats=formats,
         budget_mb=budget_mb,
         adapter=adapter,
         calibrate=[] if no_calibrate else calibrate,
-        mlx=MlxOptions(mlx_bits, mlx_group, mlx_recipe),
+        mlx=mlx,
         progress=note,
     )
     lines = [f"{out / name}  {size / 1e6:.1f} MB" for name, size in report["files"].items()]
@@ -95,9 +100,12 @@ def verify(
     json: JsonOption = False,
 ) -> None:
     """Check an export against its source: checksums, token ids, spec, logits, and nDCG@10 if asked."""
+    from qe_edge.datasets import load_dataset
     from qe_edge.export.retrieval import compare_retrieval
     from qe_edge.export.verify import source_of, verify_export
 
+    if dataset:
+        load_dataset(dataset)  # a name that is wrong is found before the work
     source = source or source_of(exported)
     found = verify_export(exported, source)
     text = (
@@ -143,6 +151,12 @@ def bench(
     join: Annotated[
         list[str] | None, typer.Option(help="Instead of the models' own join; several make several rows.")
     ] = None,
+    tune_on: Annotated[
+        str, typer.Option(help="Choose each model's join on this data set's queries instead.")
+    ] = "",
+    measure: Annotated[
+        list[str] | None, typer.Option(help="Another measure of ir_measures, such as R@100; repeat for more.")
+    ] = None,
     teacher: Annotated[
         list[Path] | None, typer.Option(help="Teacher expansions of these queries (JSON Lines).")
     ] = None,
@@ -175,6 +189,8 @@ def bench(
         datasets=tuple(dataset),
         models=tuple(model or ()),
         joins=tuple(join or ()),
+        tune_on=tune_on,
+        measures=tuple(measure or ()),
         teachers=teachers,
         teacher_models=tuple(teacher_model or ()),
         teacher_join=teacher_join,
@@ -221,7 +237,11 @@ def report(
     png: Annotated[
         Path | None, typer.Option("--png", help="Also draw the first result's chart as a picture.")
     ] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Also write every figure to this CSV file.")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print the tables as LaTeX (booktabs).")] = False,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
@@ -229,8 +249,11 @@ def report(
     from qe_edge.bench.report import chart_png
     from qe_edge.bench.report import report as verb
     from qe_edge.bench.result import read_result
-    from qe_edge.bench.table import markdown_table
+    from qe_edge.bench.table import csv_rows, latex_table, markdown_table
+    from qe_edge.manifest import write_bytes
 
+    if markdown and latex:
+        raise BadArgument("give either --markdown or --latex")
     if not results:
         results = [Workdir(workdir).newest("bench")]
         took("result", results[0])
@@ -238,8 +261,14 @@ def report(
     artifacts = {"report": verb(results, out or folder / "report.html")}
     if png:
         artifacts["png"] = chart_png(read_result(results[0]), png)
+    read = [read_result(path) for path in results]
+    if csv:
+        write_bytes(csv, csv_rows(read).encode())
+        artifacts["csv"] = csv
     text = "\n".join(str(path) for path in artifacts.values())
     if markdown:
-        datasets = [data for path in results for data in read_result(path).datasets]
-        text = "\n".join(f"### {data.info.name}\n\n{markdown_table(data)}" for data in datasets)
+        tables = [(data.info.name, markdown_table(data)) for result in read for data in result.datasets]
+        text = "\n".join(f"### {name}\n\n{table}" for name, table in tables)
+    if latex:
+        text = "\n".join(latex_table(data) for result in read for data in result.datasets)
     emit(json, "report", text, inputs={"results": [str(r) for r in results]}, artifacts=artifacts)
