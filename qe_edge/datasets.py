@@ -7,6 +7,7 @@ A data set is written `NAME` or `NAME@SPLIT`, where a split names a file of judg
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -18,6 +19,7 @@ import msgspec
 from qe_edge.analysis import detect_language
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.measures import Qrels
+from qe_edge.official import read_origin
 from qe_edge.records import Document, Lang, Query, read_jsonl
 
 BUILTIN = ("demo-en", "demo-zh")
@@ -97,7 +99,7 @@ class Dataset:
 
 
 def load_dataset(name: str) -> Dataset:
-    """Load `NAME[@SPLIT]`: an existing folder first, then a built-in, a short name, an ir_datasets id."""
+    """Load `NAME[@SPLIT]`: a folder, else a built-in, an imported one, a short name, an ir_datasets id."""
     base, _, split = name.rpartition("@") if "@" in name else (name, "", "")
     folder = Path(base)
     if folder.is_dir():
@@ -105,12 +107,23 @@ def load_dataset(name: str) -> Dataset:
     if base in BUILTIN:
         with resources.as_file(resources.files("qe_edge") / "data" / base) as path:
             return _load_beir(base, path, split or "test")
+    imported = data_home() / base
+    if base and imported.is_dir():
+        origin = read_origin(imported)
+        return _load_beir(f"{base} pool" if origin and origin.pool else base, imported, split)
     if base in SHORT_NAMES or "/" in base:
         return _load_ir_datasets(base, split)
     raise NotFound(
         f"no data set {base!r}: it is neither a folder, nor one of {', '.join((*BUILTIN, *SHORT_NAMES))}, "
         "nor an ir_datasets id such as beir/nfcorpus/test"
     )
+
+
+def data_home() -> Path:
+    """Where imported collections lie: QE_EDGE_DATA, or a folder of the user's."""
+    import typer
+
+    return Path(os.environ.get("QE_EDGE_DATA") or Path(typer.get_app_dir("qe-edge")) / "data")
 
 
 def load_queries(path: Path) -> Dataset:
@@ -217,8 +230,9 @@ def _load_ir_datasets(name: str, split: str) -> Dataset:
         ) from None
     except (OSError, RuntimeError) as error:
         raise NotFound(
-            f"{dataset_id} could not be downloaded ({error}). Where its host is out of reach, "
-            "put the collection into a folder in BEIR layout and give that folder as the data set"
+            f"{dataset_id} could not be downloaded ({error}). Where its host is out of reach, bring the "
+            f"official files: `qe-edge data import {name} --topics FILE --qrels FILE --passages FILE`, or "
+            "give a folder in BEIR layout as the data set"
         ) from None
 
     def documents() -> Iterator[tuple[str, str]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit
+from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit
 
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
 
@@ -23,12 +24,20 @@ def doctor(workdir: WorkdirOption = WORKDIR, json: JsonOption = False) -> None:
 @data_app.command("list")
 def data_list(json: JsonOption = False) -> None:
     """List the named data sets."""
-    from qe_edge.datasets import BUILTIN, SHORT_NAMES
+    from qe_edge.datasets import BUILTIN, SHORT_NAMES, data_home
 
+    home = data_home()
+    imported = sorted(path.name for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
     lines = [f"{name:<16} ships with qe-edge" for name in BUILTIN]
+    lines += [f"{name:<16} imported, in {home / name}" for name in imported]
     lines += [f"{name:<16} ir_datasets {target}" for name, target in SHORT_NAMES.items()]
     lines += ["", "Also: any folder in BEIR layout, any ir_datasets id; NAME@SPLIT picks a split."]
-    emit(json, "data list", "\n".join(lines), metrics={"builtin": BUILTIN, "short_names": SHORT_NAMES})
+    emit(
+        json,
+        "data list",
+        "\n".join(lines),
+        metrics={"builtin": BUILTIN, "imported": imported, "short_names": SHORT_NAMES},
+    )
 
 
 @data_app.command("info")
@@ -43,3 +52,46 @@ def data_info(
     dataset = load_dataset(name)
     info = msgspec.to_builtins(describe(dataset)) | {"fingerprint": dataset.fingerprint()}
     emit(json, "data info", "\n".join(f"{key:<12} {value}" for key, value in info.items()), metrics=info)
+
+
+@data_app.command("fetch")
+def data_fetch(
+    name: Annotated[str, typer.Argument(help="A data set, as NAME or NAME@SPLIT.")], json: JsonOption = False
+) -> None:
+    """Download a data set by ir_datasets, which shows its progress and keeps it."""
+    from qe_edge.datasets import load_dataset
+
+    dataset = load_dataset(name)
+    next(iter(dataset.documents()), None)  # ir_datasets downloads documents when the first is asked for
+    text = f"{dataset}: {len(dataset.queries)} judged queries are here"
+    emit(json, "data fetch", text, metrics={"name": str(dataset), "queries": len(dataset.queries)})
+
+
+@data_app.command("import")
+def data_import(
+    name: Annotated[str, typer.Argument(help="Its name from now on, such as dl19 or miracl-zh.")],
+    topics: Annotated[Path, typer.Option(help="Lines of query id, tab and text.")],
+    qrels: Annotated[Path, typer.Option(help="TREC judgments: query id, 0, document id, grade.")],
+    passages: Annotated[
+        Path,
+        typer.Option(
+            help="collection.tsv, or JSON Lines of MS MARCO v2 or MIRACL; a file or folder, .gz or not."
+        ),
+    ],
+    pool: Annotated[
+        bool, typer.Option("--pool", help="The passages are only some of the collection's; figures say so.")
+    ] = False,
+    out: OutOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a data set of official topics, judgments and passages, where the host is out of reach."""
+    import msgspec
+
+    from qe_edge.datasets import data_home
+    from qe_edge.official import import_dataset
+
+    folder = out or data_home() / name
+    origin = import_dataset(name, topics=topics, qrels=qrels, passages=passages, out=folder, pool=pool)
+    what = f"a pool; {origin.unjudged_documents} judged passages are missing" if origin.pool else "complete"
+    text = f"{name} in {folder}: {origin.passages:,} passages, {what}"
+    emit(json, "data import", text, artifacts={"folder": folder}, metrics=msgspec.to_builtins(origin))

@@ -1,0 +1,196 @@
+"""The official files of TREC Deep Learning and MIRACL -> a folder in BEIR layout.
+
+For machines that a data set's host can't be reached from, and for pools: passages that hold the judged ones
+can stand in for the whole collection, and every figure then says so.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qe_edge.console import progress
+from qe_edge.errors import BadArgument, BadInput, NotFound
+from qe_edge.manifest import atomic_path, sha256, write_json
+
+ORIGIN = "origin.json"
+QRELS_HEADER = "query-id\tcorpus-id\tscore\n"
+
+
+class Official(msgspec.Struct, frozen=True):
+    """What the publishers' files hold: SHA-256 of the judgments, and how many passages there are."""
+
+    qrels: str
+    passages: int
+
+
+# The judgments as the TREC and MIRACL sites serve them.
+OFFICIAL = {
+    "dl19": Official("8a1f10d550732e4cd91d7fc49846a3784de4040972f583e69285a88f3c5fee92", 8_841_823),
+    "dl20": Official("60d4c34561f9687f8f73e0a752ba80ab80159b3e9c1bedd0a351f747ed6f5684", 8_841_823),
+    "dl21": Official("15d1c6e8b13fd665dd043c43213e331452213ddc70f70b8522600bcce64db427", 138_364_198),
+    "miracl-zh": Official("5546474d3dc8139014e6571e9f4041848bb0a314ca6d2d4bac708174d71c59eb", 4_934_368),
+    "miracl-zh-train": Official(
+        "0ad7a35722803798058be9e4a8690b74b255591539f51827d49a1849a8585ee9", 4_934_368
+    ),
+}
+# The keys of a passage's id, title and text, by collection.
+_KEYS = (
+    ("_id", "title", "text"),  # BEIR
+    ("docid", "title", "text"),  # MIRACL
+    ("pid", "", "passage"),  # MS MARCO v2
+    ("id", "", "contents"),  # Pyserini
+)
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """Beside an imported collection: which files it was made of, and whether it is a pool."""
+
+    name: str
+    pool: bool
+    passages: int
+    unjudged_documents: int
+    files: dict[str, str]  # name -> SHA-256
+
+
+def import_dataset(
+    name: str, *, topics: Path, qrels: Path, passages: Path, out: Path, pool: bool = False
+) -> Origin:
+    """Write `out/` with corpus.jsonl, queries.jsonl and qrels/test.tsv, whole or not at all.
+
+    `topics` are lines of id, tab and text; `qrels` TREC's four columns; `passages` a file or folder of MS
+    MARCO's collection.tsv, its v2's or MIRACL's JSON Lines, or BEIR's corpus.jsonl, each plain or gzipped.
+    With `pool` they needn't hold all passages; judgments of those that are missing are left out and counted.
+
+    Raises:
+        NotFound, BadInput: a file is missing or malformed, judges unknown queries, or isn't the official one.
+        BadArgument: passages are missing, and `pool` wasn't given.
+    """
+    official = OFFICIAL.get(name)
+    if official and sha256(_existing(qrels)) != official.qrels:
+        raise BadInput(f"isn't the official file of {name}: its SHA-256 differs", path=qrels)
+    queries = dict(_topics(_existing(topics)))
+    judged = list(_judgments(_existing(qrels), queries))
+    files = list(_passage_files(_existing(passages)))
+    wanted = {doc_id for _, doc_id, _ in judged}
+    found: set[str] = set()
+    count = 0
+    total = official.passages if official else 1
+    with atomic_path(out) as partial, progress(f"importing {name}", total) as advance:
+        (partial / "qrels").mkdir(parents=True)
+        with (partial / "corpus.jsonl").open("wb") as corpus:
+            for file in files:
+                for passage in _passages(file):
+                    corpus.write(msgspec.json.encode(passage) + b"\n")
+                    count += 1
+                    if passage["_id"] in wanted:
+                        found.add(passage["_id"])
+                    if count % 1000 == 0:
+                        advance(1000)
+        missing = wanted - found
+        complete = not missing and (official is None or count == official.passages)
+        if not complete and not pool:
+            expected = f" of {official.passages:,}" if official else ""
+            raise BadArgument(
+                f"{passages} holds {count:,} passages{expected}, and lacks {len(missing):,} of the "
+                f"{len(wanted):,} judged ones; with --pool it stands in for the collection, and every "
+                "figure says so"
+            )
+        _write_lines(partial / "queries.jsonl", ({"_id": i, "text": text} for i, text in queries.items()))
+        kept = [line for line in judged if line[1] in found]
+        lines = "".join(f"{query_id}\t{doc_id}\t{grade}\n" for query_id, doc_id, grade in kept)
+        (partial / "qrels" / "test.tsv").write_text(QRELS_HEADER + lines, encoding="utf-8")
+        digests = {path.name: sha256(path) for path in (topics, qrels)}
+        origin = Origin(name, not complete, count, len(missing), digests)
+        write_json(partial / ORIGIN, origin)
+    return origin
+
+
+def read_origin(folder: Path) -> Origin | None:
+    """How an imported collection came to be; None for any other."""
+    file = folder / ORIGIN
+    return msgspec.json.decode(file.read_bytes(), type=Origin) if file.is_file() else None
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise NotFound(f"{path}: no such file")
+    return path
+
+
+def _topics(path: Path) -> Iterator[tuple[str, str]]:
+    for number, line in _lines(path):
+        query_id, tab, text = line.partition("\t")
+        if not tab or not text.strip():
+            raise BadInput("expected a topic's id, a tab and its text", path=path, line=number)
+        yield query_id, text.strip()
+
+
+def _judgments(path: Path, queries: dict[str, str]) -> Iterator[tuple[str, str, int]]:
+    for number, line in _lines(path):
+        try:
+            query_id, _, doc_id, grade = line.split()
+            judgment = query_id, doc_id, int(grade)
+        except ValueError:
+            raise BadInput("expected query id, 0, document id and grade", path=path, line=number) from None
+        if query_id not in queries:
+            raise BadInput(f"query {query_id!r} is not among the topics", path=path, line=number)
+        yield judgment
+
+
+def _passage_files(passages: Path) -> Iterator[Path]:
+    if passages.is_file():
+        yield passages
+    elif (passages / "corpus.jsonl").is_file():  # BEIR, whose queries are JSON Lines too
+        yield passages / "corpus.jsonl"
+    else:
+        found = [p for p in sorted(passages.rglob("*")) if _kind(p) and p.is_file()]
+        if not found:
+            raise NotFound(f"{passages} holds no .tsv, .jsonl or .gz of passages; unpack archives first")
+        yield from found
+
+
+def _kind(path: Path) -> str | None:
+    zipped = path.suffix == ".gz"
+    suffix = path.with_suffix("").suffix if zipped else path.suffix
+    if suffix == "":  # the files of MS MARCO v2 are called msmarco_passage_00.gz
+        return "json" if zipped else None
+    return {".tsv": "tsv", ".jsonl": "json", ".json": "json"}.get(suffix)
+
+
+def _passages(path: Path) -> Iterator[dict[str, str]]:
+    if _kind(path) == "tsv":
+        for number, line in _lines(path):
+            doc_id, tab, text = line.partition("\t")
+            if not tab:
+                raise BadInput("expected a passage's id, a tab and its text", path=path, line=number)
+            yield {"_id": doc_id, "text": text}
+        return
+    for number, line in _lines(path):
+        try:
+            row: dict[str, Any] = msgspec.json.decode(line, type=dict[str, Any])
+        except msgspec.MsgspecError as error:
+            raise BadInput(f"not a JSON object: {error}", path=path, line=number) from None
+        keys = next(((i, title, text) for i, title, text in _KEYS if i in row and text in row), None)
+        if keys is None:
+            raise BadInput("has no id and text under any known names", path=path, line=number)
+        yield {"_id": str(row[keys[0]]), "title": str(row.get(keys[1], "")), "text": str(row[keys[2]])}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line, of plain or gzipped UTF-8."""
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.decode().rstrip("\r\n")
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise BadInput(f"can't be read on: {error}", path=path, line=number + 1) from None
+
+
+def _write_lines(path: Path, rows: Iterator[dict[str, str]]) -> None:
+    path.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
