@@ -14,7 +14,7 @@ import numpy as np
 
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.probes import QUERIES, Reference, load_reference
-from qe_edge.export.quantize import KINDS, MIXED, captured_log
+from qe_edge.export.quantize import KINDS, MIXED, bits_of, captured_log
 from qe_edge.manifest import MANIFEST, read_record, sha256
 from qe_edge.prompt import Tokenize, hugging_face
 from qe_edge.spec import GGUF_KEY, KIND_KEY, ModelSpec, parse_spec, read_spec
@@ -29,8 +29,34 @@ class Limits(NamedTuple):
     divergence: float
 
 
-LIMITS = dict.fromkeys(["F32", "F16", "BF16", MIXED, *KINDS], Limits(-1, 99))
-MLX_LIMITS = dict.fromkeys([2, 3, 4, 5, 6, 8, 16], Limits(-1, 99))
+# By bits per weight. Twice the distance that was measured on a trained SmolLM2-135M (docs/results.md), or more,
+# since its narrow matrices are stored in larger types than their kinds' names say. The worst, without importance
+# matrix: 8 bits .9991 and .004, 6 .997 and .011, 5 .944 (Q5_1) and .32, 4 .936 (Q4_0) and .35, 3 .82 (IQ3_S) and
+# 1.3; with one, 2 .89 (IQ2_XXS) and .62, 1 .80 (IQ1_S) and 1.0.
+LIMITS = {
+    8: Limits(0.995, 0.02),
+    6: Limits(0.99, 0.05),
+    5: Limits(0.87, 0.7),
+    4: Limits(0.85, 0.8),
+    3: Limits(0.6, 2.6),
+    2: Limits(0.5, 3.0),
+    1: Limits(0.3, 5.0),
+}
+# A wrong rotary base still gives a cosine of .98: only 16 bits can show a fault of the conversion itself.
+LIMITS_16 = {"F32": Limits(0.9999, 1e-4), "F16": Limits(0.9999, 1e-4), "BF16": Limits(0.999, 2e-3)}
+# The merged weights were rounded once more than base + adapter.
+ADAPTER_LIMITS = Limits(0.998, 5e-3)
+# MLX: measured .9994 and .002 at 8 bits, .994 and .022 at 6, .978 and .08 at 5, .905 and .48 at 4, .67 and 2.0
+# at 3. At 2 (.20 and 14) nothing is left of so small a student, and such an export is refused.
+MLX_LIMITS = {
+    16: Limits(0.9999, 1e-3),
+    8: Limits(0.995, 0.01),
+    6: Limits(0.985, 0.06),
+    5: Limits(0.95, 0.2),
+    4: Limits(0.8, 1.0),
+    3: Limits(0.5, 4.0),
+    2: Limits(0.5, 3.0),
+}
 # `general.file_type` -> kind
 _FILE_TYPES = {0: "F32", 1: "F16", 32: "BF16"} | {number: kind for kind, number in KINDS.items()}
 
@@ -143,7 +169,7 @@ def verify_gguf(file: Path, source: Path | Reference, *, adapter: Path | None = 
             llama.eval(ids)
             closeness.add(llama.scores[: len(ids)])
         kind = llama.metadata.get(KIND_KEY) or _FILE_TYPES[int(llama.metadata["general.file_type"])]
-    return closeness.check(LIMITS[kind], file)
+    return closeness.check(ADAPTER_LIMITS if adapter else limits_of(kind), file)
 
 
 def verify_mlx(folder: Path, source: Path | Reference) -> dict[str, Any]:
@@ -183,6 +209,11 @@ def _check_ids(tokenize: Tokenize, reference: Reference, where: Path) -> None:
                 f"{where} tokenizes {probe!r} differently from its source, from token {at} of the prompt on "
                 f"({found[at : at + 5]} instead of {expected[at : at + 5]}): don't use it"
             )
+
+
+def limits_of(kind: str) -> Limits:
+    """The limits of a GGUF of a kind; a mixed one may go down to its smallest type."""
+    return LIMITS_16.get(kind) or LIMITS[3 if kind == MIXED else bits_of(kind)]
 
 
 class Closeness:
