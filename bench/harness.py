@@ -148,8 +148,8 @@ class _OneDataset:
         self.data, self.config, self.folder = data, config, folder
         # Two collections may have the same name, and two labels the same slug: a hash tells them apart.
         self.slug = f"{_slug(str(data))}-{data.fingerprint()[:8]}"
-        self.info = describe(data)
         self.index = Index.for_dataset(data, workdir.root / "index", analyzer=config.analyzer)
+        self.info = describe(data, self.index.ids)
         self.systems: list[System] = []
 
     def measure(

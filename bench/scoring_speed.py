@@ -27,9 +27,10 @@ import typer
 from qe_edge.bulk import BulkSearch
 from qe_edge.console import note
 from qe_edge.datasets import load_dataset
-from qe_edge.index import K1, B, Index, IndexMeta
+from qe_edge.index import K1, B, Index, IndexMeta, save_names
 from qe_edge.join import TEACHER_JOIN
 from qe_edge.manifest import machine, usable_cores
+from qe_edge.postings import write_postings
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.train.scoring import CHUNK, NDCG, score
 
@@ -129,9 +130,11 @@ def measure(collection: Collection, folder: Path, rounds: int) -> None:
     retriever = bm25s.BM25(k1=K1, b=B, method="lucene")
     retriever.index((ids, vocab), show_progress=False)
     note(f"{collection.name}: {len(ids)} documents, {len(collection.candidates)} candidates")
-    meta = IndexMeta("english", K1, B, len(ids))
-    Index(retriever.scores, vocab, [str(i) for i in range(len(ids))], meta).save(folder)
     del ids
+    folder.mkdir()
+    documents = ((str(i), " ".join(terms)) for i, terms in enumerate(collection.documents))
+    found = write_postings(documents, str.split, folder, k1=K1, b=B)  # the terms are analysed already
+    save_names(folder, *found, IndexMeta("english", K1, B, len(collection.documents)))
 
     index = Index.open(folder)
     terms = [(index.analyze(query), index.analyze(text)) for query, text in collection.candidates]

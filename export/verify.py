@@ -29,10 +29,10 @@ class Limits(NamedTuple):
     divergence: float
 
 
-# By bits per weight. Twice the distance that was measured on a trained SmolLM2-135M (docs/results.md), or more,
-# since its narrow matrices are stored in larger types than their kinds' names say. The worst, without importance
-# matrix: 8 bits .9991 and .004, 6 .997 and .011, 5 .944 (Q5_1) and .32, 4 .936 (Q4_0) and .35, 3 .82 (IQ3_S) and
-# 1.3; with one, 2 .89 (IQ2_XXS) and .62, 1 .80 (IQ1_S) and 1.0.
+# By bits per weight. Twice the distance that was measured on a trained SmolLM2-135M (docs/results.md), or
+# more, since its narrow matrices are stored in larger types than their kinds' names say. The worst, without
+# importance matrix: 8 bits .9991 and .004, 6 .997 and .011, 5 .944 (Q5_1) and .32, 4 .936 (Q4_0) and .35,
+# 3 .82 (IQ3_S) and 1.3; with one, 2 .89 (IQ2_XXS) and .62, 1 .80 (IQ1_S) and 1.0.
 LIMITS = {
     8: Limits(0.995, 0.02),
     6: Limits(0.99, 0.05),
@@ -46,8 +46,8 @@ LIMITS = {
 LIMITS_16 = {"F32": Limits(0.9999, 1e-4), "F16": Limits(0.9999, 1e-4), "BF16": Limits(0.999, 2e-3)}
 # The merged weights were rounded once more than base + adapter.
 ADAPTER_LIMITS = Limits(0.998, 5e-3)
-# MLX: measured .9994 and .002 at 8 bits, .994 and .022 at 6, .978 and .08 at 5, .905 and .48 at 4, .67 and 2.0
-# at 3. At 2 (.20 and 14) nothing is left of so small a student, and such an export is refused.
+# MLX: measured .9994 and .002 at 8 bits, .994 and .022 at 6, .978 and .08 at 5, .905 and .48 at 4, .67 and
+# 2.0 at 3. At 2 (.20 and 14) nothing is left of so small a student, and such an export is refused.
 MLX_LIMITS = {
     16: Limits(0.9999, 1e-3),
     8: Limits(0.995, 0.01),

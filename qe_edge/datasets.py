@@ -7,8 +7,8 @@ A data set is written `NAME` or `NAME@SPLIT`, where a split names a file of judg
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib import resources
@@ -18,8 +18,10 @@ import msgspec
 
 from qe_edge.analysis import detect_language
 from qe_edge.errors import BadInput, NotFound, require
+from qe_edge.manifest import read_json, write_json
 from qe_edge.measures import Qrels
 from qe_edge.official import read_origin
+from qe_edge.postings import check_ids
 from qe_edge.records import Document, Lang, Query, read_jsonl
 
 BUILTIN = ("demo-en", "demo-zh")
@@ -37,6 +39,8 @@ SHORT_NAMES = {
     "arguana": "beir/arguana",
     "scidocs": "beir/scidocs",
 }
+# Beside imported collections: the hashes of large ones, which take minutes to read.
+_HASHES, _LARGE = ".hashes.json", 50_000_000
 _HEADER = ["query-id", "corpus-id", "score"]
 
 
@@ -51,6 +55,7 @@ class Dataset:
         qrels: Qrels,
         documents: Callable[[], Iterator[tuple[str, str]]],
         folder: Path | None = None,
+        identity: str = "",
     ):
         self.name = name
         self.split = split
@@ -58,6 +63,7 @@ class Dataset:
         self.qrels = qrels
         self.documents = documents
         self.folder = folder
+        self.identity = identity  # what changes when the documents do, if that is known without reading them
 
     @cached_property
     def lang(self) -> Lang:
@@ -72,11 +78,17 @@ class Dataset:
         return sum(len(grades) for grades in self.qrels.values())
 
     def collection_hash(self) -> str:
-        """SHA-256 over the documents, in their order."""
-        digest = hashlib.sha256()
-        for document in self.documents():
-            digest.update(msgspec.json.encode(document))
-        return digest.hexdigest()
+        """SHA-256 over the documents, in their order; of a large collection, kept for the next time."""
+        memo = data_home() / _HASHES
+        known = read_json(memo) if self.identity and memo.is_file() else {}
+        if self.identity not in known:
+            digest = hashlib.sha256()
+            for document in self.documents():
+                digest.update(msgspec.json.encode(document))
+            known[self.identity] = digest.hexdigest()
+            if self.identity:
+                write_json(memo, known)
+        return str(known[self.identity])
 
     def fingerprint(self) -> str:
         """SHA-256 over documents, queries and judgments: two results with the same one are comparable."""
@@ -171,7 +183,11 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
         for document in read_jsonl(folder / "corpus.jsonl", Document):
             yield document.id, f"{document.title} {document.text}".strip()
 
-    return Dataset(name, split, queries, qrels, documents, folder)
+    corpus = folder / "corpus.jsonl"
+    stat = corpus.stat()
+    large = stat.st_size > _LARGE
+    identity = f"{corpus.resolve()} {stat.st_size} {stat.st_mtime_ns}" if large else ""
+    return Dataset(name, split, queries, qrels, documents, folder, identity)
 
 
 def _read_queries(path: Path) -> dict[str, str]:
@@ -239,21 +255,9 @@ def _load_ir_datasets(name: str, split: str) -> Dataset:
         for document in source.docs_iter():
             yield document.doc_id, document.default_text()
 
-    return Dataset(name, split, queries, qrels, documents)
-
-
-def check_ids(ids: Sequence[str], source: Path | None) -> None:
-    """Document ids must be unique, and without blanks, which separate the columns of a TREC run file.
-
-    Raises:
-        BadInput: one is not.
-    """
-    twice = next((doc_id for doc_id, count in Counter(ids).items() if count > 1), None)
-    if twice is not None:
-        raise BadInput(f"document {twice!r} is there twice", path=source)
-    broken = next((doc_id for doc_id in ids if not doc_id or len(doc_id.split()) != 1), None)
-    if broken is not None:
-        raise BadInput(f"document id {broken!r} is empty or holds blanks", path=source)
+    version = importlib.metadata.version("ir-datasets")
+    identity = f"ir_datasets {version} {dataset_id}"
+    return Dataset(name, split, queries, qrels, documents, identity=identity)
 
 
 class DatasetInfo(msgspec.Struct, frozen=True):
@@ -266,9 +270,10 @@ class DatasetInfo(msgspec.Struct, frozen=True):
     judgments: int
 
 
-def describe(dataset: Dataset) -> DatasetInfo:
-    """Count a data set, checking its judgments on the way."""
-    ids = [doc_id for doc_id, _ in dataset.documents()]
-    check_ids(ids, dataset.folder)
+def describe(dataset: Dataset, ids: Sequence[str] | None = None) -> DatasetInfo:
+    """Count a data set, checking its judgments on the way; `ids` are its documents', if they are known."""
+    if ids is None:
+        ids = [doc_id for doc_id, _ in dataset.documents()]
+        check_ids(ids, dataset.folder)
     dataset.check_judgments(ids)
     return DatasetInfo(str(dataset), dataset.lang, len(ids), len(dataset.queries), dataset.judgments())

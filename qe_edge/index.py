@@ -5,9 +5,10 @@ Defaults k1 = 0.9, b = 0.4 are Anserini's, so that figures meet the literature's
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import numpy as np
@@ -16,13 +17,14 @@ from qe_edge.analysis import analyzer_for, get_analyzer
 from qe_edge.errors import BadInput, NotFound
 from qe_edge.join import Join
 from qe_edge.manifest import atomic_path
+from qe_edge.postings import DATA, ROWS, STARTS, Strings, check_ids, write_postings
 
 if TYPE_CHECKING:
     from qe_edge.datasets import Dataset
 
 K1, B = 0.9, 0.4
-_META = "qe_edge_index.json"
-_ARRAYS = {"data": "data", "indices": "rows", "indptr": "starts"}  # bm25s's name: ours
+FORMAT = "v2"  # of the files of an index; one of another format is built anew, beside it
+_META, _IDS, _VOCAB = "qe_edge_index.json", "ids.bin", "vocab.json"
 
 Ranking = list[tuple[str, float]]
 """(document id, score), best first; equal scores in the collection's order."""
@@ -38,56 +40,62 @@ class IndexMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Index:
-    """Search weighted terms with BM25 (Lucene's variant, Kamphuis et al. 2020)."""
+    """Search weighted terms with BM25 (Lucene's variant, Kamphuis et al. 2020).
 
-    def __init__(
-        self,
-        scores: Mapping[str, np.ndarray],
-        vocab: dict[str, int],
-        ids: list[str],
-        meta: IndexMeta,
-        folder: Path | None = None,
-    ):
-        # bm25s keeps every term's score in every document as a CSC matrix; a column is a posting list,
-        # in the documents' order.
-        self.data, self.rows, self.starts = scores["data"], scores["indices"], scores["indptr"]
-        self.vocab = vocab
-        self.ids = ids
-        self.meta = meta
-        self.folder = folder  # where it is saved
-        self.analyze = get_analyzer(meta.analyzer)
+    Every term's score in every document is kept as a CSC matrix, as bm25s does: a column is a posting list,
+    in the documents' order.
+    """
+
+    def __init__(self, folder: Path, *, mapped: bool = True):
+        self.folder = folder if mapped else None  # where it stays
+        mode: Literal["r"] | None = "r" if mapped else None
+        # As plain arrays over the mapped file: slicing np.memmap itself costs far more.
+        self.data, self.rows, self.starts = (
+            np.asarray(np.load(folder / name, mmap_mode=mode)) for name in (DATA, ROWS, STARTS)
+        )
+        self.vocab = msgspec.json.decode((folder / _VOCAB).read_bytes(), type=dict[str, int])
+        self.ids: Sequence[str] = Strings.open(folder / _IDS, mapped=mapped)
+        self.meta = msgspec.json.decode((folder / _META).read_bytes(), type=IndexMeta)
+        self.analyze = get_analyzer(self.meta.analyzer)
 
     @classmethod
     def build(
         cls, documents: Iterable[tuple[str, str]], *, analyzer: str, k1: float = K1, b: float = B
     ) -> Index:
-        """Index (id, text) documents."""
-        retriever, vocab, ids = _index(documents, analyzer, k1, b)
-        return cls(retriever.scores, vocab, ids, IndexMeta(analyzer, k1, b, len(ids)))
+        """Index (id, text) documents, in memory."""
+        with TemporaryDirectory() as folder:
+            cls.write(documents, Path(folder), analyzer=analyzer, k1=k1, b=b)
+            return cls(Path(folder), mapped=False)
+
+    @staticmethod
+    def write(
+        documents: Iterable[tuple[str, str]], folder: Path, *, analyzer: str, k1: float = K1, b: float = B
+    ) -> None:
+        """Index (id, text) documents into an existing folder, in a stream.
+
+        Raises:
+            BadInput: no document has a term, or an id is there twice or holds blanks.
+        """
+        vocab, ids = write_postings(documents, get_analyzer(analyzer), folder, k1=k1, b=b)
+        check_ids(ids, None)
+        save_names(folder, vocab, ids, IndexMeta(analyzer, k1, b, len(ids)))
 
     @classmethod
     def for_dataset(cls, dataset: Dataset, cache: Path, *, analyzer: str = "") -> Index:
         """The index of a data set's documents, kept under `cache`; its language decides the analyzer."""
         analyzer = analyzer or analyzer_for(dataset.lang)
         get_analyzer(analyzer)
-        folder = cache / f"{Path(dataset.name).name}-{dataset.collection_hash()[:12]}-{analyzer}"
+        name = f"{Path(dataset.name).name}-{dataset.collection_hash()[:12]}-{analyzer}-{FORMAT}"
+        folder = cache / name
         if not folder.exists():
-            cls.build(dataset.documents(), analyzer=analyzer).save(folder)
+            with atomic_path(folder) as partial:
+                partial.mkdir()
+                cls.write(dataset.documents(), partial, analyzer=analyzer)
         return cls.open(folder)
-
-    def save(self, folder: Path | str) -> None:
-        """Write the index; an older one of that name is replaced once the new one is whole."""
-        with atomic_path(folder) as path:
-            path.mkdir()
-            for name in _ARRAYS.values():
-                np.save(path / f"{name}.npy", getattr(self, name))
-            (path / "vocab.json").write_bytes(msgspec.json.encode(self.vocab))
-            (path / "ids.json").write_bytes(msgspec.json.encode(self.ids))
-            (path / _META).write_bytes(msgspec.json.encode(self.meta))
 
     @classmethod
     def open(cls, folder: Path | str) -> Index:
-        """Open a saved index, its postings memory-mapped.
+        """Open a saved index, its postings and ids memory-mapped.
 
         Raises:
             NotFound: there is no index.
@@ -97,18 +105,7 @@ class Index:
         if not (folder / _META).is_file():
             raise NotFound(f"{folder}: no index there")
         try:
-            # As plain arrays over the mapped file: slicing np.memmap itself costs far more.
-            scores = {
-                key: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
-                for key, name in _ARRAYS.items()
-            }
-            return cls(
-                scores,
-                msgspec.json.decode((folder / "vocab.json").read_bytes(), type=dict[str, int]),
-                msgspec.json.decode((folder / "ids.json").read_bytes(), type=list[str]),
-                msgspec.json.decode((folder / _META).read_bytes(), type=IndexMeta),
-                folder,
-            )
+            return cls(folder)
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             raise BadInput(
                 f"the index is damaged ({error}); delete it and it is built again", path=folder
@@ -138,21 +135,11 @@ class Index:
         return self.search(join(self.analyze(query), self.analyze(expansion)), k)
 
 
-def _index(documents: Iterable[tuple[str, str]], analyzer: str, k1: float, b: float):  # type: ignore[no-untyped-def]
-    import bm25s
-
-    analyze = get_analyzer(analyzer)
-    vocab: dict[str, int] = {}
-    ids: list[str] = []
-    corpus: list[list[int]] = []
-    for doc_id, text in documents:
-        ids.append(doc_id)
-        corpus.append([vocab.setdefault(term, len(vocab)) for term in analyze(text)])
-    if not vocab:
-        raise BadInput("the collection has no text to index")
-    retriever = bm25s.BM25(k1=k1, b=b, method="lucene")
-    retriever.index((corpus, vocab), show_progress=False)
-    return retriever, vocab, ids
+def save_names(folder: Path, vocab: dict[str, int], ids: Sequence[str], meta: IndexMeta) -> None:
+    """Write what an index holds beside the postings."""
+    (folder / _VOCAB).write_bytes(msgspec.json.encode(vocab))
+    Strings.save(ids, folder / _IDS)
+    (folder / _META).write_bytes(msgspec.json.encode(meta))
 
 
 def _top(scores: np.ndarray, k: int) -> list[tuple[int, float]]:

@@ -14,6 +14,7 @@ from tiny import save_tiny_llama, save_tiny_qwen3
 def _own_workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test writes outside its own folder, or finds what another one left."""
     monkeypatch.setenv("QE_EDGE_WORKDIR", str(tmp_path / "work"))
+    monkeypatch.setenv("QE_EDGE_DATA", str(tmp_path / "data-home"))
     monkeypatch.chdir(tmp_path)
 
 

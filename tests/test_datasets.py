@@ -180,3 +180,19 @@ def test_built_in_collections(name):
         expansions = list(read_jsonl(builtin_folder(name) / "expansions" / f"{data.split}.jsonl", Expansion))
         assert {e.query_id: e.query for e in expansions} == data.queries
         assert {e.mode for e in expansions} == {"zero-shot", "few-shot"}
+
+
+def test_the_hash_of_a_large_collection_is_kept_until_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr("qe_edge.datasets._LARGE", 10)
+    folder = tmp_path / "mine"
+    (folder / "qrels").mkdir(parents=True)
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text('{"_id": "d1", "text": "The moon."}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "tides"}\n')
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    first = load_dataset(str(folder)).collection_hash()
+    again = load_dataset(str(folder))
+    monkeypatch.setattr(again, "documents", lambda: pytest.fail("read again"))
+    assert again.collection_hash() == first
+    corpus.write_text('{"_id": "d1", "text": "The sun itself."}\n')
+    assert load_dataset(str(folder)).collection_hash() != first

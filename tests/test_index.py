@@ -48,9 +48,16 @@ def test_ties_keep_the_collections_order():
 
 
 def test_saved_and_opened_it_finds_the_same(index, tmp_path):
-    index.save(tmp_path / "index")
-    opened = Index.open(tmp_path / "index")
+    Index.write(DOCUMENTS, tmp_path, analyzer="english")
+    opened = Index.open(tmp_path)
     assert isinstance(opened.data.base, np.memmap)
+    assert list(opened.ids) == list(index.ids) == ["d1", "d2", "d3", "d4"]
+    assert opened.ids[-1] == "d4" and opened.ids[1:3] == ["d2", "d3"]
+    with pytest.raises(IndexError):
+        opened.ids[4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "data.npy", "ids.bin", "ids.npy", "qe_edge_index.json", "rows.npy", "starts.npy", "vocab.json",
+    ]  # fmt: skip
     assert opened.meta == index.meta
     assert opened.search_text("moon tides", "sun", join=Join()) == index.search_text(
         "moon tides", "sun", join=Join()
@@ -65,9 +72,40 @@ def test_unknown_and_empty_queries_find_nothing(index):
 def test_a_missing_a_damaged_and_an_empty_index_are_named(index, tmp_path):
     with pytest.raises(NotFound, match="no index there"):
         Index.open(tmp_path / "nowhere")
-    index.save(tmp_path / "index")
-    (tmp_path / "index" / "data.npy").write_bytes(b"short")
-    with pytest.raises(BadInput, match="the index is damaged"):
-        Index.open(tmp_path / "index")
+    for name in ("data.npy", "ids.bin", "vocab.json", "qe_edge_index.json"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        Index.write(DOCUMENTS, folder, analyzer="english")
+        (folder / name).write_bytes(b"short")
+        with pytest.raises(BadInput, match="the index is damaged"):
+            Index.open(folder)
     with pytest.raises(BadInput, match="no text to index"):
         Index.build([("d1", "the of")], analyzer="english")
+
+
+@pytest.mark.parametrize(("chunk", "flush"), [(1, 1), (7, 3), (1000, 10_000)])
+def test_chunks_change_nothing_and_every_score_is_bm25ss(tmp_path, monkeypatch, chunk, flush):
+    draw = random.Random(2)
+    words = [f"w{i}" for i in range(30)]
+    texts = [" ".join(draw.choices(words, k=draw.randint(0, 20))) for _ in range(100)]
+    monkeypatch.setattr("qe_edge.postings.CHUNK", chunk)
+    monkeypatch.setattr("qe_edge.postings.FLUSH", flush)
+    index = Index.build([(f"ü{i}", text) for i, text in enumerate(texts)], analyzer="english")
+    assert index.ids[99] == "ü99"
+    retriever = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
+    vocabulary = index.vocab
+    retriever.index(
+        ([[vocabulary[t] for t in text.split()] for text in texts], vocabulary), show_progress=False
+    )
+    theirs = retriever.scores
+    assert np.array_equal(index.starts, theirs["indptr"])
+    assert np.array_equal(index.rows, theirs["indices"])
+    assert np.array_equal(index.data, theirs["data"])
+    assert [index.frequency(f"w{i}") for i in range(30)] == [
+        sum(f"w{i}" in text.split() for text in texts) for i in range(30)
+    ]
+
+
+def test_an_id_that_is_there_twice_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="document 'd1' is there twice"):
+        Index.build([("d1", "moon"), ("d1", "sun")], analyzer="english")
