@@ -10,7 +10,7 @@ import typer
 
 from qe_edge.commands.common import emit
 from qe_edge.commands.look import data_app, doctor
-from qe_edge.commands.measure import bench, export, report, verify
+from qe_edge.commands.measure import bench_app, export, report, verify
 from qe_edge.commands.recipe import demo, run
 from qe_edge.commands.teach import teach
 from qe_edge.commands.train import merge, pairs, train_app
@@ -42,10 +42,11 @@ def _root(
     """Holds the options that need no command."""
 
 
-for command in (demo, doctor, teach, pairs, merge, export, verify, bench, report, expand, search, run):
+for command in (demo, doctor, teach, pairs, merge, export, verify, report, expand, search, run):
     app.command()(command)
 app.add_typer(train_app, name="train")
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

@@ -35,6 +35,10 @@ SHAPES = {
 # <|im_end|> and <|endoftext|> of each family.
 ENDS = {"qwen3": (151_645, 151_643), "llama": (2, 0)}
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+)
+
 
 def shape(name: str, *, layers: int | None = None) -> Any:
     """The transformers configuration of a known model; `layers` below its own make a smaller one.
@@ -78,7 +82,7 @@ def model(name: str, *, layers: int | None = None, dtype: Any, device: str = "cp
 
 
 def tokenizer(name: str) -> Any:
-    """A byte-level BPE without merges, whose padding and end token have the real ids.
+    """A byte-level BPE with one merge (llama.cpp wants some), whose padding and end token have the real ids.
 
     It suffices where rows are ids already, and for the converters, which want Qwen's way to cut a text.
     """
@@ -92,7 +96,8 @@ def tokenizer(name: str) -> Any:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     first = max(pad, end) + 1 if max(pad, end) < len(alphabet) else 0  # SmolLM2's special ids are 0 and 2
     vocabulary = special | {letter: first + i for i, letter in enumerate(alphabet)}
-    backend = Tokenizer(models.BPE(vocabulary, []))
+    vocabulary["ab"] = first + len(alphabet)
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
@@ -102,5 +107,5 @@ def tokenizer(name: str) -> Any:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
     )

@@ -138,10 +138,15 @@ def _newest_model(work: Workdir) -> Path:
     return merge(newest, workdir=work)
 
 
+bench_app = typer.Typer(help="Measure nDCG@10 beside tokens per second, or speed alone.")
+
+
+@bench_app.callback(invoke_without_command=True)
 def bench(
+    context: typer.Context,
     dataset: Annotated[
-        list[str], typer.Option("--dataset", "-d", help="NAME or NAME@SPLIT; repeat for several.")
-    ],
+        list[str] | None, typer.Option("--dataset", "-d", help="NAME or NAME@SPLIT; repeat for several.")
+    ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -171,6 +176,10 @@ def bench(
     json: JsonOption = False,
 ) -> None:
     """Measure nDCG@10 beside tokens per second: BM25, models and teacher."""
+    if context.invoked_subcommand:
+        return
+    if not dataset:
+        raise BadArgument("name at least one data set with --dataset")
     from qe_edge.bench.harness import BenchConfig, default_models, default_teachers
     from qe_edge.bench.harness import bench as verb
 
@@ -200,6 +209,41 @@ def bench(
         label=hardware_label,
     )
     emit_bench(json, "bench", verb(config, out=out, workdir=work))
+
+
+@bench_app.command("speed")
+def bench_speed(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="A GGUF file or builtin:NAME; repeat for several."),
+    ] = None,
+    synthetic: Annotated[
+        list[str] | None,
+        typer.Option(help="A real shape with random weights, such as qwen3-0.6b; nothing is downloaded."),
+    ] = None,
+    quant: Annotated[
+        list[str] | None, typer.Option(help="Kinds of the synthetic ones (default: Q4_K_M).")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads (default: all cores).")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured turns; one more warms up.")] = 3,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+) -> None:
+    """Measure prefill and decode beside the plainest loop over llama.cpp, and the memory's bandwidth."""
+    import msgspec
+
+    from qe_edge.bench.engine_speed import engine_speed, synthetic_gguf, table
+    from qe_edge.models import resolve
+
+    folder = Workdir(workdir).root / "synthetic"
+    names = list(model or [])
+    names += [
+        str(synthetic_gguf(shape, kind, folder)) for shape in synthetic or [] for kind in quant or ["Q4_K_M"]
+    ]
+    if not names:
+        raise BadArgument("name a model with --model or a shape with --synthetic")
+    found = [engine_speed(resolve(name), threads=threads, rounds=rounds) for name in names]
+    emit(json, "bench speed", table(found), metrics={"models": msgspec.to_builtins(found)})
 
 
 def emit_bench(json: bool, command: str, folder: Path, *, report: Path | None = None) -> None:

@@ -1,0 +1,262 @@
+"""`qe-edge bench speed`: what a machine does with a model, beside the plainest loop over llama.cpp.
+
+A synthetic model has a real shape and random weights, so that nothing is downloaded. Its GGUF is put together
+from one quantized layer: each layer of the real mixture of types is a copy of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections import defaultdict
+from contextlib import closing
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from qe_edge import synthetic
+from qe_edge.bench.speed import peak_memory_mb
+from qe_edge.console import note
+from qe_edge.errors import BadArgument, require
+from qe_edge.export.gguf import convert_gguf
+from qe_edge.export.quantize import KINDS, NEED_IMPORTANCE, quantize_gguf
+from qe_edge.manifest import atomic_path, usable_cores
+from qe_edge.models import ModelRef
+
+# Our typical query: the prompt with its query, and an expansion.
+PROMPT, ANSWER = 60, 128
+
+
+class EngineSpeed(msgspec.Struct, frozen=True):
+    """Of one GGUF. Rates are medians over the rounds; `of_loop` is ours by the loop's, round by round.
+
+    `bandwidth_share` is what decoding reads of the weights per second by what a copy in memory moves.
+    """
+
+    model: str
+    threads: int
+    file_mb: float
+    load_s: float
+    first_token_ms: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    loop_tokens_per_s: float
+    of_loop: float
+    bandwidth_gb_s: float
+    bandwidth_share: float
+    peak_memory_mb: float
+
+
+def engine_speed(ref: ModelRef, *, threads: int | None = None, rounds: int = 3) -> EngineSpeed:
+    """Measure a GGUF through our backend and through the plain loop, in turns, in this process.
+
+    Raises:
+        BadArgument: it is no GGUF.
+    """
+    from qe_edge.backends.llama_cpp import LlamaCppBackend
+
+    if not ref.is_gguf or ref.path is None:
+        raise BadArgument(f"{ref.name} is no GGUF file, which the plain loop over llama.cpp needs")
+    threads = threads or usable_cores()
+    start = time.perf_counter()
+    backend = LlamaCppBackend(ref, threads=threads)
+    load_s = time.perf_counter() - start
+    draw = np.random.default_rng(0)
+    prompt = draw.integers(1000, backend._llama.n_vocab() - 1000, PROMPT).tolist()
+    ours, loop = [], []
+    with closing(backend):
+        for turn in range(rounds + 1):  # the first one warms up
+            backend.reset()
+            begin = time.perf_counter()
+            tokens = backend.generate(prompt)
+            next(tokens)
+            first = time.perf_counter()
+            for _ in range(ANSWER - 1):
+                next(tokens)
+            end = time.perf_counter()
+            rate, _ = plain_loop(backend._llama, prompt)
+            if turn:
+                ours.append((first - begin, (ANSWER - 1) / (end - first)))
+                loop.append(rate)
+        read = _bytes_read_per_token(ref.path)
+    peak_mb, bandwidth = peak_memory_mb(), memory_bandwidth(threads)
+    decode = median(rate for _, rate in ours)
+    prefill_s = median(seconds for seconds, _ in ours)
+    return EngineSpeed(
+        model=ref.path.name,
+        threads=threads,
+        file_mb=ref.size_bytes() / 1e6,
+        load_s=load_s,
+        first_token_ms=prefill_s * 1000,
+        prefill_tokens_per_s=PROMPT / prefill_s,
+        decode_tokens_per_s=decode,
+        loop_tokens_per_s=median(loop),
+        of_loop=median(a / b for (_, a), b in zip(ours, loop, strict=True)),
+        bandwidth_gb_s=bandwidth / 1e9,
+        bandwidth_share=decode * read / bandwidth,
+        peak_memory_mb=peak_mb,
+    )
+
+
+def plain_loop(llama: Any, prompt: list[int]) -> tuple[float, list[int]]:
+    """The shortest greedy loop over llama.cpp's functions, in the same context: tokens per second, tokens."""
+    llama_cpp = require("llama_cpp", "llama")
+    context, vocabulary = llama.ctx, llama.n_vocab()
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+
+    def decode(tokens: list[int]) -> int:
+        array = (llama_cpp.llama_token * len(tokens))(*tokens)
+        llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens)))
+        row = ctypes.cast(llama_cpp.llama_get_logits_ith(context, -1), ctypes.POINTER(ctypes.c_float))
+        return int(np.ctypeslib.as_array(row, (vocabulary,)).argmax())
+
+    tokens = [decode(prompt)]
+    start = time.perf_counter()
+    for _ in range(ANSWER - 1):
+        tokens.append(decode(tokens[-1:]))
+    rate = (ANSWER - 1) / (time.perf_counter() - start)
+    llama.reset()  # it would take the loop's cache for its own
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    return rate, tokens
+
+
+def _bytes_read_per_token(file: Path) -> int:
+    """All weights but an embedding table that isn't the output's too, of which one row is read."""
+    from gguf import GGUFReader
+
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(str(file)).tensors}
+    if "output.weight" in sizes:
+        del sizes["token_embd.weight"]
+    return sum(sizes.values())
+
+
+def memory_bandwidth(threads: int) -> float:
+    """Bytes per second that copies of a large array read and write, the best of five, on as many threads."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    sources = [np.ones(1 << 25) for _ in range(threads)]  # 256 MB each, past every cache
+    targets = [np.empty_like(source) for source in sources]
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(5):
+            start = time.perf_counter()
+            list(pool.map(np.copyto, targets, sources))  # NumPy lets go of the interpreter while it copies
+            best = max(best, 2 * sum(s.nbytes for s in sources) / (time.perf_counter() - start))
+    return best
+
+
+def synthetic_gguf(shape: str, kind: str, folder: Path) -> Path:
+    """A GGUF of a real shape with random weights, made once and kept in `folder`.
+
+    Raises:
+        NotFound, BadArgument: no such shape or kind, or one that needs an importance matrix.
+    """
+    if kind not in KINDS or kind in NEED_IMPORTANCE:
+        known = ", ".join(name for name in KINDS if name not in NEED_IMPORTANCE)
+        raise BadArgument(f"no kind {kind!r} for random weights; choose one of: {known}")
+    file = folder / f"{shape}-{kind}.gguf"
+    if file.exists():
+        return file
+    config = synthetic.shape(shape)  # refuses an unknown one
+    note(f"making {file} of random weights (once)")
+    with TemporaryDirectory(dir=_made(folder)) as scratch:
+        types = _types_of(shape, kind, Path(scratch))
+        base = _one_layer(shape, Path(scratch))
+        variants: dict[str, list[str]] = defaultdict(list)  # of the one layer's tensors
+        for name, found in types.items():
+            own = _of_first_layer(name)
+            if found not in variants[own]:
+                variants[own].append(found)
+        passes = []
+        for i in range(max(map(len, variants.values()))):
+            chosen = {name: found[min(i, len(found) - 1)] for name, found in variants.items()}
+            passes.append(quantize_gguf(base, Path(scratch) / f"{i}.gguf", kind, types=chosen))
+        _repeat_layers(passes, types, config.num_hidden_layers, file)
+    return file
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _of_first_layer(name: str) -> str:
+    prefix, dot, rest = name.partition(".")
+    return f"blk.0.{rest.partition('.')[2]}" if prefix == "blk" and dot else name
+
+
+def _one_layer(shape: str, scratch: Path) -> Path:
+    import torch
+
+    model = scratch / "model"
+    synthetic.model(shape, layers=1, dtype=torch.bfloat16).save_pretrained(model)
+    synthetic.tokenizer(shape).save_pretrained(model)
+    return convert_gguf(model, scratch / "base.gguf")
+
+
+def _types_of(shape: str, kind: str, scratch: Path) -> dict[str, str]:
+    """Each matrix's type in a real file of this kind: llama.cpp decides it by name, layer and width alone."""
+    import torch
+    import transformers
+    from gguf import GGUFReader
+
+    config, narrow = synthetic.shape(shape), scratch / "narrow"
+    fits = all(width % 256 == 0 for width in (config.hidden_size, config.intermediate_size))
+    width = 256 if fits else 288
+    config.hidden_size, config.intermediate_size, config.vocab_size = width, 512, 512
+    config.eos_token_id = config.pad_token_id = 0
+    config.head_dim = max(8, 256 // config.num_attention_heads) if fits else 32
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(narrow)
+    synthetic.tokenizer("smollm2-135m").save_pretrained(narrow)
+    quantized = quantize_gguf(convert_gguf(narrow, scratch / "n.gguf"), scratch / "nq.gguf", kind)
+    tensors = GGUFReader(str(quantized)).tensors
+    return {tensor.name: tensor.tensor_type.name for tensor in tensors if len(tensor.shape) == 2}
+
+
+def _repeat_layers(passes: list[Path], types: dict[str, str], layers: int, out: Path) -> None:
+    """Write one file of as many layers, each tensor in its type from the pass that has it."""
+    import gguf
+
+    readers = [gguf.GGUFReader(str(file)) for file in passes]
+    tensors = {(t.name, t.tensor_type.name): t for reader in readers for t in reader.tensors}
+    architecture = readers[0].fields["general.architecture"].contents()
+    with atomic_path(out) as partial:
+        writer = gguf.GGUFWriter(partial, architecture)
+        for name, field in readers[0].fields.items():
+            if name.startswith("GGUF.") or name == "general.architecture":
+                continue
+            value = layers if name.endswith(".block_count") else field.contents()
+            writer.add_key_value(
+                name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None
+            )
+        for tensor in readers[0].tensors:
+            names = [tensor.name]
+            if tensor.name.startswith("blk.0."):
+                names = [f"blk.{i}.{tensor.name.removeprefix('blk.0.')}" for i in range(layers)]
+            for name in names:
+                own = tensors[tensor.name, types.get(name, tensor.tensor_type.name)]
+                writer.add_tensor(name, own.data, raw_dtype=own.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def table(found: list[EngineSpeed]) -> str:
+    """The figures as a Markdown table."""
+    lines = [
+        "| model | MB | load s | first token ms | prefill tok/s | decode tok/s | of the plain loop "
+        "| of the bandwidth | memory MB |",
+        "| :-- | --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    lines += [
+        f"| {s.model} | {s.file_mb:,.0f} | {s.load_s:.2f} | {s.first_token_ms:,.0f} "
+        f"| {s.prefill_tokens_per_s:,.0f} | {s.decode_tokens_per_s:,.1f} | {s.of_loop:.0%} "
+        f"| {s.bandwidth_share:.0%} | {s.peak_memory_mb:,.0f} |"
+        for s in found
+    ]
+    return "\n".join(lines)
