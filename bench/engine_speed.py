@@ -7,6 +7,9 @@ from one quantized layer: each layer of the real mixture of types is a copy of i
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from contextlib import closing
@@ -21,11 +24,11 @@ import numpy as np
 from qe_edge import synthetic
 from qe_edge.bench.speed import peak_memory_mb
 from qe_edge.console import note
-from qe_edge.errors import BadArgument, require
+from qe_edge.errors import BadArgument, QeEdgeError, require
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.quantize import KINDS, NEED_IMPORTANCE, quantize_gguf
 from qe_edge.manifest import atomic_path, usable_cores
-from qe_edge.models import ModelRef
+from qe_edge.models import ModelRef, resolve
 
 # Our typical query: the prompt with its query, and an expansion.
 PROMPT, ANSWER = 60, 128
@@ -51,22 +54,38 @@ class EngineSpeed(msgspec.Struct, frozen=True):
     peak_memory_mb: float
 
 
+class _Request(msgspec.Struct, frozen=True):
+    model: str
+    threads: int
+    rounds: int
+
+
 def engine_speed(ref: ModelRef, *, threads: int | None = None, rounds: int = 3) -> EngineSpeed:
-    """Measure a GGUF through our backend and through the plain loop, in turns, in this process.
+    """Measure a GGUF through our backend and through the plain loop, in turns, in a process of its own.
 
     Raises:
         BadArgument: it is no GGUF.
+        QeEdgeError: it can't be run.
     """
-    from qe_edge.backends.llama_cpp import LlamaCppBackend
-
     if not ref.is_gguf or ref.path is None:
         raise BadArgument(f"{ref.name} is no GGUF file, which the plain loop over llama.cpp needs")
-    threads = threads or usable_cores()
+    request = msgspec.json.encode(_Request(str(ref.path), threads or usable_cores(), rounds))
+    command = [sys.executable, "-P", "-m", "qe_edge.bench.engine_speed"]
+    child = subprocess.run(command, input=request, stdout=subprocess.PIPE, check=False)
+    if child.returncode:
+        raise QeEdgeError(f"the process running {ref.name} ended with exit code {child.returncode}")
+    return msgspec.json.decode(child.stdout, type=EngineSpeed)
+
+
+def _measure(ref: ModelRef, threads: int, rounds: int) -> EngineSpeed:
+    from qe_edge.backends.llama_cpp import LlamaCppBackend
+
+    assert ref.path is not None
     start = time.perf_counter()
     backend = LlamaCppBackend(ref, threads=threads)
     load_s = time.perf_counter() - start
     draw = np.random.default_rng(0)
-    prompt = draw.integers(1000, backend._llama.n_vocab() - 1000, PROMPT).tolist()
+    prompt = draw.integers(0, backend._llama.n_vocab(), PROMPT).tolist()
     ours, loop = [], []
     with closing(backend):
         for turn in range(rounds + 1):  # the first one warms up
@@ -135,10 +154,13 @@ def _bytes_read_per_token(file: Path) -> int:
 
 
 def memory_bandwidth(threads: int) -> float:
-    """Bytes per second that copies of a large array read and write, the best of five, on as many threads."""
+    """Bytes per second that copies of a large array read and write, the best of five, on as many threads.
+
+    It takes a gigabyte, past every cache, however many the threads are.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
-    sources = [np.ones(1 << 25) for _ in range(threads)]  # 256 MB each, past every cache
+    sources = [np.ones((1 << 26) // threads) for _ in range(threads)]
     targets = [np.empty_like(source) for source in sources]
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
@@ -246,6 +268,19 @@ def _repeat_layers(passes: list[Path], types: dict[str, str], layers: int, out: 
         writer.close()
 
 
+def _main() -> None:
+    """In the child."""
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # engines print; the figures alone go to stdout
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=_Request)
+    try:
+        found = _measure(resolve(request.model), request.threads, request.rounds)
+    except QeEdgeError as error:
+        note(f"error: {error}")
+        sys.exit(error.exit_code)
+    os.write(stdout, msgspec.json.encode(found))
+
+
 def table(found: list[EngineSpeed]) -> str:
     """The figures as a Markdown table."""
     lines = [
@@ -260,3 +295,7 @@ def table(found: list[EngineSpeed]) -> str:
         for s in found
     ]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    _main()

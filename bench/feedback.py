@@ -1,7 +1,8 @@
 """BM25 with pseudo-relevance feedback: the baseline that expands a query without any model.
 
-RM3 (Abdul-Jaleel et al., TREC 2004) with Anserini's defaults: the ten best terms of each of the ten best
+RM3 (Abdul-Jaleel et al., TREC 2004) with Anserini's numbers: the ten best terms of each of the ten best
 documents, weighted by the documents' scores, the ten best of these beside the query with half the weight.
+Terms of more than a tenth of the documents are left out as there, but not very short or long ones.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from qe_edge.datasets import Dataset
 from qe_edge.index import Index, Ranking
 
 DOCUMENTS, TERMS, QUERY_WEIGHT = 10, 10, 0.5
-# Terms of more than a tenth of all documents tell nothing; Anserini leaves them out too.
 COMMON = 0.1
 
 
 def rm3(data: Dataset, index: Index, run: Mapping[str, Ranking], depth: int) -> dict[str, Ranking]:
     """Search again with each query's terms and those of the best documents of its plain `run`.
 
-    The documents are read once, and only those that are needed are analysed.
+    The documents are read until all that are needed were there, and only those are analysed.
     """
     wanted = {doc_id for ranking in run.values() for doc_id, _ in ranking[:DOCUMENTS]}
-    vectors = {
-        doc_id: _best_terms(index, Counter(index.analyze(text)))
-        for doc_id, text in data.documents()
-        if doc_id in wanted
-    }
+    vectors: dict[str, dict[str, float]] = {}
+    for doc_id, text in data.documents():
+        if doc_id in wanted:
+            vectors[doc_id] = _best_terms(index, Counter(index.analyze(text)))
+            if len(vectors) == len(wanted):
+                break
     found = {}
     for query_id, query in data.queries.items():
         feedback: dict[str, float] = defaultdict(float)

@@ -27,7 +27,6 @@ from qe_edge.records import Count, Expansion, read_jsonl
 from qe_edge.spec import ModelSpec
 from qe_edge.workdir import RunFolder, Workdir
 
-# From hardly trusting an expansion to hardly trusting the query.
 TUNE_JOINS = (
     "mass:0.3",
     "mass:0.5",
@@ -164,6 +163,8 @@ class _OneDataset:
         self.add("BM25", "bm25", "", plain)
         self.add("BM25 + RM3", "feedback", "", rm3(self.data, self.index, plain, self.depth))
         for label, model in models.items():
+            if self.config.tune_on and label not in tuned:
+                continue  # it failed there; with another join it couldn't be compared
             joins = (tuned[label],) if label in tuned else self.config.joins
             try:
                 self.add_model(label, model, digests[label], joins, warnings)
@@ -192,7 +193,7 @@ class _OneDataset:
         )
 
     def tune(self, models: dict[str, str], failures: list[str]) -> list[Tuning]:
-        """Choose each model's join by its nDCG@10 here; of equals, the one that trusts the query more."""
+        """Choose each model's join by its nDCG@10 here."""
         found = []
         for label, model in models.items():
             try:

@@ -9,7 +9,7 @@ the data set. Differences are paired over the queries, speeds are shares of BF16
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -21,7 +21,7 @@ from qe_edge.console import note
 from qe_edge.errors import QeEdgeError
 from qe_edge.export import export_model
 from qe_edge.export.quantize import MIXED, NEED_IMPORTANCE
-from qe_edge.manifest import read_record
+from qe_edge.manifest import read_record, sha256
 from qe_edge.measures import mean_interval
 from qe_edge.workdir import Workdir
 
@@ -73,16 +73,18 @@ def main(
 def _export(
     model: Path, out: Path, kinds: list[str], calibrate: list[Path], budget_mb: float | None = None
 ) -> list[Exported]:
-    """The kinds' files, or with a budget the mixed one."""
-    export_model(
-        model,
-        out,
-        kinds=kinds or ["Q8_0"],
-        formats=["gguf"],
-        calibrate=calibrate,
-        budget_mb=budget_mb,
-        progress=note,
+    """The kinds' files, or with a budget the mixed one; an earlier run's are used if they are the same."""
+    named = kinds or ["Q8_0"]
+    record = read_record(out)
+    made = (
+        record.get("inputs", {}).get("model", {}).get("sha256"),
+        record.get("settings", {}).get("kinds"),
+        record.get("settings", {}).get("budget_mb"),
+        [file["sha256"] for file in (record.get("calibration") or {"files": []})["files"]],
     )
+    if made != (sha256(model), named, budget_mb, [sha256(path) for path in calibrate]):
+        shared: dict[str, Any] = {"calibrate": calibrate, "budget_mb": budget_mb, "progress": note}
+        export_model(model, out, kinds=named, formats=["gguf"], **shared)
     if budget_mb:
         return [Exported(f"{MIXED} {budget_mb:g} MB", True, out / f"student-{MIXED}.gguf")]
     return [Exported(kind, bool(calibrate), out / f"student-{kind}.gguf") for kind in kinds]

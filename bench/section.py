@@ -132,7 +132,7 @@ def headline(section: Section) -> str:
     """The section in a few plain sentences, no bolder than its intervals allow."""
     row = section.best or max(section.of_kind("teacher"), key=lambda row: row.system.ndcg.mean, default=None)
     if row is None:
-        return "Only plain BM25 was measured here; there is nothing to compare it with."
+        return "Neither a model nor a teacher was measured here, only what BM25 does by itself."
     system, rivals = row.system, len({section.title(other) for other in section.of_kind("model")})
     best_of = f", the best of {rivals}," if rivals > 1 else ""
     subject = section.title(row) if section.best else f"No model was run here. The teacher {system.name}"

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -17,10 +18,10 @@ from pathlib import Path
 import msgspec
 
 from qe_edge.analysis import detect_language
-from qe_edge.errors import BadInput, NotFound, require
+from qe_edge.errors import BadInput, NotFound, QeEdgeError, require
 from qe_edge.manifest import read_json, write_json
 from qe_edge.measures import Qrels
-from qe_edge.official import read_origin
+from qe_edge.official import ORIGIN, read_origin
 from qe_edge.postings import check_ids
 from qe_edge.records import Document, Lang, Query, read_jsonl
 
@@ -80,15 +81,16 @@ class Dataset:
     def collection_hash(self) -> str:
         """SHA-256 over the documents, in their order; of a large collection, kept for the next time."""
         memo = data_home() / _HASHES
-        known = read_json(memo) if self.identity and memo.is_file() else {}
-        if self.identity not in known:
-            digest = hashlib.sha256()
-            for document in self.documents():
-                digest.update(msgspec.json.encode(document))
-            known[self.identity] = digest.hexdigest()
-            if self.identity:
-                write_json(memo, known)
-        return str(known[self.identity])
+        if self.identity and memo.is_file() and (known := read_json(memo).get(self.identity)):
+            return str(known)
+        digest = hashlib.sha256()
+        for document in self.documents():
+            digest.update(msgspec.json.encode(document))
+        if self.identity:
+            with suppress(QeEdgeError, OSError):  # it saves time only
+                found = read_json(memo) if memo.is_file() else {}
+                write_json(memo, found | {self.identity: digest.hexdigest()})
+        return digest.hexdigest()
 
     def fingerprint(self) -> str:
         """SHA-256 over documents, queries and judgments: two results with the same one are comparable."""
@@ -120,9 +122,8 @@ def load_dataset(name: str) -> Dataset:
         with resources.as_file(resources.files("qe_edge") / "data" / base) as path:
             return _load_beir(base, path, split or "test")
     imported = data_home() / base
-    if base and imported.is_dir():
-        origin = read_origin(imported)
-        return _load_beir(f"{base} pool" if origin and origin.pool else base, imported, split)
+    if base and (imported / ORIGIN).is_file():
+        return _load_beir(base, imported, split)
     if base in SHORT_NAMES or "/" in base:
         return _load_ir_datasets(base, split)
     raise NotFound(
@@ -176,6 +177,9 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
         split = "test" if "test" in found else found[0]
     if split not in found:
         raise NotFound(f"{folder} has no split {split!r}; there are: {', '.join(found) or '(none)'}")
+    origin = read_origin(folder)
+    if origin and origin.pool:
+        name = f"{name} pool"
     queries = _read_queries(folder / "queries.jsonl")
     qrels = _read_qrels(folder / "qrels" / f"{split}.tsv", queries)
 
@@ -245,19 +249,26 @@ def _load_ir_datasets(name: str, split: str) -> Dataset:
             f"ir_datasets has no queries or no judgments for {dataset_id}; name a split of it"
         ) from None
     except (OSError, RuntimeError) as error:
-        raise NotFound(
-            f"{dataset_id} could not be downloaded ({error}). Where its host is out of reach, bring the "
-            f"official files: `qe-edge data import {name} --topics FILE --qrels FILE --passages FILE`, or "
-            "give a folder in BEIR layout as the data set"
-        ) from None
+        raise _out_of_reach(name, dataset_id, error) from None
 
     def documents() -> Iterator[tuple[str, str]]:
-        for document in source.docs_iter():
-            yield document.doc_id, document.default_text()
+        try:
+            for document in source.docs_iter():
+                yield document.doc_id, document.default_text()
+        except (OSError, RuntimeError) as error:
+            raise _out_of_reach(name, dataset_id, error) from None
 
     version = importlib.metadata.version("ir-datasets")
     identity = f"ir_datasets {version} {dataset_id}"
     return Dataset(name, split, queries, qrels, documents, identity=identity)
+
+
+def _out_of_reach(name: str, dataset_id: str, error: Exception) -> NotFound:
+    return NotFound(
+        f"{dataset_id} could not be downloaded ({error}). Where its host is out of reach, bring the "
+        f"official files: `qe-edge data import {name} --topics FILE --qrels FILE --passages FILE`, or "
+        "give a folder in BEIR layout as the data set"
+    )
 
 
 class DatasetInfo(msgspec.Struct, frozen=True):

@@ -17,7 +17,7 @@ from qe_edge.analysis import analyzer_for, get_analyzer
 from qe_edge.errors import BadInput, NotFound
 from qe_edge.join import Join
 from qe_edge.manifest import atomic_path
-from qe_edge.postings import DATA, ROWS, STARTS, Strings, check_ids, write_postings
+from qe_edge.postings import DATA, ROWS, STARTS, Strings, write_postings
 
 if TYPE_CHECKING:
     from qe_edge.datasets import Dataset
@@ -77,7 +77,6 @@ class Index:
             BadInput: no document has a term, or an id is there twice or holds blanks.
         """
         vocab, ids = write_postings(documents, get_analyzer(analyzer), folder, k1=k1, b=b)
-        check_ids(ids, None)
         save_names(folder, vocab, ids, IndexMeta(analyzer, k1, b, len(ids)))
 
     @classmethod
@@ -85,8 +84,7 @@ class Index:
         """The index of a data set's documents, kept under `cache`; its language decides the analyzer."""
         analyzer = analyzer or analyzer_for(dataset.lang)
         get_analyzer(analyzer)
-        name = f"{Path(dataset.name).name}-{dataset.collection_hash()[:12]}-{analyzer}-{FORMAT}"
-        folder = cache / name
+        folder = cache / f"{dataset.collection_hash()[:16]}-{analyzer}-{FORMAT}"
         if not folder.exists():
             with atomic_path(folder) as partial:
                 partial.mkdir()

@@ -19,6 +19,7 @@ Run = Mapping[str, Ranking]
 """query id -> ranking."""
 
 RESAMPLES = 10_000
+BATCH = 500  # resamples in memory at a time
 
 
 class Interval(msgspec.Struct, frozen=True):
@@ -112,6 +113,7 @@ def randomization_test(differences: Sequence[float], *, seed: int = 0) -> float:
             permutation_type="samples",
             vectorized=True,
             n_resamples=RESAMPLES,
+            batch=BATCH,
             rng=np.random.default_rng(seed),
         ).pvalue
     )
@@ -154,6 +156,7 @@ def _bootstrap(samples, statistic, seed: int) -> Interval:  # type: ignore[no-un
         paired=True,
         vectorized=True,
         n_resamples=RESAMPLES,
+        batch=BATCH,
         method="percentile",
         rng=np.random.default_rng(seed),
     )

@@ -7,6 +7,8 @@ can stand in for the whole collection, and every figure then says so.
 from __future__ import annotations
 
 import gzip
+import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,8 @@ class Origin(msgspec.Struct, frozen=True):
     name: str
     pool: bool
     passages: int
-    unjudged_documents: int
+    missing_judged: int  # judged passages that aren't there
+    lost_queries: int  # queries that lost all their judgments by that
     files: dict[str, str]  # name -> SHA-256
 
 
@@ -68,8 +71,13 @@ def import_dataset(
 
     Raises:
         NotFound, BadInput: a file is missing or malformed, judges unknown queries, or isn't the official one.
-        BadArgument: passages are missing, and `pool` wasn't given.
+        BadArgument: `name` can't be one, `out` holds something else, or passages are missing and `pool`
+            wasn't given.
     """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise BadArgument(f"{name!r} can't be a data set's name: letters, digits, dots and dashes can")
+    if out.exists() and not (out / ORIGIN).is_file() and (out.is_file() or any(out.iterdir())):
+        raise BadArgument(f"{out} holds something other than `qe-edge data import` made; choose a new folder")
     official = OFFICIAL.get(name)
     if official and sha256(_existing(qrels)) != official.qrels:
         raise BadInput(f"isn't the official file of {name}: its SHA-256 differs", path=qrels)
@@ -77,21 +85,20 @@ def import_dataset(
     judged = list(_judgments(_existing(qrels), queries))
     files = list(_passage_files(_existing(passages)))
     wanted = {doc_id for _, doc_id, _ in judged}
-    found: set[str] = set()
-    count = 0
+    ids: set[str] = set()
     total = official.passages if official else 1
     with atomic_path(out) as partial, progress(f"importing {name}", total) as advance:
         (partial / "qrels").mkdir(parents=True)
         with (partial / "corpus.jsonl").open("wb") as corpus:
             for file in files:
-                for passage in _passages(file):
+                for number, passage in _passages(file):
+                    if passage["_id"] in ids:
+                        raise BadInput(f"passage {passage['_id']!r} is there twice", path=file, line=number)
+                    ids.add(passage["_id"])
                     corpus.write(msgspec.json.encode(passage) + b"\n")
-                    count += 1
-                    if passage["_id"] in wanted:
-                        found.add(passage["_id"])
-                    if count % 1000 == 0:
+                    if len(ids) % 1000 == 0:
                         advance(1000)
-        missing = wanted - found
+        count, missing = len(ids), wanted - ids
         complete = not missing and (official is None or count == official.passages)
         if not complete and not pool:
             expected = f" of {official.passages:,}" if official else ""
@@ -101,11 +108,15 @@ def import_dataset(
                 "figure says so"
             )
         _write_lines(partial / "queries.jsonl", ({"_id": i, "text": text} for i, text in queries.items()))
-        kept = [line for line in judged if line[1] in found]
+        kept = [line for line in judged if line[1] in ids]
+        if not kept:
+            raise BadInput("none of its passages is judged, so nothing could be measured", path=passages)
         lines = "".join(f"{query_id}\t{doc_id}\t{grade}\n" for query_id, doc_id, grade in kept)
         (partial / "qrels" / "test.tsv").write_text(QRELS_HEADER + lines, encoding="utf-8")
         digests = {path.name: sha256(path) for path in (topics, qrels)}
-        origin = Origin(name, not complete, count, len(missing), digests)
+        lost = len({query_id for query_id, _, _ in judged} - {query_id for query_id, _, _ in kept})
+        is_pool = not complete or (pool and official is None)
+        origin = Origin(name, is_pool, count, len(missing), lost, digests)
         write_json(partial / ORIGIN, origin)
     return origin
 
@@ -151,6 +162,9 @@ def _passage_files(passages: Path) -> Iterator[Path]:
         found = [p for p in sorted(passages.rglob("*")) if _kind(p) and p.is_file()]
         if not found:
             raise NotFound(f"{passages} holds no .tsv, .jsonl or .gz of passages; unpack archives first")
+        if any(_kind(p) == "tsv" for p in found) and len(found) > 1:
+            names = ", ".join(p.name for p in found[:3])
+            raise BadArgument(f"{passages} holds several files ({names} …); name the one with the passages")
         yield from found
 
 
@@ -162,23 +176,24 @@ def _kind(path: Path) -> str | None:
     return {".tsv": "tsv", ".jsonl": "json", ".json": "json"}.get(suffix)
 
 
-def _passages(path: Path) -> Iterator[dict[str, str]]:
+def _passages(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and passage, in BEIR's keys."""
     if _kind(path) == "tsv":
         for number, line in _lines(path):
             doc_id, tab, text = line.partition("\t")
             if not tab:
                 raise BadInput("expected a passage's id, a tab and its text", path=path, line=number)
-            yield {"_id": doc_id, "text": text}
+            yield number, {"_id": doc_id, "text": text}
         return
     for number, line in _lines(path):
         try:
             row: dict[str, Any] = msgspec.json.decode(line, type=dict[str, Any])
         except msgspec.MsgspecError as error:
             raise BadInput(f"not a JSON object: {error}", path=path, line=number) from None
-        keys = next(((i, title, text) for i, title, text in _KEYS if i in row and text in row), None)
+        keys = next((k for k in _KEYS if k[0] in row and isinstance(row.get(k[2]), str)), None)
         if keys is None:
             raise BadInput("has no id and text under any known names", path=path, line=number)
-        yield {"_id": str(row[keys[0]]), "title": str(row.get(keys[1], "")), "text": str(row[keys[2]])}
+        yield number, {"_id": str(row[keys[0]]), "title": row.get(keys[1]) or "", "text": row[keys[2]]}
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -188,7 +203,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 yield number, line.decode().rstrip("\r\n")
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise BadInput(f"can't be read on: {error}", path=path, line=number + 1) from None
 
 

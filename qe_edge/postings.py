@@ -8,6 +8,7 @@ term's score in every document is computed beforehand.
 from __future__ import annotations
 
 import mmap
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -100,18 +101,18 @@ def write_postings(
         The vocabulary (term -> its place in starts) and the documents' ids.
 
     Raises:
-        BadInput: no document has a term.
+        BadInput: no document has a term, or an id is there twice or holds blanks.
     """
     spool = folder / "spool"
     with spool.open("wb") as file:
         found = _collect(documents, analyze, file)
     if not found.vocab:
         raise BadInput("the collection has no text to index")
+    check_ids(found.ids, None)
     starts = np.concatenate([[0], np.cumsum(found.frequencies)]).astype(np.int64)
     np.save(folder / STARTS, starts)
-    shape = (int(starts[-1]),)
-    data = np.lib.format.open_memmap(folder / DATA, "w+", np.float32, shape)
-    rows = np.lib.format.open_memmap(folder / ROWS, "w+", np.int32, shape)
+    data = _reserve(folder / DATA, np.float32, int(starts[-1]))
+    rows = _reserve(folder / ROWS, np.int32, int(starts[-1]))
     idf = _idf(found.frequencies, len(found.ids))
     cursors = starts[:-1].copy()
     for documents_of, terms, counts in _chunks(spool, found.sizes):
@@ -126,6 +127,15 @@ def write_postings(
         cursors[terms[first]] += runs
     spool.unlink()
     return found.vocab, found.ids
+
+
+def _reserve(file: Path, dtype: type, size: int) -> np.ndarray:
+    """A mapped array whose room on the disk is taken: a page that finds none would end the process."""
+    array = np.lib.format.open_memmap(file, "w+", dtype, (size,))
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return array
 
 
 def _collect(documents: Iterable[tuple[str, str]], analyze: Analyzer, spool: BinaryIO) -> Collected:

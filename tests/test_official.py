@@ -65,7 +65,7 @@ def beir(folder: Path) -> Path:
 @pytest.mark.parametrize("form", [ms_marco, ms_marco_v2, miracl, beir])
 def test_each_publishers_format_becomes_a_data_set(files: dict[str, Path], tmp_path: Path, form: Any) -> None:
     origin = import_dataset("mine", **files, passages=form(tmp_path), out=tmp_path / "home" / "mine")
-    assert (origin.pool, origin.passages, origin.unjudged_documents) == (False, 3, 0)
+    assert (origin.pool, origin.passages, origin.missing_judged) == (False, 3, 0)
     data = load_dataset("mine")
     assert str(data) == "mine@test"
     assert dict(data.documents()) == PASSAGES
@@ -88,10 +88,37 @@ def test_what_stands_in_for_a_collection_is_called_a_pool(
 
     passages.write_text("d1\tThe moon.\n")
     origin = import_dataset("dl19", **files, passages=passages, out=out, pool=True)
-    assert (origin.pool, origin.unjudged_documents) == (True, 1)
+    assert (origin.pool, origin.missing_judged, origin.lost_queries) == (True, 1, 1)
+    assert str(load_dataset(str(out))) == "dl19 pool@test"  # by its path too
     assert load_dataset("dl19").qrels == {"q1": {"d1": 3}}
     with pytest.raises(BadArgument, match="lacks 1 of the 2 judged ones"):
         import_dataset("mine", **files, passages=passages, out=tmp_path / "mine")
+    # Of a collection whose size nobody knows, the user's word is taken.
+    passages.write_text("d1\tThe moon.\nd2\tYeast.\n")
+    assert import_dataset("mine", **files, passages=passages, out=tmp_path / "mine", pool=True).pool
+    passages.write_text("d9\tNobody judged this.\n")
+    with pytest.raises(BadInput, match="none of its passages is judged"):
+        import_dataset("dl19", **files, passages=passages, out=out, pool=True)
+    assert load_dataset("dl19").qrels == {"q1": {"d1": 3}}  # the good import stays
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/abs", "a@b", ".hidden"])
+def test_a_name_that_could_not_be_loaded_is_refused(
+    files: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(BadArgument, match="can't be a data set's name"):
+        import_dataset(name, **files, passages=ms_marco(tmp_path), out=tmp_path / "home" / "x")
+
+
+def test_only_an_earlier_import_is_replaced(files: dict[str, Path], tmp_path: Path) -> None:
+    passages, out = ms_marco(tmp_path), tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadArgument, match="holds something other than"):
+        import_dataset("mine", **files, passages=passages, out=out)
+    assert (out / "thesis.txt").exists()
+    for _ in range(2):
+        import_dataset("mine", **files, passages=passages, out=tmp_path / "new")
 
 
 def test_other_judgments_than_the_official_ones_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
@@ -127,6 +154,22 @@ def test_broken_archives_and_absent_files_are_named(files: dict[str, Path], tmp_
     part.write_bytes(gzip.compress(b'{"text": "no id"}\n'))
     with pytest.raises(BadInput, match="has no id and text under any known names"):
         import_dataset("mine", **files, passages=whole, out=tmp_path / "out")
+    part.write_bytes(gzip.compress(b'{"pid": "d3", "passage": null}\n'))
+    with pytest.raises(BadInput, match="has no id and text under any known names"):
+        import_dataset("mine", **files, passages=whole, out=tmp_path / "out")
+    zipped = bytearray(gzip.compress(b'{"pid": "d3", "passage": "Iron rusts in water and air."}\n'))
+    zipped[-5] ^= 0xFF  # of its checksum
+    part.write_bytes(zipped)
+    with pytest.raises(BadInput, match=r"msmarco_passage_02.gz:\d: can't be read on"):
+        import_dataset("mine", **files, passages=whole, out=tmp_path / "out")
+    part.write_bytes(gzip.compress(b'{"pid": "d1", "passage": "The moon again."}\n'))
+    with pytest.raises(BadInput, match=r"msmarco_passage_02.gz:1: passage 'd1' is there twice"):
+        import_dataset("mine", **files, passages=whole, out=tmp_path / "out")
+    (tmp_path / "mixed").mkdir()
+    for name in ("collection.tsv", "queries.tsv"):
+        (tmp_path / "mixed" / name).write_text("q1\twhat\n")
+    with pytest.raises(BadArgument, match="name the one with the passages"):
+        import_dataset("mine", **files, passages=tmp_path / "mixed", out=tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(NotFound, match=r"holds no \.tsv"):
         import_dataset("mine", **files, passages=tmp_path / "empty", out=tmp_path / "out")

@@ -25,9 +25,10 @@ def doctor(workdir: WorkdirOption = WORKDIR, json: JsonOption = False) -> None:
 def data_list(json: JsonOption = False) -> None:
     """List the named data sets."""
     from qe_edge.datasets import BUILTIN, SHORT_NAMES, data_home
+    from qe_edge.official import ORIGIN
 
     home = data_home()
-    imported = sorted(path.name for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
+    imported = sorted(path.parent.name for path in home.glob(f"[!.]*/{ORIGIN}"))
     lines = [f"{name:<16} ships with qe-edge" for name in BUILTIN]
     lines += [f"{name:<16} imported, in {home / name}" for name in imported]
     lines += [f"{name:<16} ir_datasets {target}" for name, target in SHORT_NAMES.items()]
@@ -87,11 +88,15 @@ def data_import(
     """Make a data set of official topics, judgments and passages, where the host is out of reach."""
     import msgspec
 
-    from qe_edge.datasets import data_home
+    from qe_edge.datasets import BUILTIN, data_home
+    from qe_edge.errors import BadArgument
     from qe_edge.official import import_dataset
 
+    if name in BUILTIN:
+        raise BadArgument(f"{name} ships with qe-edge; choose another name")
     folder = out or data_home() / name
     origin = import_dataset(name, topics=topics, qrels=qrels, passages=passages, out=folder, pool=pool)
-    what = f"a pool; {origin.unjudged_documents} judged passages are missing" if origin.pool else "complete"
+    lacking = f"{origin.missing_judged:,} judged passages and {origin.lost_queries} queries are left out"
+    what = f"a pool; {lacking}" if origin.pool else "complete"
     text = f"{name} in {folder}: {origin.passages:,} passages, {what}"
     emit(json, "data import", text, artifacts={"folder": folder}, metrics=msgspec.to_builtins(origin))

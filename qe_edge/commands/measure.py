@@ -177,6 +177,10 @@ def bench(
 ) -> None:
     """Measure nDCG@10 beside tokens per second: BM25, models and teacher."""
     if context.invoked_subcommand:
+        given = [name for name in context.params if _is_given(context, name)]
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise BadArgument(f"{flags} comes before `{context.invoked_subcommand}`; put it after")
         return
     if not dataset:
         raise BadArgument("name at least one data set with --dataset")
@@ -211,6 +215,11 @@ def bench(
     emit_bench(json, "bench", verb(config, out=out, workdir=work))
 
 
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 @bench_app.command("speed")
 def bench_speed(
     model: Annotated[
@@ -224,7 +233,7 @@ def bench_speed(
     quant: Annotated[
         list[str] | None, typer.Option(help="Kinds of the synthetic ones (default: Q4_K_M).")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads (default: all cores).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: all cores).")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured turns; one more warms up.")] = 3,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
@@ -242,7 +251,11 @@ def bench_speed(
     ]
     if not names:
         raise BadArgument("name a model with --model or a shape with --synthetic")
-    found = [engine_speed(resolve(name), threads=threads, rounds=rounds) for name in names]
+    models = [resolve(name) for name in names]  # a wrong name is found before the work
+    found = []
+    for ref in models:
+        note(f"bench: {ref.name}")
+        found.append(engine_speed(ref, threads=threads, rounds=rounds))
     emit(json, "bench speed", table(found), metrics={"models": msgspec.to_builtins(found)})
 
 
