@@ -130,6 +130,7 @@ def _speed(rows: list[Generated], reply: Reply, request: Request) -> Speed:
 
 def _work(request: Request) -> Reply:
     """In the child: load, warm up, expand what is missing."""
+    parent = os.getppid()
     _cut_incomplete_line(Path(request.out))
     done = (
         {row.query_id for row in read_jsonl(request.out, Generated)} if Path(request.out).exists() else set()
@@ -149,6 +150,8 @@ def _work(request: Request) -> Reply:
         progress(request.label, len(request.queries), done=len(done)) as advance,
     ):
         for query_id, query in todo.items():
+            if os.getppid() != parent:  # it was killed, and another run may write to this file by now
+                sys.exit(1)
             expander.backend.reset()
             file.write(encode_jsonl([_expand(expander, query_id, query)]))
             file.flush()

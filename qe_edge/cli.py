@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -55,6 +56,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # As after Ctrl-C: children are ended, and what is half-written is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     as_json = "--json" in sys.argv
     try:
         app()

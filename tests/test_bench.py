@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import ir_measures
 import msgspec
@@ -214,6 +216,24 @@ def test_an_interrupted_bench_keeps_what_was_generated(done, student, tmp_path):
     rows, _, _ = generate(request)
     assert rows[0].text.startswith("KEPT ")
     assert [row.query_id for row in rows] == list(request.queries)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_benchs_child_ends_too(student, tmp_path, how):
+    """Or it would go on writing to the file that the next run goes on with."""
+    import psutil
+
+    command = [sys.executable, "-m", "qe_edge.cli", "bench", "-d", "demo-en", "-m", str(student)]
+    process = subprocess.Popen([*command, "--workdir", str(tmp_path)], stderr=subprocess.DEVNULL)
+    while not list(tmp_path.rglob("generated/*/*.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 1
+    process.send_signal(how)
+    assert process.wait() == (-how if how == signal.SIGKILL else 143)
+    gone, alive = psutil.wait_procs(children, timeout=30)
+    assert gone and not alive
 
 
 def test_a_failing_model_leaves_the_others(student, tmp_path):
