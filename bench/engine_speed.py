@@ -185,7 +185,8 @@ def synthetic_gguf(shape: str, kind: str, folder: Path) -> Path:
         return file
     config = synthetic.shape(shape)  # refuses an unknown one
     note(f"making {file} of random weights (once)")
-    with TemporaryDirectory(dir=_made(folder)) as scratch:
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as scratch:
         types = _types_of(shape, kind, Path(scratch))
         base = _one_layer(shape, Path(scratch))
         variants: dict[str, list[str]] = defaultdict(list)  # of the one layer's tensors
@@ -199,11 +200,6 @@ def synthetic_gguf(shape: str, kind: str, folder: Path) -> Path:
             passes.append(quantize_gguf(base, Path(scratch) / f"{i}.gguf", kind, types=chosen))
         _repeat_layers(passes, types, config.num_hidden_layers, file)
     return file
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _of_first_layer(name: str) -> str:

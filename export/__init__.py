@@ -139,7 +139,7 @@ def export_model(
         measured = calibration.importance.describe() if calibration else None
         found = {"files": files, "checks": checks, "calibration": measured, "types": types}
         record = run_record("export", settings, {"model": model}, **found)
-        # So that both can be moved together, and no path of this machine is published.
+        # So that both can be moved together.
         record["inputs"]["model"]["path"] = os.path.relpath(model, out)
         write_json(folder / MANIFEST, record)
     return found

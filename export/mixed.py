@@ -53,7 +53,7 @@ def choose_types(
     """GGUF tensor name -> type of ggml, so that `base` quantized with them has at most `budget` bytes.
 
     `base` is the source's unquantized GGUF, `rows` are token ids with the place where the answer starts, and
-    `scratch` a folder for two quantized files at a time.
+    `scratch` a folder for three quantized files.
 
     Raises:
         BadArgument: the budget is too small for any choice.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ import msgspec
 
 from qe_edge.errors import BadInput, NotFound, NotInstalled
 from qe_edge.records import Lang
+from qe_edge.spec import is_hub_id
 
 Engine = Literal["llama.cpp", "mlx", "transformers"]
 
@@ -71,7 +71,7 @@ def resolve(name: str | Path) -> ModelRef:
         return ModelRef(path.name, "llama.cpp", path)
     if path.is_dir():
         return ModelRef(text, _folder_engine(path), path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".") and path.suffix != ".gguf":
+    if is_hub_id(text) and not text.startswith(".") and path.suffix != ".gguf":
         return ModelRef(text, "transformers", None)
     raise NotFound(
         f"no model {text!r}: it is neither a file, a folder, a hub id (org/name), "
