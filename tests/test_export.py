@@ -171,6 +171,7 @@ def test_an_export_is_verified_later_on(exported: Any, tmp_path: Path) -> None:
         verify_export(copy / "student-F16.gguf", tmp_path / "gone")
 
 
+@pytest.mark.parametrize("exported", ["qwen3"], indirect=True)
 def test_retrieval_before_and_after_is_compared_query_by_query(exported: Any, tmp_path: Path) -> None:
     source, out, _ = exported
     found = compare_retrieval(out / "student-F16.gguf", source, "demo-en", workdir=Workdir(tmp_path))
@@ -183,6 +184,7 @@ def test_retrieval_before_and_after_is_compared_query_by_query(exported: Any, tm
     assert 0 < found["before"] < 1
 
 
+@pytest.mark.parametrize("exported", ["qwen3"], indirect=True)
 def test_verify_prints_what_it_found(
     exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,17 +162,21 @@ def test_every_passing_fault_is_outlived(three, tmp_path, fault):
     assert "�" not in "".join(row.text for row in rows(tmp_path / "out"))
 
 
-def test_a_refused_request_is_marked_and_not_sent_again(three, tmp_path, capsys):
+@pytest.mark.parametrize(("word", "query_id"), [("tides", "q0"), ("sky", "q2")], ids=["first", "last"])
+def test_a_refused_request_is_marked_and_not_sent_again(three, tmp_path, capsys, word, query_id):
     out = tmp_path / "out"
 
     def filtered(number, body):
-        return "400 content filter" if "bread" in body["messages"][1]["content"] else None
+        return "400 content filter" if word in body["messages"][1]["content"] else None
 
     with serve(filtered) as endpoint:
-        outcome = teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=out)
+        ask = AskConfig(endpoint=endpoint.url, concurrency=1)
+        outcome = teach(three, zero_shot(), ask, out=out)
         assert (outcome.done, outcome.failed, outcome.problems) == (3, 1, {"refused": 1})
-        assert "no answer for query q1 (zero-shot, sample 0): 400: content filter" in capsys.readouterr().err
-        assert teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=out).asked == 0
+        assert (
+            f"no answer for query {query_id} (zero-shot, sample 0): 400: content" in capsys.readouterr().err
+        )
+        assert teach(three, zero_shot(), ask, out=out).asked == 0
     assert len(endpoint.requests) == 3
 
 

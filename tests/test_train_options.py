@@ -113,8 +113,8 @@ def test_packed_rows_give_the_same_loss_as_rows_apart(tiny_qwen3, data, tmp_path
     apart = run_sft(tiny_qwen3, data, tmp_path / "apart", batch_size=8)
     packed = run_sft(tiny_qwen3, data, tmp_path / "packed", batch_size=8, packing=True, max_length=256)
     assert len(losses(apart)) == len(losses(packed)) == 1
-    # A row that saw its neighbour would differ in the first digit.
-    assert losses(packed) == pytest.approx(losses(apart), abs=1e-5)
+    # A row that saw its neighbour would differ in the first digit; the sums of another order, in the sixth.
+    assert losses(packed) == pytest.approx(losses(apart), abs=5e-4)
     assert read_record(packed)["rows"] == 8
     assert log_of(packed)[0]["num_tokens"] == log_of(apart)[0]["num_tokens"]
 

@@ -163,6 +163,8 @@ class _Session:
                         group.create_task(self._work(jobs, advance))
             finally:
                 await self.teacher.close()
+        if self.outcome.asked and not self.error:
+            self._mark_refused()
         self.outcome.problems = dict(self.problems)
         self.outcome.cost = round(
             self.budget.price(self.outcome.prompt_tokens, self.outcome.completion_tokens), 6
@@ -205,10 +207,7 @@ class _Session:
 
     def _keep(self, job: Job, answer: Answer, prompt_bytes: int) -> None:
         self._write(self.plan.row(job, answer, keep_bad=self.ask.keep_bad))
-        # The endpoint works, so what it refused before is refused for what it is.
-        for refused in self.refused:
-            self._write(self.plan.refused(refused))
-        self.refused.clear()
+        self._mark_refused()
         self.failures_in_a_row = 0
         self.outcome.asked += 1
         self.outcome.prompt_tokens += answer.prompt_tokens or 0
@@ -218,6 +217,12 @@ class _Session:
             raise QeEdgeError(
                 "the endpoint reports no token usage, so no budget can be kept; run without one"
             )
+
+    def _mark_refused(self) -> None:
+        """The endpoint works, so what it refused is refused for what it is."""
+        for refused in self.refused:
+            self._write(self.plan.refused(refused))
+        self.refused.clear()
 
     def _write(self, row: Expansion) -> None:
         self.ledger.append(row)
