@@ -14,9 +14,12 @@ import pytest
 from tiny import save_tiny_llama, save_tiny_qwen3
 
 from qe_edge.bench.export_speed import LLAMA_CPP_SCRIPT
+from qe_edge.export import export_model
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.mlx import RECIPES, convert_mlx
-from qe_edge.spec import read_spec
+from qe_edge.join import DEFAULT_JOIN
+from qe_edge.prompt import prompt_for
+from qe_edge.spec import ModelSpec, read_spec, write_spec
 
 LLAMA_CPP = os.environ.get("QE_EDGE_LLAMA_CPP")
 needs_llama_cpp = pytest.mark.skipif(
@@ -89,8 +92,26 @@ def save_synthetic(shape: str, folder: Path) -> Path:
     from qe_edge import synthetic
 
     synthetic.model(shape, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="1GB")
-    qwen_tokenizer().save_pretrained(folder)
+    tokenizer = qwen_tokenizer()
+    tokenizer.save_pretrained(folder)
+    prompt = prompt_for(tokenizer.chat_template)
+    write_spec(folder, ModelSpec(prompt=prompt, join=DEFAULT_JOIN, base_model=shape))
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["qwen3-0.6b", "qwen3-1.7b"])
+def test_exports_of_qwen3s_real_shapes_answer_as_transformers_does(shape: str, tmp_path: Path) -> None:
+    """At full depth: token ids of the real vocabulary, and logits of random weights."""
+    pytest.importorskip("mlx_lm")
+    model = save_synthetic(shape, tmp_path / "model")
+
+    checks = export_model(model, tmp_path / "out", kinds=["F16", "BF16"])["checks"]
+    assert checks.keys() == {"student-F16.gguf", "student-BF16.gguf", "student-mlx-bf16"}
+    assert all(check["token_ids"] == "identical" for check in checks.values())
+    assert checks["student-F16.gguf"]["logit_cosine"] >= 0.9999
+    assert checks["student-BF16.gguf"]["logit_cosine"] >= 0.999
+    assert checks["student-mlx-bf16"]["logit_cosine"] >= 0.999
 
 
 MLX_SETTINGS: list[dict[str, Any]] = [
