@@ -1,6 +1,6 @@
 """What each quantization of a student costs: size, closeness to the source, nDCG@10 and speed.
 
-    python -m qe_edge.bench.quantization MODEL --dataset NAME --calibrate FILE --budget-mb 100
+    python -m qe_edge.bench.quantization MODEL --dataset NAME --budget-mb 100
 
 Every kind is exported with and without importance matrix and checked, then all of them expand the queries of
 the data set. Differences are paired over the queries, speeds are shares of BF16's in the same run.
@@ -20,6 +20,7 @@ from qe_edge.commands.common import WORKDIR, WorkdirOption
 from qe_edge.console import note
 from qe_edge.errors import QeEdgeError
 from qe_edge.export import export_model
+from qe_edge.export.lineage import training_data
 from qe_edge.export.quantize import MIXED, NEED_IMPORTANCE
 from qe_edge.manifest import read_record, sha256
 from qe_edge.measures import mean_interval
@@ -44,7 +45,10 @@ class Exported(NamedTuple):
 def main(
     model: Annotated[Path, typer.Argument(help="A merged model folder.")],
     dataset: Annotated[str, typer.Option("--dataset", "-d", help="Queries to expand: NAME or NAME@SPLIT.")],
-    calibrate: Annotated[list[Path], typer.Option(help="Expansions for the importance matrix.")],
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Expansions for the importance matrix (default: what it was trained on)."),
+    ] = None,
     kinds: Annotated[list[str] | None, typer.Option("--quant", help="Kinds (default: eleven).")] = None,
     budget_mb: Annotated[list[float] | None, typer.Option(help="Add a mixed file of this size.")] = None,
     join: Annotated[str | None, typer.Option(help="The join (default: the student's own).")] = None,
@@ -53,11 +57,13 @@ def main(
     """Print a table with a row for each kind, with and without importance matrix."""
     work = Workdir(workdir)
     root = work.root / "quantization"
-    chosen = list(kinds or KINDS)
+    chosen, weighing = list(kinds or KINDS), calibrate or training_data(model)
+    if not weighing:
+        raise QeEdgeError("its training data are not at hand; name expansions with --calibrate")
     plain = [BASE, *(kind for kind in chosen if kind not in NEED_IMPORTANCE)]
-    files = _export(model, root / "without", plain, []) + _export(model, root / "with", chosen, calibrate)
+    files = _export(model, root / "without", plain, []) + _export(model, root / "with", chosen, weighing)
     for budget in budget_mb or []:
-        files += _export(model, root / f"mixed-{budget:g}", [], calibrate, budget)
+        files += _export(model, root / f"mixed-{budget:g}", ["Q4_K_M"], weighing, budget)
     models = tuple(f"{exported.label}={exported.file}" for exported in files)
     config = BenchConfig(datasets=(dataset,), models=models, joins=(join,) if join else ())
     result = read_result(bench(config, workdir=work))
@@ -74,7 +80,6 @@ def _export(
     model: Path, out: Path, kinds: list[str], calibrate: list[Path], budget_mb: float | None = None
 ) -> list[Exported]:
     """The kinds' files, or with a budget the mixed one; an earlier run's are used if they are the same."""
-    named = kinds or ["Q8_0"]
     record = read_record(out)
     made = (
         record.get("inputs", {}).get("model", {}).get("sha256"),
@@ -82,9 +87,12 @@ def _export(
         record.get("settings", {}).get("budget_mb"),
         [file["sha256"] for file in (record.get("calibration") or {"files": []})["files"]],
     )
-    if made != (sha256(model), named, budget_mb, [sha256(path) for path in calibrate]):
-        shared: dict[str, Any] = {"calibrate": calibrate, "budget_mb": budget_mb, "progress": note}
-        export_model(model, out, kinds=named, formats=["gguf"], **shared)
+    if made != (sha256(model), kinds, budget_mb, [sha256(path) for path in calibrate]):
+        # What it was trained on is drawn from as its training did.
+        default = bool(calibrate) and list(calibrate) == training_data(model)
+        shared: dict[str, Any] = {"budget_mb": budget_mb, "progress": note}
+        shared["calibrate"] = None if default else calibrate
+        export_model(model, out, kinds=kinds, formats=["gguf"], **shared)
     if budget_mb:
         return [Exported(f"{MIXED} {budget_mb:g} MB", True, out / f"student-{MIXED}.gguf")]
     return [Exported(kind, bool(calibrate), out / f"student-{kind}.gguf") for kind in kinds]
