@@ -3,8 +3,9 @@
     python -m qe_edge.bench.export_speed --shape qwen3-4b --folder DIR --llama-cpp LLAMA_CPP
 
 Random weights of a real shape are written to DIR (two bytes a weight) and converted in turns, each in a
-process of its own. `write` copies as many bytes as the GGUF has and waits until they are on the disk, the
-least that a conversion takes. Memory is the process's peak, the files that it maps included.
+process of its own, from a source that was just read and so lies in the system's cache where that has room.
+`write` copies the weights and waits until they are on the disk, the least that a conversion takes. Memory is
+the process's peak, the files that it maps included.
 """
 
 from __future__ import annotations
@@ -64,20 +65,21 @@ def main(
         note(f"writing random weights to {model}")
         _child("weights", shape, model)
     theirs = ["gguf llama.cpp"] if llama_cpp else []
-    ways = ["write", "gguf ours", *theirs, "Q4_K_M", "mlx ours", "mlx mlx-lm"]
+    ways = ["write", "gguf ours", *theirs, "mlx ours", "mlx mlx-lm", "Q4_K_M"]
     turns: dict[str, list[Measured]] = {way: [] for way in ways}
     target, base = folder / "converted", folder / f"{shape}.gguf"
     for _ in range(rounds):
         for way in ways:
             note(way)
-            source = {"write": base, "Q4_K_M": base}.get(way, model)
-            if source == base and not base.exists():
+            if way == "Q4_K_M":
                 _child("gguf ours", model, base)
+            source = base if way == "Q4_K_M" else model
+            _read(source)
             os.sync()  # or one turn would pay for the writing of the one before
             more = [llama_cpp] if way == "gguf llama.cpp" else []
             turns[way].append(_child(way, source, target, *more))
             remove(target)
-    remove(base)
+            remove(base)
     sizes = synthetic.shape(shape)
     largest = sizes.vocab_size * sizes.hidden_size * 2 / 1e6  # the embeddings
     print(f"{shape}; the largest tensor has {largest:.0f} MB in the source; {rounds} rounds\n")
@@ -113,10 +115,19 @@ def weights(shape: str, folder: Path) -> None:
         synthetic.tokenizer(shape).save_pretrained(partial)
 
 
-def write(source: Path, target: Path) -> None:
-    """As many bytes as `source` has, a copy of it in memory at a time."""
-    with source.open("rb") as file, target.open("wb") as copy:
-        shutil.copyfileobj(file, copy, 2**24)
+def write(model: Path, target: Path) -> None:
+    """The bytes of the weights, some megabytes in memory at a time."""
+    with target.open("wb") as copy:
+        for path in sorted(model.glob("*.safetensors")):
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, copy, 2**24)
+
+
+def _read(source: Path) -> None:
+    for path in sorted(source.glob("*.safetensors")) if source.is_dir() else [source]:
+        with path.open("rb") as file:
+            while file.read(2**24):
+                pass
 
 
 def gguf_ours(model: Path, target: Path) -> None:

@@ -65,7 +65,8 @@ def test_quantization_compares_every_kind_with_its_source(tiny_qwen3: Path, tmp_
 def test_export_speed_converts_each_way(tmp_path: Path) -> None:
     title, *rows = run("export_speed", "--folder", tmp_path, "--shape", "smollm2-135m", "--rounds", 1)
     assert title[1:] == ["MB", "seconds", "times writing the bytes", "peak memory MB"]
-    assert [row[0] for row in rows] == ["write", "gguf ours", "Q4_K_M", "mlx ours", "mlx mlx-lm"]
+    assert [row[0] for row in rows] == ["write", "gguf ours", "mlx ours", "mlx mlx-lm", "Q4_K_M"]
     size = {row[0]: float(row[1].replace(",", "")) for row in rows}
-    assert size["write"] == size["gguf ours"] > 2 * size["Q4_K_M"]
+    assert size["write"] == pytest.approx(size["gguf ours"], rel=0.02)
+    assert size["gguf ours"] > 2 * size["Q4_K_M"]
     assert size["mlx ours"] == pytest.approx(size["mlx mlx-lm"], rel=0.01)
