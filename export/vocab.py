@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,9 @@ def _token_table(tokenizer: dict[str, Any], vocab_size: int, path: Path) -> tupl
     kind = gguf.TokenType
     table = {number: (text, kind.NORMAL) for text, number in model["vocab"].items()}
     for token in tokenizer.get("added_tokens") or []:
-        table[token["id"]] = (token["content"], kind.CONTROL if token["special"] else kind.USER_DEFINED)
+        # As llama.cpp's script: some that are markup by their looks (Qwen's `<|fim_pad|>`) aren't marked so.
+        markup = token["special"] or re.fullmatch(r"<\|.*\|>|<｜.*｜>", token["content"])
+        table[token["id"]] = (token["content"], kind.CONTROL if markup else kind.USER_DEFINED)
     if max(table, default=0) >= vocab_size:
         raise BadInput(
             f"holds {len(table)} tokens up to id {max(table)}, but the model's vocab_size is {vocab_size}",

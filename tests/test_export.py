@@ -243,6 +243,24 @@ def test_layout_and_precision_of_the_source_do_not_matter(tiny_llama: Path, tmp_
     assert convert_gguf(sharded, tmp_path / "many.gguf").read_bytes() == expected
 
 
+def test_token_types_follow_llama_cpps_script(tiny_qwen3: Path, tmp_path: Path) -> None:
+    """Markup is a control token by its looks; in Qwen's own file `<|fim_pad|>` isn't marked as special."""
+    from gguf import GGUFReader, TokenType
+
+    model = shutil.copytree(tiny_qwen3, tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    (unmarked,) = [token for token in tokenizer["added_tokens"] if token["content"] == "<|endoftext|>"]
+    unmarked["special"] = False
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    fields = GGUFReader(str(convert_gguf(model, tmp_path / "x.gguf"))).fields
+    types = dict(
+        zip(*(fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type")), strict=True)
+    )
+    assert types["<|endoftext|>"] == types["<|im_end|>"] == TokenType.CONTROL
+    assert types["<think>"] == TokenType.USER_DEFINED
+    assert types["e"] == TokenType.NORMAL
+
+
 def test_the_spec_survives_quantization(tiny_llama: Path, tmp_path: Path) -> None:
     import llama_cpp
 
