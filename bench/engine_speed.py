@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -25,10 +25,15 @@ from qe_edge import synthetic
 from qe_edge.bench.speed import peak_memory_mb
 from qe_edge.console import note
 from qe_edge.errors import BadArgument, QeEdgeError, require
+from qe_edge.expander import PARALLEL
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.quantize import KINDS, NEED_IMPORTANCE, quantize_gguf
 from qe_edge.manifest import atomic_path, usable_cores
 from qe_edge.models import ModelRef, resolve
+
+if TYPE_CHECKING:
+    from qe_edge.backends.llama_batch import LlamaBatch
+    from qe_edge.backends.llama_cpp import LlamaCppBackend
 
 # Our typical query: the prompt with its query, and an expansion.
 PROMPT, ANSWER = 60, 128
@@ -36,6 +41,8 @@ PROMPT, ANSWER = 60, 128
 
 class EngineSpeed(msgspec.Struct, frozen=True):
     """Of one GGUF. Rates are medians over the rounds; `of_loop` is ours by the loop's, round by round.
+
+    `batch_tokens_per_s` is what PARALLEL sequences, decoded together, write in all.
 
     `bandwidth_share` is what decoding reads of the weights per second by what a copy in memory moves.
     """
@@ -49,6 +56,7 @@ class EngineSpeed(msgspec.Struct, frozen=True):
     decode_tokens_per_s: float
     loop_tokens_per_s: float
     of_loop: float
+    batch_tokens_per_s: float
     bandwidth_gb_s: float
     bandwidth_share: float
     peak_memory_mb: float
@@ -84,25 +92,27 @@ def _measure(ref: ModelRef, threads: int, rounds: int) -> EngineSpeed:
     start = time.perf_counter()
     backend = LlamaCppBackend(ref, threads=threads)
     load_s = time.perf_counter() - start
-    draw = np.random.default_rng(0)
-    prompt = draw.integers(0, backend._llama.n_vocab(), PROMPT).tolist()
+    prompt = np.random.default_rng(0).integers(0, backend.vocabulary, PROMPT).tolist()
     ours, loop = [], []
     with closing(backend):
+        batch = backend.batch(1)
         for turn in range(rounds + 1):  # the first one warms up
-            backend.reset()
             begin = time.perf_counter()
-            tokens = backend.generate(prompt)
-            next(tokens)
+            number = batch.add(prompt, prefix=0, answer=ANSWER)
+            batch.step()
             first = time.perf_counter()
             for _ in range(ANSWER - 1):
-                next(tokens)
+                batch.step()
             end = time.perf_counter()
-            rate, _ = plain_loop(backend._llama, prompt)
+            batch.remove(number)
+            rate, _ = plain_loop(batch, prompt)
             if turn:
                 ours.append((first - begin, (ANSWER - 1) / (end - first)))
                 loop.append(rate)
+        peak_mb = peak_memory_mb()  # of one sequence at a time
+        together = median(_together(backend, prompt) for _ in range(rounds))
         read = _bytes_read_per_token(ref.path)
-    peak_mb, bandwidth = peak_memory_mb(), memory_bandwidth(threads)
+    bandwidth = memory_bandwidth(threads)
     decode = median(rate for _, rate in ours)
     prefill_s = median(seconds for seconds, _ in ours)
     return EngineSpeed(
@@ -114,6 +124,7 @@ def _measure(ref: ModelRef, threads: int, rounds: int) -> EngineSpeed:
         prefill_tokens_per_s=PROMPT / prefill_s,
         decode_tokens_per_s=decode,
         loop_tokens_per_s=median(loop),
+        batch_tokens_per_s=together,
         of_loop=median(a / b for (_, a), b in zip(ours, loop, strict=True)),
         bandwidth_gb_s=bandwidth / 1e9,
         bandwidth_share=decode * read / bandwidth,
@@ -121,25 +132,38 @@ def _measure(ref: ModelRef, threads: int, rounds: int) -> EngineSpeed:
     )
 
 
-def plain_loop(llama: Any, prompt: list[int]) -> tuple[float, list[int]]:
+def _together(backend: LlamaCppBackend, prompt: list[int]) -> float:
+    """Tokens per second of PARALLEL answers to the same prompt, once all prompts are read."""
+    batch = backend.batch(PARALLEL)
+    numbers = [batch.add(prompt, prefix=0, answer=ANSWER) for _ in range(PARALLEL)]
+    while len(batch.step()) < PARALLEL:
+        pass
+    start = time.perf_counter()
+    written = sum(len(batch.step()) for _ in range(ANSWER // 2))
+    rate = written / (time.perf_counter() - start)
+    for number in numbers:
+        batch.remove(number)
+    return rate
+
+
+def plain_loop(batch: LlamaBatch, prompt: list[int]) -> tuple[float, list[int]]:
     """The shortest greedy loop over llama.cpp's functions, in the same context: tokens per second, tokens."""
     llama_cpp = require("llama_cpp", "llama")
-    context, vocabulary = llama.ctx, llama.n_vocab()
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    batch.clear()
+    context = batch.context
 
     def decode(tokens: list[int]) -> int:
         array = (llama_cpp.llama_token * len(tokens))(*tokens)
         llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens)))
         row = ctypes.cast(llama_cpp.llama_get_logits_ith(context, -1), ctypes.POINTER(ctypes.c_float))
-        return int(np.ctypeslib.as_array(row, (vocabulary,)).argmax())
+        return int(np.ctypeslib.as_array(row, (batch.vocabulary,)).argmax())
 
     tokens = [decode(prompt)]
     start = time.perf_counter()
     for _ in range(ANSWER - 1):
         tokens.append(decode(tokens[-1:]))
     rate = (ANSWER - 1) / (time.perf_counter() - start)
-    llama.reset()  # it would take the loop's cache for its own
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    batch.clear()
     return rate, tokens
 
 
@@ -281,13 +305,13 @@ def table(found: list[EngineSpeed]) -> str:
     """The figures as a Markdown table."""
     lines = [
         "| model | MB | load s | first token ms | prefill tok/s | decode tok/s | of the plain loop "
-        "| of the bandwidth | memory MB |",
-        "| :-- | --: | --: | --: | --: | --: | --: | --: | --: |",
+        f"| {PARALLEL} at once tok/s | of the bandwidth | memory MB |",
+        "| :-- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     lines += [
         f"| {s.model} | {s.file_mb:,.0f} | {s.load_s:.2f} | {s.first_token_ms:,.0f} "
         f"| {s.prefill_tokens_per_s:,.0f} | {s.decode_tokens_per_s:,.1f} | {s.of_loop:.0%} "
-        f"| {s.bandwidth_share:.0%} | {s.peak_memory_mb:,.0f} |"
+        f"| {s.batch_tokens_per_s:,.1f} | {s.bandwidth_share:.0%} | {s.peak_memory_mb:,.0f} |"
         for s in found
     ]
     return "\n".join(lines)

@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 
 from qe_edge.bench.feedback import rm3
+from qe_edge.bench.kept import generate_once
 from qe_edge.bench.quality import DEPTH, MEASURE, compare_all, retrieve, values_of
 from qe_edge.bench.result import RESULT, BenchResult, DatasetResult, Kind, Speed, System, Tuning
-from qe_edge.bench.speed import BUDGETS, Generated, Request, WrongLanguage, generate
+from qe_edge.bench.speed import BUDGETS, Generated, Request, WrongLanguage
 from qe_edge.console import note
 from qe_edge.datasets import BUILTIN, Dataset, builtin_folder, describe, load_dataset
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
@@ -99,7 +100,7 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         if not any(_is_of(row, data) for row in read_jsonl(path, Expansion) for data in loaded):
             warnings.append(f"{path} holds no expansion of these queries")
             note(f"bench: {warnings[-1]}")
-    tuning = _OneDataset(dev, config, run.partial, workdir).tune(models, failures) if dev else []
+    tuning = _OneDataset(dev, config, run.partial, workdir).tune(models, digests, failures) if dev else []
     tuned = {found.model: found.chosen for found in tuning}
     for data in loaded:
         note(f"bench: {data}")
@@ -147,6 +148,7 @@ class _OneDataset:
         self.data, self.config, self.folder = data, config, folder
         # Two collections may have the same name, and two labels the same slug: a hash tells them apart.
         self.slug = f"{_slug(str(data))}-{data.fingerprint()[:8]}"
+        self.cache = workdir.root / "generations"
         self.index = Index.for_dataset(data, workdir.root / "index", analyzer=config.analyzer)
         self.info = describe(data, self.index.ids)
         self.systems: list[System] = []
@@ -192,12 +194,14 @@ class _OneDataset:
             systems=compare_all(self.systems, teacher),
         )
 
-    def tune(self, models: dict[str, str], failures: list[str]) -> list[Tuning]:
+    def tune(
+        self, models: dict[str, str], digests: dict[str, str | None], failures: list[str]
+    ) -> list[Tuning]:
         """Choose each model's join by its nDCG@10 here."""
         found = []
         for label, model in models.items():
             try:
-                rows, *_ = self.generate(label, model)
+                rows, *_ = self.generate(label, model, digests[label])
             except QeEdgeError as error:
                 failures.append(f"{label} on {self.data}: {error}")
                 note(f"bench: {failures[-1]}")
@@ -238,7 +242,9 @@ class _OneDataset:
             )
         )
 
-    def generate(self, label: str, model: str) -> tuple[list[Generated], Speed, ModelSpec]:
+    def generate(
+        self, label: str, model: str, digest: str | None
+    ) -> tuple[list[Generated], Speed, ModelSpec]:
         request = Request(
             model=model,
             lang=self.info.lang,
@@ -248,13 +254,13 @@ class _OneDataset:
             threads=self.config.threads,
             max_tokens=self.config.max_tokens,
         )
-        return generate(request)
+        return generate_once(request, digest, self.cache)
 
     def add_model(
         self, label: str, model: str, digest: str | None, joins: Sequence[str], warnings: list[str]
     ) -> None:
         try:
-            rows, speed, spec = self.generate(label, model)
+            rows, speed, spec = self.generate(label, model, digest)
         except WrongLanguage as error:
             warnings.append(f"{label} was not run on {self.data}: {error}")
             note(f"bench: {warnings[-1]}")

@@ -186,11 +186,17 @@ def _speed(section: Section) -> _Table:
         "prefill_tokens_per_s": "Prompt tokens/s",
         "decode_tokens_per_s": "Decode tokens/s",
         "mean_tokens": "Tokens/query",
+        "first_token_ms_p50": "First token ms",
         "ms_per_query_p50": "ms/query p50",
         "ms_per_query_p95": "ms/query p95",
         "load_s": "Load s",
         "file_mb": "MB file",
         "peak_memory_mb": "MB memory",
+        "joules_per_query": "J/query",
+    }
+    speeds = [row.system.speed for row in section.of_kind("model") if row.system.speed]
+    figures = {
+        name: title for name, title in figures.items() if any(getattr(s, name) is not None for s in speeds)
     }
     rows = [
         [

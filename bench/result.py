@@ -22,7 +22,7 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Rates are totals over totals after one warm-up query; a cold start is `load_s` apart.
     `mean_tokens` counts what the model wrote per query. `threads` is None where the engine takes no such
-    setting (MLX).
+    setting (MLX), `joules_per_query` where the machine doesn't tell what it uses (see `EnergyMeter`).
     """
 
     engine: str
@@ -35,6 +35,8 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mean_tokens: float
     peak_memory_mb: float
     file_mb: float
+    first_token_ms_p50: float | None = None
+    joules_per_query: float | None = None
 
 
 class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

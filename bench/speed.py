@@ -17,6 +17,7 @@ from typing import Literal
 
 import msgspec
 
+from qe_edge.bench.energy import EnergyMeter
 from qe_edge.bench.result import Speed
 from qe_edge.console import progress
 from qe_edge.errors import BadInput, QeEdgeError
@@ -44,6 +45,7 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    joules: float | None = None
     cut: dict[int, str] = {}
 
     def at(self, budget: int) -> str:
@@ -114,17 +116,20 @@ def _speed(rows: list[Generated], reply: Reply, request: Request) -> Speed:
     # The first token comes out of the prefill, so decoding makes one token less than was written,
     # or exactly as many where the end token was decoded too.
     decoded = sum(row.tokens - (row.finish_reason == "length") for row in done)
+    joules = [row.joules for row in done if row.joules is not None]
     return Speed(
         engine=request.engine or ref.engine,
         threads=None if ref.engine == "mlx" else request.threads or usable_cores(),
         load_s=reply.load_s,
         prefill_tokens_per_s=sum(row.prompt_tokens for row in done) / sum(row.prefill_s for row in done),
         decode_tokens_per_s=decoded / max(sum(row.decode_s for row in done), 1e-9),
+        first_token_ms_p50=statistics.median(row.prefill_s for row in done) * 1000,
         ms_per_query_p50=statistics.median(times),
         ms_per_query_p95=times[min(len(times) - 1, round(0.95 * (len(times) - 1)))],
         mean_tokens=statistics.fmean(row.tokens for row in done),
         peak_memory_mb=reply.peak_memory_mb,
         file_mb=ref.size_bytes() / 1e6,
+        joules_per_query=statistics.fmean(joules) if len(joules) == len(done) else None,
     )
 
 
@@ -152,8 +157,10 @@ def _work(request: Request) -> Reply:
         for query_id, query in todo.items():
             if os.getppid() != parent:  # it was killed, and another run may write to this file by now
                 sys.exit(1)
-            expander.backend.reset()
-            file.write(encode_jsonl([_expand(expander, query_id, query)]))
+            expander.forget()
+            meter = EnergyMeter()
+            row = _expand(expander, query_id, query)
+            file.write(encode_jsonl([msgspec.structs.replace(row, joules=meter.joules())]))
             file.flush()
             advance()
     expander.close()
@@ -180,7 +187,7 @@ def _expand(expander: Expander, query_id: str, query: str) -> Generated:
         expanded.tokens,
         expanded.prefill_s,
         expanded.decode_s,
-        {
+        cut={
             budget: " ".join(expander.backend.detokenize(list(expanded.token_ids[:budget])).split())
             for budget in BUDGETS
             if budget < expanded.tokens

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import msgspec
@@ -118,10 +119,12 @@ def encode(pieces: Iterable[Piece], tokenize: Tokenize) -> list[int]:
 
 
 def hugging_face(tokenizer: Any) -> Tokenize:
-    """A Hugging Face tokenizer as `PromptSpec.encode` wants it."""
+    """A Hugging Face tokenizer as `PromptSpec.encode` wants it; for several threads, use one of these."""
+    lock = Lock()  # it keeps `split_special_tokens` in itself while it encodes
 
     def tokenize(text: str, special: bool) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
+        with lock:
+            return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
 
     return tokenize
 

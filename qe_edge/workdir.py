@@ -3,7 +3,7 @@
 qe-edge-work/
     teach/<data set>/                            one folder a data set, which every `qe-edge teach` adds to
     pairs/001/ sft/001/ dpo/001/ merge/001/ export/001/ bench/001/   one folder a run, newest = highest
-    base/ index/                                                    caches; base/ is needed until merged
+    base/ index/ generations/                                       caches; base/ is needed until merged
 """
 
 from __future__ import annotations

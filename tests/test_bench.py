@@ -218,6 +218,27 @@ def test_an_interrupted_bench_keeps_what_was_generated(done, student, tmp_path):
     assert [row.query_id for row in rows] == list(request.queries)
 
 
+def test_what_an_earlier_bench_wrote_is_not_written_again(student, tmp_path, capsys):
+    config = BenchConfig(datasets=("demo-en",), models=(f"one={student}",), max_tokens=2)
+    work = Workdir(tmp_path)
+
+    def generated(**changed):
+        folder = bench(msgspec.structs.replace(config, **changed), workdir=work)
+        (file,) = folder.glob("generated/*/*.jsonl")
+        return file.read_bytes()
+
+    first = generated()
+    assert "of an earlier run" not in capsys.readouterr().err
+    # The times, too, are those of the first.
+    assert generated(models=(f"two={student}",), joins=("mass:2",)) == first
+    assert "two on demo-en@test: texts and times of an earlier run; delete " in capsys.readouterr().err
+    assert generated(max_tokens=3) != first
+    other = tmp_path / "other.gguf"
+    other.write_bytes(student.read_bytes() + b"\0")
+    assert generated(models=(f"one={other}",)) != first
+    assert len(list((tmp_path / "generations").iterdir())) == 3
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_benchs_child_ends_too(student, tmp_path, how):
     """Or it would go on writing to the file that the next run goes on with."""

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from tiny import first_tokens
 
 from qe_edge import ExpandedQuery, Expander
+from qe_edge.backends import OneByOne
 from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.mlx import convert_mlx
@@ -31,8 +33,7 @@ def mlx(tiny_qwen3, tmp_path_factory):
 def greedy(model, query, engine=None, steps=24):
     with Expander.load(model, engine=engine, max_tokens=steps) as expander:
         prompt = expander.spec.prompt.encode(query, expander.backend.tokenize)
-        steps_iter = expander.backend.generate(prompt)
-        return prompt, [next(steps_iter) for _ in range(steps)]
+        return prompt, first_tokens(expander.backend, prompt, steps)
 
 
 @pytest.mark.parametrize("query", QUERIES)
@@ -66,7 +67,8 @@ def test_an_answer_ends_at_the_end_token(gguf, monkeypatch):
     with Expander.load(gguf) as expander:
         (end,) = expander.backend.tokenize("<|im_end|>", True)
         word = expander.backend.tokenize("moon", False)
-        monkeypatch.setattr(expander.backend, "generate", lambda *a, **k: iter([*word, end, *word]))
+        answer = OneByOne(lambda *a, **k: (token for token in [*word, end, *word]), 2048)
+        monkeypatch.setattr(expander._decoder, "_alone", answer)
         expanded = expander.expand("tides")
     assert (expanded.text, expanded.finish_reason, expanded.tokens) == ("moon", "stop", len(word))
 
@@ -76,7 +78,7 @@ def test_repeating_and_resetting_change_nothing(gguf):
         first = expander.expand("what causes tides").text
         expander.expand("something else")
         assert expander.expand("what causes tides").text == first
-        expander.backend.reset()
+        expander.forget()
         assert [e.text for e in expander.expand_many(["what causes tides"] * 2)] == [first] * 2
 
 

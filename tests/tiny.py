@@ -12,6 +12,8 @@ from qe_edge.spec import ModelSpec, write_spec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from qe_edge.backends import Backend
+
 TEXT = """\
 Search engines answer short queries with long documents, and the words of the two often differ. A query
 that asks what causes the tides never says moon or gravity, yet the passages that answer it do. Query
@@ -147,3 +149,12 @@ def _save(folder: Path, config: Any, tokenizer: PreTrainedTokenizerFast, seed: i
     prompt = prompt_for(tokenizer.chat_template)
     write_spec(folder, ModelSpec(prompt=prompt, join=Join(), base_model="tiny"))
     return folder
+
+
+def first_tokens(backend: Backend, prompt: list[int], count: int) -> list[int]:
+    """What the engine writes greedily, past its end tokens."""
+    batch = backend.batch(1)
+    number = batch.add(prompt, prefix=0, answer=count)
+    tokens = [batch.step()[number] for _ in range(count)]
+    batch.remove(number)
+    return tokens

@@ -205,7 +205,10 @@ class LocalTeacher:
         prompt = encode(pieces, expander.backend.tokenize)
         try:
             with self._in_use:
-                written = expander.complete(prompt, temperature=request.temperature, seed=request.seed)
+                # Every candidate of a query asks the same: only the last token is computed again.
+                written = expander.complete(
+                    prompt, prefix=len(prompt) - 1, temperature=request.temperature, seed=request.seed
+                )
         except BadInput as error:
             raise Unanswerable(str(error)) from None
         return Answer(written.text, written.finish_reason, len(prompt), len(written.token_ids))

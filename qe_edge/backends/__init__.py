@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from qe_edge.errors import BadArgument
+from qe_edge.errors import BadArgument, QeEdgeError
 from qe_edge.manifest import usable_cores
 from qe_edge.models import Engine, ModelRef
 from qe_edge.prompt import prompt_for
@@ -18,6 +19,7 @@ class Backend(Protocol):
     engine: Engine
     context: int
     spec: ModelSpec
+    parallel: int  # sequences that can be decoded together
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Token ids of the text without BOS; special tokens are parsed only where asked for."""
@@ -27,19 +29,96 @@ class Backend(Protocol):
         """The text of token ids, special tokens left out."""
         ...
 
-    def generate(self, prompt: list[int], *, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
-        """Yield the tokens that follow the prompt, one by one, until the caller stops asking.
-
-        Temperature 0 is greedy; above it the full distribution is sampled (no top-k, no top-p), so
-        that engines agree on what a temperature means.
-        """
-        ...
-
-    def reset(self) -> None:
-        """Forget the KV cache of earlier prompts, so that the next prompt is prefilled whole."""
+    def batch(self, slots: int) -> Batch:
+        """Room for so many sequences, at most `parallel`."""
         ...
 
     def close(self) -> None: ...
+
+
+class Batch(Protocol):
+    """Sequences that are decoded together. Used by one thread at a time, though not always the same one.
+
+    `longest` is how many tokens one may have, answer included.
+    """
+
+    longest: int
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens can be added now."""
+        ...
+
+    def add(
+        self, prompt: Sequence[int], *, prefix: int, answer: int, temperature: float = 0.0, seed: int = 0
+    ) -> int:
+        """Start a sequence and return its number.
+
+        Its first `prefix` tokens are those of many prompts, and may be kept; of its answer, at most
+        `answer` tokens will be asked for. Temperature 0 is greedy; above it the full distribution is
+        sampled (no top-k, no top-p), so that engines agree on what a temperature means.
+        """
+        ...
+
+    def step(self) -> dict[int, int]:
+        """Compute on: sequence -> its next token, for those that have got one."""
+        ...
+
+    def remove(self, number: int) -> None:
+        """End a sequence."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what is kept of earlier prompts."""
+        ...
+
+    def clear(self) -> None:
+        """End all sequences and drop all that is kept, also after an error in the middle of a step."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class OneByOne:
+    """A batch of one sequence, for an engine that yields an answer's tokens one by one.
+
+    They are computed in a thread of their own: MLX's streams and generators belong to one.
+    """
+
+    def __init__(self, generate: Callable[..., Generator[int, None, None]], longest: int):
+        self._generate, self.longest = generate, longest
+        self._tokens: Generator[int, None, None] | None = None
+        self._thread = ThreadPoolExecutor(1)
+
+    def fits(self, tokens: int) -> bool:
+        return self._tokens is None
+
+    def add(
+        self, prompt: Sequence[int], *, prefix: int, answer: int, temperature: float = 0.0, seed: int = 0
+    ) -> int:
+        self._tokens = self._generate(prompt, temperature=temperature, seed=seed)
+        return 0
+
+    def step(self) -> dict[int, int]:
+        assert self._tokens is not None
+        token = self._thread.submit(next, self._tokens, None).result()
+        if token is None:
+            raise QeEdgeError("the engine stopped in the middle of an answer")
+        return {0: token}
+
+    def remove(self, number: int) -> None:
+        self.clear()
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+    def clear(self) -> None:
+        if self._tokens is not None:
+            self._thread.submit(self._tokens.close).result()
+            self._tokens = None
+
+    def close(self) -> None:
+        self.clear()
+        self._thread.shutdown()
 
 
 def default_spec(ref: ModelRef, chat_template: str | None) -> ModelSpec:

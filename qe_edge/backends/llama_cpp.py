@@ -1,58 +1,92 @@
-"""GGUF files on llama.cpp."""
+"""GGUF files on llama.cpp, through its C functions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import logging
+import weakref
 
 from qe_edge.backends import default_spec
-from qe_edge.errors import BadInput, require
+from qe_edge.backends.llama_batch import CONTEXT, KEPT, LlamaBatch
+from qe_edge.errors import BadInput, QeEdgeError, require
 from qe_edge.models import Engine, ModelRef
 from qe_edge.spec import GGUF_KEY, parse_spec
-
-# Enough for a query of a page and its expansion; a KV cache for the whole 32 k context would cost
-# gigabytes that an expansion never uses.
-CONTEXT = 2048
 
 
 class LlamaCppBackend:
     engine: Engine = "llama.cpp"
 
     def __init__(self, ref: ModelRef, *, threads: int):
-        llama_cpp = require("llama_cpp", "llama")
-        try:
-            self._llama = llama_cpp.Llama(
-                str(ref.path),
-                n_ctx=CONTEXT,
-                n_threads=threads,
-                n_threads_batch=threads,
-                n_gpu_layers=-1,  # all of them where llama.cpp was built for a GPU; ignored elsewhere
-                verbose=False,
-            )
-        except (ValueError, AssertionError, RuntimeError):
-            raise BadInput(_why_unloadable(ref), path=ref.path) from None
-        trained = self._llama._model.n_ctx_train()
-        self.context = min(CONTEXT, trained)
-        metadata = self._llama.metadata
-        if GGUF_KEY in metadata:
-            self.spec = parse_spec(metadata[GGUF_KEY], source=ref.source)
+        self.lib = lib = require("llama_cpp", "llama")
+        # llama.cpp tells what it does, and how a load failed; we say it in our own words.
+        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
+        lib.llama_backend_init()
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = -1  # all of them where llama.cpp was built for a GPU; ignored elsewhere
+        self.model = lib.llama_model_load_from_file(str(ref.path).encode(), params)
+        if not self.model:
+            raise BadInput(_why_unloadable(ref), path=ref.path)
+        self._free = weakref.finalize(self, lib.llama_model_free, self.model)
+        self._batches: weakref.WeakSet[LlamaBatch] = weakref.WeakSet()
+        self._vocab = lib.llama_model_get_vocab(self.model)
+        self.vocabulary: int = lib.llama_vocab_n_tokens(self._vocab)
+        self.threads = threads
+        self.parallel = lib.llama_max_parallel_sequences() - KEPT
+        # Enough for a query of a page and its expansion; a cache for the whole 32 k context would cost
+        # gigabytes that an expansion never uses.
+        self.context = min(CONTEXT, lib.llama_model_n_ctx_train(self.model))
+        spec = self._metadata(GGUF_KEY)
+        if spec is not None:
+            self.spec = parse_spec(spec, source=ref.source)
         else:
-            self.spec = default_spec(ref, metadata.get("tokenizer.chat_template"))
+            self.spec = default_spec(ref, self._metadata("tokenizer.chat_template"))
+
+    def _metadata(self, key: str) -> str | None:
+        size = self.lib.llama_model_meta_val_str(self.model, key.encode(), None, 0)
+        if size < 0:
+            return None
+        buffer = ctypes.create_string_buffer(size + 1)
+        self.lib.llama_model_meta_val_str(self.model, key.encode(), buffer, size + 1)
+        return buffer.value.decode("utf-8", errors="replace")
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        return self._llama.tokenize(text.encode(), add_bos=False, special=special)
+        self._check_open()
+        encoded = text.encode()
+        room = len(encoded) + 1
+        while True:
+            tokens = (self.lib.llama_token * room)()
+            count = self.lib.llama_tokenize(self._vocab, encoded, len(encoded), tokens, room, False, special)
+            if count >= 0:
+                return tokens[:count]
+            room = -count
 
     def detokenize(self, tokens: list[int]) -> str:
-        return self._llama.detokenize(tokens).decode("utf-8", errors="replace")
+        self._check_open()
+        return b"".join(map(self._piece, tokens)).decode("utf-8", errors="replace")
 
-    def generate(self, prompt: list[int], *, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
-        self._llama.set_seed(seed)
-        return self._llama.generate(prompt, temp=temperature, top_k=0, top_p=1.0, min_p=0.0)
+    def _piece(self, token: int) -> bytes:
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            written = self.lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if written >= 0:
+                return buffer.raw[:written]
+            size = -written
 
-    def reset(self) -> None:
-        self._llama.reset()  # the next prompt then matches no prefix, and overwrites the cache
+    def batch(self, slots: int) -> LlamaBatch:
+        made = LlamaBatch(self, slots)
+        self._batches.add(made)
+        return made
 
     def close(self) -> None:
-        self._llama.close()
+        for batch in list(self._batches):
+            batch.close()
+        self._free()
+
+    def _check_open(self) -> None:
+        """What was freed would end the process."""
+        if not self._free.alive:
+            raise QeEdgeError("the model was closed")
 
 
 def _why_unloadable(ref: ModelRef) -> str:

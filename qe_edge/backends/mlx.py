@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 
-from qe_edge.backends import default_spec
+from qe_edge.backends import Batch, OneByOne, default_spec
 from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.models import Engine, ModelRef
 from qe_edge.prompt import hugging_face
@@ -13,6 +13,7 @@ from qe_edge.spec import read_spec
 
 class MlxBackend:
     engine: Engine = "mlx"
+    parallel = 1
 
     def __init__(self, ref: ModelRef):
         self._mx = require("mlx.core", "mlx")
@@ -25,28 +26,31 @@ class MlxBackend:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise BadInput(f"mlx-lm can't load this folder: {error}", path=ref.path) from None
         self._tokenizer = tokenizer._tokenizer
+        self._encode = hugging_face(self._tokenizer)
         self.context = self._model.args.max_position_embeddings
         self.spec = read_spec(ref.path) or default_spec(ref, self._tokenizer.chat_template)
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        return hugging_face(self._tokenizer)(text, special)
+        return self._encode(text, special)
 
     def detokenize(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def generate(self, prompt: list[int], *, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
+    def batch(self, slots: int) -> Batch:
+        return OneByOne(self._generate, self.context)
+
+    def _generate(
+        self, prompt: Sequence[int], *, temperature: float, seed: int
+    ) -> Generator[int, None, None]:
         from mlx_lm.generate import generate_step
         from mlx_lm.sample_utils import make_sampler
 
         self._mx.random.seed(seed)
         steps = generate_step(
-            self._mx.array(prompt), self._model, max_tokens=-1, sampler=make_sampler(temp=temperature)
+            self._mx.array(list(prompt)), self._model, max_tokens=-1, sampler=make_sampler(temp=temperature)
         )
         for token, _ in steps:
             yield int(token)
-
-    def reset(self) -> None:
-        """Nothing to forget: every call starts from an empty cache."""
 
     def close(self) -> None:
         del self._model

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from qe_edge.backends import default_spec
+from qe_edge.backends import Batch, OneByOne, default_spec
 from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.models import Engine, ModelRef
@@ -16,6 +16,7 @@ from qe_edge.spec import read_spec
 
 class TransformersBackend:
     engine: Engine = "transformers"
+    parallel = 1
 
     def __init__(self, ref: ModelRef, *, threads: int):
         self._torch = torch = require("torch", "train")
@@ -36,6 +37,7 @@ class TransformersBackend:
                 hint = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
                 raise NotFound(f"can't load {ref.name} from the hub{hint}: {reason}") from None
             raise BadInput(f"transformers can't load this model folder: {reason}", path=ref.path) from None
+        self._encode = hugging_face(self._tokenizer)
         self._model.eval()
         self.context = self._model.config.max_position_embeddings
         self.spec = (read_spec(Path(ref.path)) if ref.path else None) or default_spec(
@@ -43,15 +45,20 @@ class TransformersBackend:
         )
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        return hugging_face(self._tokenizer)(text, special)
+        return self._encode(text, special)
 
     def detokenize(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def generate(self, prompt: list[int], *, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
+    def batch(self, slots: int) -> Batch:
+        return OneByOne(self._generate, self.context)
+
+    def _generate(
+        self, prompt: Sequence[int], *, temperature: float, seed: int
+    ) -> Generator[int, None, None]:
         torch = self._torch
         generator = torch.Generator(self._model.device).manual_seed(seed)
-        step, cache = torch.tensor([prompt], device=self._model.device), None
+        step, cache = torch.tensor([list(prompt)], device=self._model.device), None
         while True:
             with torch.inference_mode():
                 output = self._model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -61,9 +68,6 @@ class TransformersBackend:
             else:
                 step = logits.argmax(-1, keepdim=True)
             yield int(step)
-
-    def reset(self) -> None:
-        """Nothing to forget: every call starts from an empty cache."""
 
     def close(self) -> None:
         del self._model

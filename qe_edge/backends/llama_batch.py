@@ -1,0 +1,187 @@
+"""Many token sequences in one llama.cpp context, each decoded a token at a time in one common batch.
+
+A weight that is read from memory serves every sequence of the batch, and reading weights is what decoding
+spends its time on. The prefix that prompts share is computed once and kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qe_edge.errors import QeEdgeError
+
+if TYPE_CHECKING:
+    from qe_edge.backends.llama_cpp import LlamaCppBackend
+
+Pick = Callable[[np.ndarray], int]
+"""Logits [vocabulary] -> the next token."""
+
+BATCH = 512  # tokens that one call of llama.cpp gets
+KEPT = 2  # prefixes: a student's prompt in each of its languages
+# Cache for a sequence alone, a page and its expansion, and for the prefixes.
+CONTEXT, PREFIX_CELLS = 2048, 256
+# Cache for each of several: a query of a few lines and its expansion.
+STREAM = 256
+
+
+@dataclass
+class _Running:
+    """A sequence on its way: tokens that llama.cpp hasn't seen yet, and how many it has."""
+
+    pending: list[int]
+    seen: int
+    pick: Pick
+
+
+class LlamaBatch:
+    """Up to `slots` sequences over a loaded model.
+
+    Several have a cache each (a stream, in llama.cpp's words), so that none attends over the others' cells:
+    each is computed as if it were alone. A sequence alone shares one cache, of the whole context, with the
+    prefixes.
+
+    Raises:
+        QeEdgeError: there is no memory for the cache.
+    """
+
+    def __init__(self, backend: LlamaCppBackend, slots: int):
+        self._backend = backend  # keeps the model loaded
+        self._lib = lib = backend.lib
+        self.vocabulary = backend.vocabulary
+        self._slots, self._alone = slots, slots == 1
+        self.longest = backend.context if self._alone else min(STREAM, backend.context)
+        cells = backend.context + PREFIX_CELLS if self._alone else (slots + KEPT) * STREAM
+        params = lib.llama_context_default_params()
+        params.n_ctx = cells
+        params.n_batch = params.n_ubatch = BATCH
+        params.n_seq_max = slots + KEPT
+        params.n_threads = params.n_threads_batch = backend.threads
+        params.kv_unified = self._alone
+        self.context = lib.llama_init_from_model(backend.model, params)
+        if not self.context:
+            raise QeEdgeError(f"llama.cpp can't make a cache of {cells} tokens: memory is short")
+        self._batch = lib.llama_batch_init(BATCH, 0, 1)
+        self._free = weakref.finalize(self, _free, lib, self._batch, self.context)
+        self._memory = lib.llama_get_memory(self.context)
+        self._running: dict[int, _Running] = {}
+        self._prefixes: dict[tuple[int, ...], int] = {}  # the one used last at the end
+
+    def fits(self, tokens: int) -> bool:
+        return len(self._running) < self._slots and tokens <= self.longest
+
+    def add(
+        self, prompt: Sequence[int], *, prefix: int, answer: int, temperature: float = 0.0, seed: int = 0
+    ) -> int:
+        pick = picker(temperature, seed)
+        number = next(i for i in range(KEPT, KEPT + self._slots) if i not in self._running)
+        self._drop(number)  # also what an interrupted call left there
+        start = 0
+        shared = tuple(prompt[: min(prefix, len(prompt) - 1)])
+        if self._make_room(shared, len(prompt) + answer):
+            self._lib.llama_memory_seq_cp(self._memory, self._keep(shared), number, -1, -1)
+            start = len(shared)
+        self._running[number] = _Running(list(prompt[start:]), start, pick)
+        return number
+
+    def step(self) -> dict[int, int]:
+        # One token of each answer first; newcomers' prompts get what is left of the batch.
+        waiting = sorted(self._running.items(), key=lambda item: len(item[1].pending))
+        size, asked = 0, {}
+        for number, sequence in waiting:
+            taken = sequence.pending[: BATCH - size]
+            if not taken:
+                break
+            del sequence.pending[: len(taken)]
+            self._fill(size, taken, sequence.seen, number)
+            sequence.seen += len(taken)
+            size += len(taken)
+            if not sequence.pending:
+                self._batch.logits[size - 1] = True
+                asked[number] = size - 1
+        self._decode(size)
+        found = {}
+        for number, place in asked.items():
+            sequence = self._running[number]
+            found[number] = sequence.pick(self._logits(place))
+            sequence.pending.append(found[number])  # read by the next step, unless it is removed
+        return found
+
+    def remove(self, number: int) -> None:
+        del self._running[number]
+        self._drop(number)
+
+    def forget(self) -> None:
+        while self._prefixes:
+            self._drop(self._prefixes.popitem()[1])
+
+    def clear(self) -> None:
+        self._running.clear()
+        self._prefixes.clear()
+        self._lib.llama_memory_clear(self._memory, True)
+
+    def close(self) -> None:
+        self._free()
+
+    def _make_room(self, prefix: tuple[int, ...], tokens: int) -> bool:
+        """Whether a prefix can be kept beside a sequence of so many tokens; others are dropped for it."""
+        # As if the sequence didn't share its cells: the prefix may be dropped before it ends.
+        room = self.longest + PREFIX_CELLS - tokens if self._alone else KEPT * STREAM
+        kept = prefix if 0 < len(prefix) <= min(room, self.longest) else ()
+        others = [other for other in self._prefixes if other != kept]  # the one not used for longest first
+        while others and (sum(map(len, others)) + len(kept) > room or (kept and len(others) == KEPT)):
+            self._drop(self._prefixes.pop(others.pop(0)))
+        return bool(kept)
+
+    def _keep(self, prefix: tuple[int, ...]) -> int:
+        """The sequence that holds a prefix, computed now if it isn't there."""
+        if prefix in self._prefixes:
+            number = self._prefixes.pop(prefix)
+        else:
+            number = next(i for i in range(KEPT) if i not in self._prefixes.values())
+            self._drop(number)
+            for at in range(0, len(prefix), BATCH):
+                part = prefix[at : at + BATCH]
+                self._fill(0, part, at, number)
+                self._decode(len(part))
+        self._prefixes[prefix] = number
+        return number
+
+    def _drop(self, number: int) -> None:
+        self._lib.llama_memory_seq_rm(self._memory, number, -1, -1)
+
+    def _fill(self, at: int, tokens: Sequence[int], position: int, number: int) -> None:
+        batch = self._batch
+        for i, token in enumerate(tokens):
+            place = at + i
+            batch.token[place], batch.pos[place] = token, position + i
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, number
+            batch.logits[place] = False
+
+    def _decode(self, size: int) -> None:
+        self._batch.n_tokens = size
+        if code := self._lib.llama_decode(self.context, self._batch):
+            raise QeEdgeError(f"llama.cpp could not decode {size} tokens (code {code})")
+
+    def _logits(self, place: int) -> np.ndarray:
+        """Logits [vocabulary] after a token of the last batch, in llama.cpp's own memory."""
+        row = self._lib.llama_get_logits_ith(self.context, place)
+        return np.ctypeslib.as_array(row, (self.vocabulary,))
+
+
+def picker(temperature: float, seed: int) -> Pick:
+    """Greedy, or a draw from the full distribution."""
+    if temperature == 0:
+        return lambda logits: int(logits.argmax())
+    draw = np.random.default_rng(seed % 2**32)
+    # The likeliest of the logits with Gumbel noise is a draw from their softmax.
+    return lambda logits: int((logits / temperature + draw.gumbel(size=logits.shape)).argmax())
+
+
+def _free(lib: Any, batch: Any, context: Any) -> None:
+    lib.llama_batch_free(batch)
+    lib.llama_free(context)

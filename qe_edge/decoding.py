@@ -1,0 +1,207 @@
+"""Answers written together: whoever waits for one advances all, in whichever thread they were asked for.
+
+There is no thread of our own. One caller at a time leads: it lets new prompts in, in the order in which they
+came, and computes one step for everybody, until its own answer is done; then another one leads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from threading import Condition
+from typing import Literal
+
+from qe_edge.backends import Backend, Batch
+from qe_edge.errors import BadInput, QeEdgeError
+
+
+@dataclass(eq=False)
+class Answer:
+    """What is asked of the model, and what it has written so far.
+
+    Its first `prefix` tokens are those of many prompts. Seconds are on `time.perf_counter`'s clock; `first`
+    and `end` are those of the first and of the last token.
+    """
+
+    prompt: list[int]
+    prefix: int
+    budget: int
+    temperature: float = 0.0
+    seed: int = 0
+    tokens: list[int] = field(default_factory=list)
+    finish: Literal["stop", "length"] | None = None
+    error: Exception | None = None
+    abandoned: bool = False  # nobody waits for it any more
+    begin: float = 0.0
+    first: float = 0.0
+    end: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        return self.finish is not None or self.error is not None
+
+    def take(self, token: int, end_token: int) -> None:
+        """Add a token, or finish with it."""
+        self.end = time.perf_counter()
+        self.first = self.first or self.end
+        if token == end_token:
+            self.finish = "stop"
+            return
+        self.tokens.append(token)
+        if len(self.tokens) == self.budget:
+            self.finish = "length"
+
+
+class Decoder:
+    """All answers that a loaded model is writing: several together, and longer ones alone beside them."""
+
+    def __init__(self, backend: Backend, end_token: int):
+        self._backend, self._end = backend, end_token
+        self._alone = backend.batch(1)
+        self._several: Batch | None = None
+        self._slots = self._made = 1  # wished for, and of `_several`
+        self._waiting: deque[Answer] = deque()
+        self._running: dict[tuple[Batch, int], Answer] = {}
+        self._changed = Condition()
+        self._led = self._closed = False
+
+    def ask(self, answer: Answer) -> None:
+        """Let it be written from now on, by whoever waits.
+
+        Raises:
+            BadInput: prompt and budget together don't fit the model's context.
+        """
+        if not answer.prompt:
+            raise BadInput("the prompt is empty")
+        if len(answer.prompt) + answer.budget > self._backend.context:
+            raise BadInput(
+                f"the query takes {len(answer.prompt)} tokens with its prompt; with {answer.budget} for the "
+                f"expansion that is over the model's context of {self._backend.context}. Shorten the query"
+            )
+        self._waiting.append(answer)
+
+    def room(self, slots: int) -> None:
+        """Write so many answers together from now on, or as many as the engine can."""
+        self._slots = max(self._slots, min(slots, self._backend.parallel))
+
+    def wait(self, answer: Answer) -> None:
+        """Return when it is done.
+
+        Raises:
+            QeEdgeError: the engine failed, or was closed.
+        """
+        while self._lead(answer):
+            try:
+                finished = False
+                while not (answer.done or finished):
+                    finished = self._advance()
+            finally:
+                with self._changed:
+                    self._led = False
+                    self._changed.notify_all()
+        if answer.error:
+            raise answer.error
+
+    def _lead(self, answer: Answer) -> bool:
+        """Wait until the answer is done, or until nobody leads: then it's the caller's turn."""
+        with self._changed:
+            self._changed.wait_for(lambda: answer.done or not self._led)
+            if answer.done:
+                return False
+            if self._closed:
+                raise QeEdgeError("the model was closed")
+            self._led = True
+            return True
+
+    def _advance(self) -> bool:
+        """One step of all answers; returns whether one of them is done now."""
+        try:
+            self._drop_abandoned()
+            self._admit()
+            if not self._running:
+                raise QeEdgeError("the engine has no room for a prompt")
+            finished = False
+            for batch in {batch for batch, _ in self._running}:
+                for number, token in batch.step().items():
+                    answer = self._running[batch, number]
+                    answer.take(token, self._end)
+                    if answer.done:
+                        self._remove(batch, number)
+                        finished = True
+            return finished
+        except Exception as error:
+            for answer in (*self._running.values(), *self._waiting):
+                answer.error = error
+            self._waiting.clear()
+            self._clear()
+            return True
+        except BaseException:  # Ctrl-C: the others' answers start again
+            for answer in reversed(self._running.values()):
+                answer.tokens.clear()
+                answer.first = 0.0
+                if answer not in self._waiting:
+                    self._waiting.appendleft(answer)
+            self._clear()
+            raise
+
+    @property
+    def _batches(self) -> list[Batch]:
+        return [self._several, self._alone] if self._several else [self._alone]
+
+    def _clear(self) -> None:
+        self._running.clear()
+        for batch in self._batches:
+            batch.clear()
+
+    def _drop_abandoned(self) -> None:
+        for batch, number in [place for place, answer in self._running.items() if answer.abandoned]:
+            self._remove(batch, number)
+
+    def _remove(self, batch: Batch, number: int) -> None:
+        del self._running[batch, number]
+        batch.remove(number)
+
+    def _admit(self) -> None:
+        """Start those who wait, the first ones first, as far as there is room."""
+        if self._slots > self._made:
+            if any(batch is self._several for batch, _ in self._running):
+                return  # when these are done, there will be a larger one
+            larger = self._backend.batch(self._slots)
+            if self._several:
+                self._several.close()
+            self._several, self._made = larger, self._slots
+        while self._waiting:
+            answer = self._waiting[0]
+            if not answer.abandoned:
+                tokens = len(answer.prompt) + answer.budget
+                batch = next(batch for batch in self._batches if tokens <= batch.longest)
+                if not batch.fits(tokens):
+                    return
+                answer.begin = time.perf_counter()
+                number = batch.add(
+                    answer.prompt,
+                    prefix=answer.prefix,
+                    answer=answer.budget,
+                    temperature=answer.temperature,
+                    seed=answer.seed,
+                )
+                self._running[batch, number] = answer
+            self._waiting.popleft()
+
+    def forget(self) -> None:
+        """Drop what is kept of earlier prompts, so that the next one is computed whole."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._led)
+            for batch in self._batches:
+                batch.forget()
+
+    def close(self) -> None:
+        """End all answers; whoever waits for one gets an error."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._led)
+            self._closed = True
+            self._running.clear()
+            for batch in self._batches:
+                batch.close()
+            self._changed.notify_all()
