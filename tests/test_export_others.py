@@ -105,7 +105,6 @@ def test_exports_of_qwen3s_real_shapes_answer_as_transformers_does(shape: str, t
     """At full depth: token ids of the real vocabulary, and logits of random weights."""
     pytest.importorskip("mlx_lm")
     model = save_synthetic(shape, tmp_path / "model")
-
     checks = export_model(model, tmp_path / "out", kinds=["F16", "BF16"])["checks"]
     assert checks.keys() == {"student-F16.gguf", "student-BF16.gguf", "student-mlx-bf16"}
     assert all(check["token_ids"] == "identical" for check in checks.values())

@@ -41,9 +41,8 @@ class _Running:
 class LlamaBatch:
     """Up to `slots` sequences over a loaded model.
 
-    Several have a cache each (a stream, in llama.cpp's words), so that none attends over the others' cells:
-    each is computed as if it were alone. A sequence alone shares one cache, of the whole context, with the
-    prefixes.
+    Several have a cache each (a stream, in llama.cpp's words), so that none attends over the others' cells. A
+    sequence alone shares one cache, of the whole context, with the prefixes.
 
     Raises:
         QeEdgeError: there is no memory for the cache.
