@@ -4,8 +4,11 @@
 
 Random weights of a real shape are written to DIR (two bytes a weight) and converted in turns, each in a
 process of its own, from a source that was just read and so lies in the system's cache where that has room.
-`write` copies the weights and waits until they are on the disk, the least that a conversion takes. Memory is
-the process's peak, the files that it maps included.
+`write` copies the weights and waits until they are on the disk, the least that a conversion takes.
+`export` is the whole of `qe-edge export --q4`: both conversions, a quantization and all checks.
+
+Memory is the process's peak: all of it, with the pages of files that it maps, which the system drops when
+somebody else needs the room; and its own alone.
 """
 
 from __future__ import annotations
@@ -18,16 +21,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from threading import Event, Thread
 from typing import Annotated, Any
 
 import msgspec
+import psutil
 import typer
 
 from qe_edge import synthetic
 from qe_edge.bench.speed import peak_memory_mb
 from qe_edge.console import note
 from qe_edge.errors import QeEdgeError
+from qe_edge.join import DEFAULT_JOIN
 from qe_edge.manifest import atomic_path, remove, write_json
+from qe_edge.prompt import prompt_for
+from qe_edge.spec import ModelSpec, write_spec
 
 # Runs llama.cpp's own script. It knows a tokenizer by what that does to a text; one that it can't know, such
 # as a synthetic one, is named.
@@ -43,10 +51,11 @@ runpy.run_path(folder + "/convert_hf_to_gguf.py", run_name="__main__")
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """A turn: seconds, the process's peak memory, and the bytes that it left."""
+    """A turn: seconds, the process's peak memory, that without mapped files, and the bytes that it left."""
 
     seconds: float
     peak_mb: float
+    own_peak_mb: float
     bytes: int
 
 
@@ -65,7 +74,7 @@ def main(
         note(f"writing random weights to {model}")
         _child("weights", shape, model)
     theirs = ["gguf llama.cpp"] if llama_cpp else []
-    ways = ["write", "gguf ours", *theirs, "mlx ours", "mlx mlx-lm", "Q4_K_M"]
+    ways = ["write", "gguf ours", *theirs, "mlx ours", "mlx mlx-lm", "Q4_K_M", "export"]
     turns: dict[str, list[Measured]] = {way: [] for way in ways}
     target, base = folder / "converted", folder / f"{shape}.gguf"
     for _ in range(rounds):
@@ -83,16 +92,15 @@ def main(
     sizes = synthetic.shape(shape)
     largest = sizes.vocab_size * sizes.hidden_size * 2 / 1e6  # the embeddings
     print(f"{shape}; the largest tensor has {largest:.0f} MB in the source; {rounds} rounds\n")
-    print(
-        "| way | MB | seconds | times writing the bytes | peak memory MB |\n| :-- | --: | --: | --: | --: |"
-    )
+    print("| way | MB | seconds | times writing the bytes | peak memory MB | without mapped files |")
+    print("| :-- | --: | --: | --: | --: | --: |")
     for way, found in turns.items():
         seconds, size = median(turn.seconds for turn in found), found[0].bytes / 1e6
         # Of each round's own writing: the speed of a disk wanders.
         rates = [write.bytes / write.seconds for write in turns["write"]]
         times = median(turn.seconds / (turn.bytes / rate) for turn, rate in zip(found, rates, strict=True))
-        peak = max(turn.peak_mb for turn in found)
-        print(f"| {way} | {size:,.0f} | {seconds:.1f} | {times:.2f} | {peak:,.0f} |")
+        peak, own = max(turn.peak_mb for turn in found), max(turn.own_peak_mb for turn in found)
+        print(f"| {way} | {size:,.0f} | {seconds:.1f} | {times:.2f} | {peak:,.0f} | {own:,.0f} |")
     if out:
         write_json(out, {"shape": shape, "turns": turns})
 
@@ -107,12 +115,15 @@ def _child(way: str, *arguments: object) -> Measured:
 
 
 def weights(shape: str, folder: Path) -> None:
-    """A model folder of random weights in shards, as the hub has them."""
+    """A model folder of random weights in shards, as the hub has them, with the spec of a student."""
     import torch
 
+    tokenizer = synthetic.tokenizer(shape)
+    spec = ModelSpec(prompt=prompt_for(tokenizer.chat_template), join=DEFAULT_JOIN, base_model=shape)
     with atomic_path(folder) as partial:
         synthetic.model(shape, dtype=torch.bfloat16).save_pretrained(partial, max_shard_size="2GB")
-        synthetic.tokenizer(shape).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_spec(partial, spec)
 
 
 def write(model: Path, target: Path) -> None:
@@ -160,6 +171,12 @@ def mlx_mlx_lm(model: Path, target: Path) -> None:
     convert(str(model), str(target), quantize=True, q_bits=4, q_group_size=64, dtype="bfloat16")
 
 
+def export(model: Path, target: Path) -> None:
+    from qe_edge.export import export_model
+
+    export_model(model, target)
+
+
 WAYS: dict[str, Callable[..., None]] = {
     "weights": weights,
     "write": write,
@@ -168,18 +185,32 @@ WAYS: dict[str, Callable[..., None]] = {
     "Q4_K_M": q4_k_m,
     "mlx ours": mlx_ours,
     "mlx mlx-lm": mlx_mlx_lm,
+    "export": export,
 }
 
 
 def _measure(way: str, arguments: list[Any]) -> Measured:
     """In the child: from the first import to the last byte on the disk."""
+    own = 0
+    over = Event()
+
+    def watch() -> None:
+        nonlocal own
+        while not over.wait(0.02):
+            held = psutil.Process().memory_info()
+            own = max(own, held.rss - getattr(held, "shared", 0))
+
+    watcher = Thread(target=watch)
+    watcher.start()
     start = time.perf_counter()
     WAYS[way](*arguments)
     os.sync()
     seconds = time.perf_counter() - start
+    over.set()
+    watcher.join()
     target = Path(arguments[1])
     files = [target] if target.is_file() else target.rglob("*")
-    return Measured(seconds, peak_memory_mb(), sum(file.stat().st_size for file in files))
+    return Measured(seconds, peak_memory_mb(), own / 1e6, sum(file.stat().st_size for file in files))
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def _calibrate(
     if files:
         progress(f"importance matrix from {', '.join(path.name for path in files)}")
         rows = calibration_rows(files, selection, spec, load_tokenizer(str(source.model)))
-        return _Calibration(rows, measure_importance(source.model, source.architecture, rows, files))
+        return _Calibration(rows, measure_importance(source, rows, files))
     if needing:
         raise BadArgument(
             f"{', '.join(needing)} needs an importance matrix; name expansions for it with --calibrate"

@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qe_edge.errors import BadInput, require
+from qe_edge.export.source import Source
+from qe_edge.export.streamed import Streamed
 from qe_edge.manifest import sha256
 from qe_edge.spec import ModelSpec
 from qe_edge.train.config import SftConfig
 
 ROWS = 128  # of about 190 tokens; llama.cpp's usual hundred chunks of 512 are twice that
+BATCH = 16  # of rows that go through the model together, which is read once for them
 
 
 class Importance(NamedTuple):
@@ -55,38 +58,39 @@ def calibration_rows(
 
 
 def measure_importance(
-    model: Path, architecture: str, rows: Sequence[tuple[list[int], int]], expansions: Sequence[Path]
+    source: Source, rows: Sequence[tuple[list[int], int]], expansions: Sequence[Path]
 ) -> Importance:
-    """Run the model over `calibration_rows`, one at a time, in float32; `expansions` are their files.
+    """Run the source over `calibration_rows` in float32; `expansions` are the files that these are from.
 
-    `architecture` is its name in `gguf.MODEL_ARCH`. The output layer is left out, as by llama.cpp.
+    The output layer is left out, as by llama.cpp.
 
     Raises:
         BadInput: the model can't be loaded, or its activations aren't finite.
     """
     gguf, torch = require("gguf", "llama"), require("torch", "train")
-    from qe_edge.train.student import load_model
-
-    network = load_model(str(model), dtype=torch.float32).eval()
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], network.config.num_hidden_layers)
+    streamed = Streamed(source)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[source.architecture], source.config.num_hidden_layers)
     sums: dict[str, Any] = {}
+    real: Any = None  # [rows of the batch, tokens]: whether it is a token or padding
 
     def add(name: str) -> Any:
         def hook(_: Any, inputs: tuple[Any, ...]) -> None:
-            squares = inputs[0].float().square().sum((0, 1))
+            squares = inputs[0][real].square().sum(0)
             sums[name] = sums[name] + squares if name in sums else squares
 
         return hook
 
-    for name, module in network.model.named_modules(prefix="model"):
+    for name, module in streamed.network.model.named_modules(prefix="model"):
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(add(names.get_name(name) + ".weight"))
-    with torch.inference_mode():
-        for ids, _ in rows:
-            network.model(torch.tensor([ids]), use_cache=False)
-    tokens = sum(len(ids) for ids, _ in rows)
+    ordered = sorted((ids for ids, _ in rows), key=len)  # little padding
+    for start in range(0, len(ordered), BATCH):
+        batch = ordered[start : start + BATCH]
+        real = torch.arange(len(batch[-1])) < torch.tensor([[len(ids)] for ids in batch])
+        streamed.hidden(batch)
+    tokens = sum(map(len, ordered))
     values = {name: (total / tokens).numpy() for name, total in sums.items()}
     if not all(np.isfinite(value).all() for value in values.values()):
-        raise BadInput("its activations are not finite; the training diverged", path=model)
+        raise BadInput("its activations are not finite; the training diverged", path=source.model)
     files = [(path.name, sha256(path)) for path in expansions]
     return Importance(values, files, len(rows), tokens)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, require
 from qe_edge.export.source import Source
+from qe_edge.export.streamed import Streamed
 from qe_edge.prompt import hugging_face
 from qe_edge.spec import ModelSpec, read_spec
 
@@ -49,34 +49,28 @@ class Reference(NamedTuple):
         return self.prompts[query] + self.answers[query]
 
 
-def load_reference(source: Path) -> Reference:
-    """Ask the source model once, in float32; the model is dropped before an export is loaded.
+def load_reference(model: Path) -> Reference:
+    """Ask the source model once, in float32, which it is never held in as a whole.
 
     Raises:
         BadInput: transformers can't load the folder, or it has no qe-edge spec.
     """
-    torch, transformers = require("torch", "train"), require("transformers", "train")
-    Source(source)  # whole and of a kind that can be exported, before transformers reads it
-    quiet_transformers()
-    spec = read_spec(source)
+    transformers = require("transformers", "train")
+    source = Source(model)  # whole and of a kind that can be exported, before transformers reads it
+    spec = read_spec(model)
     if spec is None:
-        raise BadInput("has no qe_edge.json; `qe-edge merge` writes it", path=source)
+        raise BadInput("has no qe_edge.json; `qe-edge merge` writes it", path=model)
+    streamed = Streamed(source)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"transformers can't load it: {error}", path=source) from None
+        raise BadInput(f"transformers can't load its tokenizer: {error}", path=model) from None
     probes = [*QUERIES, *HOSTILE, " ".join(map(str, tokenizer.added_tokens_decoder.values()))]
     tokenize = hugging_face(tokenizer)
     prompts = [spec.prompt.encode(probe, tokenize) for probe in probes]
     (end,) = tokenize(spec.prompt.end, True)
-    greedy = transformers.GenerationConfig(
-        max_new_tokens=min(ANSWER_TOKENS, spec.prompt.max_tokens), eos_token_id=end, pad_token_id=end
-    )
-    answers, logits = [], []
-    with torch.inference_mode():
-        for ids in prompts[: len(QUERIES)]:
-            whole = model.generate(torch.tensor([ids]), generation_config=greedy)
-            answers.append(whole[0, len(ids) :].tolist())
-            logits.append(model(whole).logits[0].numpy())
+    asked = prompts[: len(QUERIES)]
+    answers = streamed.greedy(asked, end=end, most=min(ANSWER_TOKENS, spec.prompt.max_tokens))
+    rows = [prompt + answer for prompt, answer in zip(asked, answers, strict=True)]
+    logits = [found.numpy() for found in streamed.logits(rows)]
     return Reference(spec, probes, prompts, answers, logits)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Hugging Face's class name -> the name in `gguf.MODEL_ARCH`, and in llama.cpp in lower case.
 ARCHITECTURES = {"Qwen3ForCausalLM": "QWEN3", "LlamaForCausalLM": "LLAMA"}
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Size = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -71,15 +71,15 @@ class Source:
         """How many weights there are; tied embeddings count once."""
         return sum(map(math.prod, self.shapes.values()))
 
-    def tensor(self, name: str, element: Any) -> Tensor:
-        """A tensor in another dtype of torch.
+    def tensor(self, name: str, element: Any, *, rows: slice = slice(None)) -> Tensor:
+        """A tensor, or some of its rows, in another dtype of torch.
 
         Raises:
             BadInput: it holds NaN or infinite values, or values too large for `element`.
         """
         # Opened anew each time, or all that was ever read of the file would stay mapped.
         with self._open(self._files[name]) as file:
-            tensor = file.get_tensor(name)
+            tensor = file.get_slice(name)[rows]
         cast = tensor.to(element)
         if not _finite(cast):
             if _finite(tensor):
@@ -106,7 +106,7 @@ class Source:
         if missing := [name for name in self.shapes if name not in files]:
             raise BadInput(f"lacks {_some(missing)}", path=self.model)
         # Some savers store the head of a tied model too; it is the embedding again, and is not read.
-        known = self.shapes.keys() | ({_HEAD} if self.config.tie_word_embeddings else set())
+        known = self.shapes.keys() | ({HEAD} if self.config.tie_word_embeddings else set())
         if extra := sorted(files.keys() - known):
             raise BadInput(f"holds tensors that have no place in the export: {_some(extra)}", path=self.model)
         for name, shape in self.shapes.items():
@@ -185,12 +185,12 @@ def expected_shapes(architecture: str, config: HfConfig) -> dict[str, tuple[int,
     }
     if architecture == "QWEN3":
         layer |= {"self_attn.q_norm": (config.head_size,), "self_attn.k_norm": (config.head_size,)}
-    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (config.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for number in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
-        shapes[_HEAD] = (config.vocab_size, hidden)
+        shapes[HEAD] = (config.vocab_size, hidden)
     return shapes
 
 

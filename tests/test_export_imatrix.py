@@ -17,6 +17,7 @@ from qe_edge.export import export_model
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.imatrix import Importance, calibration_rows, measure_importance
 from qe_edge.export.quantize import KINDS, NEED_IMPORTANCE, quantize_gguf
+from qe_edge.export.source import Source
 from qe_edge.manifest import read_record, sha256
 from qe_edge.spec import read_spec
 from qe_edge.train.config import SftConfig
@@ -40,7 +41,7 @@ def importance(tiny_qwen3: Path, data: Path) -> Importance:
     assert spec
     files = [data / "expansions.jsonl"]
     rows = calibration_rows(files, SftConfig(), spec, load_tokenizer(str(tiny_qwen3)))
-    return measure_importance(tiny_qwen3, "QWEN3", rows, files)
+    return measure_importance(Source(tiny_qwen3), rows, files)
 
 
 def test_importance_is_the_mean_square_of_a_matrixs_inputs(

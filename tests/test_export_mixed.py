@@ -89,7 +89,7 @@ def test_an_effect_is_what_the_quantized_group_alone_does(merged: Path, tmp_path
     assert spec
     files = [merged.parent.parent / "expansions.jsonl"]
     rows = calibration_rows(files, SftConfig(), spec, load_tokenizer(str(merged)))[:2]
-    importance = measure_importance(merged, source.architecture, rows, files)
+    importance = measure_importance(source, rows, files)
     base = convert_gguf(merged, tmp_path / "base.gguf", dtype="f32")
     groups, student = group(source), Student(source, rows)
     start = quantize_gguf(base, tmp_path / "start.gguf", "Q4_K_M", importance=importance)
