@@ -81,7 +81,7 @@ def _llama(model: Path, threads: int, expander: Expander) -> Way:
         written = 0
         for query in queries:
             prompt = expander.spec.prompt.encode(query, expander.backend.tokenize)
-            found: Any = llama(prompt, max_tokens=expander.max_tokens, temperature=0.0, stop=[end])
+            found: Any = llama(prompt, max_tokens=expander.budget_tokens, temperature=0.0, stop=[end])
             written += found["usage"]["completion_tokens"]
         return written
 

@@ -22,6 +22,8 @@ from qe_edge.bench.result import Speed
 from qe_edge.console import progress
 from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.expander import Expander
+from qe_edge.expansion import FinishReason
+from qe_edge.gate import OPEN
 from qe_edge.manifest import usable_cores
 from qe_edge.models import Engine, resolve
 from qe_edge.records import Lang, encode_jsonl, read_jsonl
@@ -40,7 +42,7 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     query_id: str
     text: str
-    finish_reason: Literal["stop", "length", "failed"]
+    finish_reason: FinishReason | Literal["failed"]
     prompt_tokens: int = 0
     tokens: int = 0
     prefill_s: float = 0.0
@@ -142,7 +144,11 @@ def _work(request: Request) -> Reply:
     )
     start = time.perf_counter()
     expander = Expander.load(
-        request.model, engine=request.engine, threads=request.threads, max_tokens=request.max_tokens
+        request.model,
+        engine=request.engine,
+        threads=request.threads,
+        budget_tokens=request.max_tokens,
+        gate=OPEN,
     )
     load_s = time.perf_counter() - start
     if request.lang not in expander.spec.prompt.languages:

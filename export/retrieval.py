@@ -10,6 +10,7 @@ import msgspec
 from qe_edge.console import progress
 from qe_edge.datasets import Dataset, load_dataset
 from qe_edge.expander import Expander
+from qe_edge.gate import OPEN
 from qe_edge.index import Index
 from qe_edge.measures import mean, mean_interval, per_query
 from qe_edge.models import Engine
@@ -39,7 +40,7 @@ def compare_retrieval(exported: Path, source: Path, dataset: str, *, workdir: Wo
 
 def _ndcg(model: Path, engine: Engine | None, data: Dataset, index: Index) -> dict[str, float]:
     with (
-        Expander.load(model, engine=engine) as expander,
+        Expander.load(model, engine=engine, gate=OPEN) as expander,
         progress(f"expanding with {model.name}", len(data.queries)) as advance,
     ):
         run = {}

@@ -9,9 +9,11 @@ Importing this loads no torch, transformers, mlx or llama_cpp.
 """
 
 from qe_edge.errors import QeEdgeError
-from qe_edge.expander import ExpandedQuery, Expander
+from qe_edge.expander import Expander
+from qe_edge.expansion import ExpandedQuery
+from qe_edge.gate import Gate
 from qe_edge.index import Index
 from qe_edge.join import Join
 
-__all__ = ["ExpandedQuery", "Expander", "Index", "Join", "QeEdgeError"]
+__all__ = ["ExpandedQuery", "Expander", "Gate", "Index", "Join", "QeEdgeError"]
 __version__ = "0.1.0"

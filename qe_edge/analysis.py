@@ -36,32 +36,35 @@ def count_words(text: str) -> int:
     return sum(1 if word else len(cjk) for cjk, word in _CJK_OR_WORD.findall(text))
 
 
-def _english() -> Analyzer:
-    import Stemmer
+def words_of(text: str, *, cjk: int = 2) -> list[str]:
+    """Words in lower case as they stand, and overlapping pieces of `cjk` characters of Chinese."""
+    terms: list[str] = []
+    for run, word in _CJK_OR_WORD.findall(text.lower()):
+        terms += [word] if word else [run[i : i + cjk] for i in range(max(1, len(run) - cjk + 1))]
+    return terms
+
+
+@cache
+def stop_words() -> frozenset[str]:
+    """English function words."""
     from bm25s.stopwords import STOPWORDS_EN
 
-    stop_words = frozenset(STOPWORDS_EN)
-    stem = Stemmer.Stemmer("english").stemWords
+    return frozenset(STOPWORDS_EN)
+
+
+def _english() -> Analyzer:
+    import Stemmer
+
+    stop, stem = stop_words(), Stemmer.Stemmer("english").stemWords
 
     def analyze(text: str) -> list[str]:
-        return stem([word for word in _WORD.findall(text.lower()) if word not in stop_words])
+        return stem([word for word in _WORD.findall(text.lower()) if word not in stop])
 
     return analyze
 
 
 def _cjk() -> Analyzer:
-    def analyze(text: str) -> list[str]:
-        terms: list[str] = []
-        for cjk, word in _CJK_OR_WORD.findall(text.lower()):
-            if word:
-                terms.append(word)
-            elif len(cjk) == 1:
-                terms.append(cjk)
-            else:
-                terms.extend(cjk[i : i + 2] for i in range(len(cjk) - 1))
-        return terms
-
-    return analyze
+    return words_of
 
 
 def _jieba() -> Analyzer:

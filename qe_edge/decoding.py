@@ -6,8 +6,10 @@ came, and computes one step for everybody, until its own answer is done; then an
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Condition
 from typing import Literal
@@ -20,8 +22,9 @@ from qe_edge.errors import BadInput, QeEdgeError
 class Answer:
     """What is asked of the model, and what it has written so far.
 
-    Its first `prefix` tokens are those of many prompts. Seconds are on `time.perf_counter`'s clock; `first`
-    and `end` are those of the first and of the last token.
+    Its first `prefix` tokens are those of many prompts. It also ends where `enough` says so of its tokens,
+    and at the `deadline`. Seconds are on `time.perf_counter`'s clock; `first` and `end` are those of the
+    first and of the last token.
     """
 
     prompt: list[int]
@@ -29,8 +32,11 @@ class Answer:
     budget: int
     temperature: float = 0.0
     seed: int = 0
+    enough: Callable[[list[int]], bool] | None = None
+    deadline: float = math.inf
+    streamed: bool = False  # somebody waits for each token
     tokens: list[int] = field(default_factory=list)
-    finish: Literal["stop", "length"] | None = None
+    finish: Literal["stop", "length", "dry", "deadline"] | None = None
     error: Exception | None = None
     abandoned: bool = False  # nobody waits for it any more
     begin: float = 0.0
@@ -51,6 +57,14 @@ class Answer:
         self.tokens.append(token)
         if len(self.tokens) == self.budget:
             self.finish = "length"
+        elif self.enough and self.enough(self.tokens):
+            self.finish = "dry"
+
+    def is_late(self) -> bool:
+        """Whether its time is up; then it is done with what is there."""
+        if not self.done and time.perf_counter() >= self.deadline:
+            self.finish = "deadline"
+        return self.finish == "deadline"
 
 
 class Decoder:
@@ -85,17 +99,16 @@ class Decoder:
         """Write so many answers together from now on, or as many as the engine can."""
         self._slots = max(self._slots, min(slots, self._backend.parallel))
 
-    def wait(self, answer: Answer) -> None:
-        """Return when it is done.
+    def wait(self, answer: Answer, *, beyond: float = math.inf) -> None:
+        """Return when it is done, or has more than `beyond` tokens (if it is `streamed`).
 
         Raises:
             QeEdgeError: the engine failed, or was closed.
         """
-        while self._lead(answer):
+        while self._lead(answer, beyond):
             try:
-                finished = False
-                while not (answer.done or finished):
-                    finished = self._advance()
+                while not (answer.is_late() or answer.done or self._advance()):
+                    pass
             finally:
                 with self._changed:
                     self._led = False
@@ -103,32 +116,46 @@ class Decoder:
         if answer.error:
             raise answer.error
 
-    def _lead(self, answer: Answer) -> bool:
-        """Wait until the answer is done, or until nobody leads: then it's the caller's turn."""
+    def _lead(self, answer: Answer, beyond: float) -> bool:
+        """Wait until the answer is there, or until nobody leads: then it's the caller's turn."""
+
+        def ready() -> bool:
+            return answer.done or answer.abandoned or len(answer.tokens) > beyond or answer.is_late()
+
         with self._changed:
-            self._changed.wait_for(lambda: answer.done or not self._led)
-            if answer.done:
+            left = answer.deadline - time.perf_counter()
+            # Whoever leads may be in the middle of a step when the time is up.
+            self._changed.wait_for(lambda: ready() or not self._led, None if left == math.inf else left)
+            if ready():
                 return False
             if self._closed:
                 raise QeEdgeError("the model was closed")
             self._led = True
             return True
 
+    def wake(self) -> None:
+        """Let those look up whose answer was abandoned."""
+        with self._changed:
+            self._changed.notify_all()
+
     def _advance(self) -> bool:
-        """One step of all answers; returns whether one of them is done now."""
+        """One step of all answers; returns whether somebody got what they wait for."""
         try:
-            self._drop_abandoned()
+            self._drop_ended()
             self._admit()
             if not self._running:
-                raise QeEdgeError("the engine has no room for a prompt")
+                if self._waiting:
+                    raise QeEdgeError("the engine has no room for a prompt")
+                return True
             finished = False
             for batch in {batch for batch, _ in self._running}:
                 for number, token in batch.step().items():
                     answer = self._running[batch, number]
-                    answer.take(token, self._end)
-                    if answer.done:
+                    if not answer.done:  # it may have become late meanwhile
+                        answer.take(token, self._end)
+                    if answer.done or answer.is_late():
                         self._remove(batch, number)
-                        finished = True
+                    finished |= answer.done or answer.streamed
             return finished
         except Exception as error:
             for answer in (*self._running.values(), *self._waiting):
@@ -154,8 +181,10 @@ class Decoder:
         for batch in self._batches:
             batch.clear()
 
-    def _drop_abandoned(self) -> None:
-        for batch, number in [place for place, answer in self._running.items() if answer.abandoned]:
+    def _drop_ended(self) -> None:
+        """Those that nobody waits for any more, and those whose time is up."""
+        over = [place for place, answer in self._running.items() if answer.abandoned or answer.is_late()]
+        for batch, number in over:
             self._remove(batch, number)
 
     def _remove(self, batch: Batch, number: int) -> None:
@@ -173,7 +202,7 @@ class Decoder:
             self._several, self._made = larger, self._slots
         while self._waiting:
             answer = self._waiting[0]
-            if not answer.abandoned:
+            if not (answer.abandoned or answer.is_late()):
                 tokens = len(answer.prompt) + answer.budget
                 batch = next(batch for batch in self._batches if tokens <= batch.longest)
                 if not batch.fits(tokens):

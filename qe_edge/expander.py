@@ -2,57 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import math
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple, TypeVar
 
-from qe_edge.analysis import analyzer_for, detect_language, get_analyzer
+from qe_edge.analysis import words_of
 from qe_edge.backends import Backend, open_backend
+from qe_edge.cache import ExpansionCache
 from qe_edge.decoding import Answer, Decoder
 from qe_edge.errors import BadArgument, BadInput
-from qe_edge.join import Join
+from qe_edge.expansion import ExpandedQuery, FinishReason
+from qe_edge.gate import OPEN, Gate
 from qe_edge.models import Engine, resolve
+from qe_edge.prompt import clean_query
 from qe_edge.spec import ModelSpec
 
+T = TypeVar("T")
 PARALLEL = 16  # queries decoded together: more bring little, and each takes memory
-
-
-@dataclass(frozen=True)
-class ExpandedQuery:
-    """A query with what the student wrote for it.
-
-    `finish_reason` is `stop` when the student ended by itself, `length` when the token budget cut it.
-    Times are in seconds: prefill runs until the first token, decode from there to the end. They include the
-    steps of the answers that were written at the same time.
-    """
-
-    query: str
-    text: str
-    join: Join
-    prompt_tokens: int
-    token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
-    prefill_s: float
-    decode_s: float
-
-    def __str__(self) -> str:
-        return self.text
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens the student wrote, its end token not counted."""
-        return len(self.token_ids)
-
-    def terms(self, analyzer: str | None = None) -> dict[str, float]:
-        """Weighted index terms of query and expansion, joined by the student's own rule.
-
-        `analyzer` is that of your index; by default the language's own.
-        """
-        analyze = get_analyzer(analyzer or analyzer_for(detect_language(self.query)))
-        return self.join(analyze(self.query), analyze(self.text))
 
 
 class Completion(NamedTuple):
@@ -60,9 +34,19 @@ class Completion(NamedTuple):
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     prefill_s: float
     decode_s: float
+
+
+@dataclass
+class _Asked:
+    """A query on its way: its expansion if that needs no student, else the answer that is awaited."""
+
+    query: str
+    ready: ExpandedQuery | None = None
+    answer: Answer | None = None
+    key: str = ""
 
 
 class Expander:
@@ -72,22 +56,39 @@ class Expander:
     expander.expand("what causes tides").text
     """
 
-    def __init__(self, backend: Backend, *, max_tokens: int | None = None):
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        budget_tokens: int | None = None,
+        parallel: int = 1,
+        stop_when_dry: int | None = None,
+        gate: Gate | None = None,
+        cache: ExpansionCache | None = None,
+        digest: str = "",
+    ):
         self.backend = backend
-        self.max_tokens = backend.spec.prompt.max_tokens if max_tokens is None else max_tokens
+        self.budget_tokens = backend.spec.prompt.max_tokens if budget_tokens is None else budget_tokens
         end = backend.tokenize(self.spec.prompt.end, True)
         if len(end) != 1:
             raise BadInput(
                 f"the model's vocabulary has no single token {self.spec.prompt.end!r} to end an answer"
             )
-        if self.max_tokens < 1:
+        if self.budget_tokens < 1:
             raise BadArgument("the token budget must be at least 1")
+        if stop_when_dry is not None and stop_when_dry < 1:
+            raise BadArgument("stop_when_dry is a number of tokens, at least 1")
+        self._dry, self._cache = stop_when_dry, cache
+        self.gate = self.spec.gate if gate is None else gate
         # What every prompt of a language begins with is what two of its prompts have in common.
         self._prefixes = [
             _common(*(self.spec.prompt.encode(query, backend.tokenize) for query in pair))
             for pair in (("a", "7"), ("水", "火"))
         ]
+        self._settings = f"{digest} {self.spec.to_json()} {self.budget_tokens} {stop_when_dry}"
         self._decoder = Decoder(backend, end[0])
+        self._threads: ThreadPoolExecutor | None = None
+        self._room(parallel)
 
     @classmethod
     def load(
@@ -96,29 +97,69 @@ class Expander:
         *,
         engine: Engine | None = None,
         threads: int | None = None,
-        max_tokens: int | None = None,
+        budget_tokens: int | None = None,
+        parallel: int = 1,
+        stop_when_dry: int | None = None,
+        gate: Gate | None = None,
+        cache: ExpansionCache | Path | str | None = None,
     ) -> Expander:
         """Load a .gguf file, an MLX or Hugging Face folder, a hub id or a `builtin:` model.
 
-        Prompt, join and token budget come from the model itself; `max_tokens` lowers or raises the budget.
+        Prompt, join, gate and token budget come from the model itself.
+
+        Args:
+            threads: that compute; all cores by default.
+            budget_tokens: of an expansion, instead of the model's own.
+            parallel: queries from several threads or tasks that are decoded together, on llama.cpp.
+            stop_when_dry: end an expansion after so many tokens that brought no new word.
+            gate: when the plain query is searched instead; `qe_edge.gate.OPEN` for never.
+            cache: a SQLite file for greedy expansions, to be used again by this and other processes. A hub
+                id's, whose weights may change, are not kept.
 
         Raises:
             NotFound, BadInput, NotInstalled: see `qe_edge.models.resolve` and the backends.
         """
-        return cls(open_backend(resolve(model), engine=engine, threads=threads), max_tokens=max_tokens)
+        ref = resolve(model)
+        kept = ExpansionCache(cache) if isinstance(cache, str | Path) else cache
+        return cls(
+            open_backend(ref, engine=engine, threads=threads),
+            budget_tokens=budget_tokens,
+            parallel=parallel,
+            stop_when_dry=stop_when_dry,
+            gate=gate,
+            cache=kept if ref.path else None,
+            digest=f"{kept.digest(ref.path)} {engine or ref.engine}" if kept and ref.path else "",
+        )
 
     @property
     def spec(self) -> ModelSpec:
         return self.backend.spec
 
-    def expand(self, query: str, *, temperature: float = 0.0, seed: int = 0) -> ExpandedQuery:
+    def expand(
+        self,
+        query: str,
+        *,
+        deadline_ms: float | None = None,
+        scores: Sequence[float] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> ExpandedQuery:
         """Write one expansion; greedy unless a temperature is given.
 
+        At `deadline_ms` after the call the expansion ends with what is there, if need be with nothing: at
+        most one step of the model later. `scores` are what plain BM25 found for the query, best first, for
+        the gate.
+
         Raises:
-            BadInput: the query is blank, or with its expansion doesn't fit the model's context.
+            BadInput: the query is blank or, with an open gate, doesn't fit the model's context.
         """
-        answer = self._ask(query, temperature=temperature, seed=seed)
-        return self._expanded(query, self._completed(answer), answer)
+        asked = self._ask(query, deadline_ms=deadline_ms, scores=scores, temperature=temperature, seed=seed)
+        return self._expanded(asked)
+
+    def stream(self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()) -> Stream:
+        """As `expand`, but the text can be read while it is written."""
+        asked = self._ask(query, deadline_ms=deadline_ms, scores=scores, streamed=True)
+        return Stream(self, asked)
 
     def expand_many(self, queries: Iterable[str], *, parallel: int = PARALLEL) -> Iterator[ExpandedQuery]:
         """Expand queries greedily and yield them in their order, some of them read ahead.
@@ -130,34 +171,73 @@ class Expander:
         Raises:
             BadInput: as `expand`, after the queries before it.
         """
-        if parallel < 1:
-            raise BadArgument("at least 1 query at a time")
-        self._decoder.room(parallel)
+        self._room(parallel)
         coming: Iterator[str] | None = iter(queries)
         problem: Exception | None = None
-        asked: deque[tuple[str, Answer]] = deque()
+        waiting: deque[_Asked] = deque()
         try:
             while True:
                 # As many again wait for their turn, or a place would be empty until the oldest is yielded.
-                while coming is not None and len(asked) < 2 * parallel:
+                while coming is not None and len(waiting) < 2 * parallel:
                     try:
-                        query = next(coming)
-                        asked.append((query, self._ask(query)))
+                        waiting.append(self._ask(next(coming)))
                     except StopIteration:
                         coming = None
                     except Exception as error:  # when those before it are yielded
                         coming, problem = None, error
-                if not asked:
+                if not waiting:
                     break
-                query, answer = asked[0]
-                completion = self._completed(answer)
-                asked.popleft()
-                yield self._expanded(query, completion, answer)
+                expanded = self._expanded(waiting[0])
+                waiting.popleft()
+                yield expanded
         finally:
-            for _, answer in asked:
-                answer.abandoned = True
+            for asked in waiting:
+                self._abandon(asked)
         if problem:
             raise problem
+
+    async def aexpand(
+        self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()
+    ) -> ExpandedQuery:
+        """`expand` for asyncio; a cancelled one is no longer written."""
+        asked = self._ask(query, deadline_ms=deadline_ms, scores=scores)
+        return await self._in_thread(asked, lambda: self._expanded(asked))
+
+    async def aexpand_many(
+        self, queries: Iterable[str], *, parallel: int = PARALLEL
+    ) -> AsyncIterator[ExpandedQuery]:
+        """`expand_many` for asyncio."""
+        expanded = self.expand_many(queries, parallel=parallel)
+        try:
+            while (one := await self._in_thread(None, lambda: next(expanded, None))) is not None:
+                yield one
+        finally:
+            expanded.close()  # type: ignore[attr-defined]  # it is a generator
+
+    async def astream(
+        self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()
+    ) -> AsyncIterator[str | ExpandedQuery]:
+        """`stream` for asyncio: pieces of text, then the expanded query."""
+        asked = self._ask(query, deadline_ms=deadline_ms, scores=scores, streamed=True)
+        stream = Stream(self, asked)
+        pieces = iter(stream)
+        try:
+            while (piece := await self._in_thread(asked, lambda: next(pieces, None))) is not None:
+                yield piece
+            yield stream.expanded
+        finally:
+            self._abandon(asked)
+
+    async def _in_thread(self, asked: _Asked | None, work: Callable[[], T]) -> T:
+        """Wait for it in a thread of our own: asyncio has too few for many that wait."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(256, thread_name_prefix="qe-edge")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except asyncio.CancelledError:
+            if asked:
+                self._abandon(asked)
+            raise
 
     def complete(
         self, prompt: list[int], *, prefix: int = 0, temperature: float = 0.0, seed: int = 0
@@ -169,45 +249,116 @@ class Expander:
         Raises:
             BadInput: prompt and budget together don't fit the model's context.
         """
-        answer = Answer(prompt, prefix, self.max_tokens, temperature, seed)
+        answer = Answer(prompt, prefix, self.budget_tokens, temperature, seed)
         self._decoder.ask(answer)
         return self._completed(answer)
 
-    def _ask(self, query: str, *, temperature: float = 0.0, seed: int = 0) -> Answer:
+    def _ask(
+        self,
+        query: str,
+        *,
+        deadline_ms: float | None = None,
+        scores: Sequence[float] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+        streamed: bool = False,
+    ) -> _Asked:
+        """Let it be written from now on, unless the gate or the cache make that needless."""
         if temperature < 0:
             raise BadArgument("a temperature can't be negative")
+        deadline = math.inf if deadline_ms is None else time.perf_counter() + deadline_ms / 1000
+        if reason := self.gate.before(clean_query(query), scores):
+            return _Asked(query, ready=ExpandedQuery(query, "", self.spec.join, fallback=reason))
+        key = ""
+        if self._cache and temperature == 0:
+            key = hashlib.sha256(f"{self._settings} {clean_query(query)}".encode()).hexdigest()
+            if found := self._cache.get(key, Completion):
+                return _Asked(query, ready=self._judged(query, found, cached=True))
         prompt = self.spec.prompt.encode(query, self.backend.tokenize)
         prefix = max(len(known) if prompt[: len(known)] == known else 0 for known in self._prefixes)
-        answer = Answer(prompt, prefix, self.max_tokens, temperature, seed)
-        self._decoder.ask(answer)
-        return answer
-
-    def _completed(self, answer: Answer) -> Completion:
+        enough = None if self._dry is None else self._dried(query, self._dry)
+        answer = Answer(
+            prompt, prefix, self.budget_tokens, temperature, seed, enough, deadline, streamed=streamed
+        )
         try:
-            self._decoder.wait(answer)
+            self._decoder.ask(answer)
+        except BadInput as error:
+            if self.gate == OPEN:
+                raise
+            return _Asked(query, ready=ExpandedQuery(query, "", self.spec.join, fallback=str(error)))
+        return _Asked(query, answer=answer, key=key)
+
+    def _dried(self, query: str, most: int) -> Callable[[list[int]], bool]:
+        """Whether the last `most` tokens of an answer brought no word that wasn't there."""
+        grown, last = 0, 0  # when there were last more words, and how many
+
+        def dried(tokens: list[int]) -> bool:
+            nonlocal grown, last
+            # The last word may still go on.
+            words = len({*words_of(query), *words_of(self.backend.detokenize(tokens))[:-1]})
+            if words > last:
+                grown, last = len(tokens), words
+            return len(tokens) - grown >= most
+
+        return dried
+
+    def _completed(self, answer: Answer, *, beyond: float = math.inf) -> Completion:
+        try:
+            self._decoder.wait(answer, beyond=beyond)
         except BaseException:
             answer.abandoned = True
             raise
-        assert answer.finish  # else there was an error
+        tokens = list(answer.tokens)  # an answer that is late may still get one
         return Completion(
-            text=self.backend.detokenize(answer.tokens),
-            token_ids=tuple(answer.tokens),
-            finish_reason=answer.finish,
-            prefill_s=answer.first - answer.begin,
+            text=self.backend.detokenize(tokens),
+            token_ids=tuple(tokens),
+            finish_reason=answer.finish or "deadline",
+            prefill_s=max(0.0, answer.first - answer.begin),
             decode_s=answer.end - answer.first,
         )
 
-    def _expanded(self, query: str, written: Completion, answer: Answer) -> ExpandedQuery:
+    def _expanded(self, asked: _Asked) -> ExpandedQuery:
+        if asked.ready is None:
+            assert asked.answer
+            written = self._completed(asked.answer)
+            asked.ready = self._judged(asked.query, written, prompt_tokens=len(asked.answer.prompt))
+            # A failed one may succeed the next time, and one that was cut says nothing about the next.
+            if asked.key and self._cache and not asked.ready.fallback and written.finish_reason != "deadline":
+                self._cache.put(asked.key, written)
+        return asked.ready
+
+    def _judged(
+        self, query: str, written: Completion, *, prompt_tokens: int = 0, cached: bool = False
+    ) -> ExpandedQuery:
+        text = " ".join(written.text.split())
+        if written.finish_reason == "deadline" and not text:
+            reason = "the deadline passed before the first word"
+        else:
+            reason = self.gate.after(query, text)
         return ExpandedQuery(
             query=query,
-            text=" ".join(written.text.split()),
+            text="" if reason else text,
             join=self.spec.join,
-            prompt_tokens=len(answer.prompt),
+            prompt_tokens=prompt_tokens,
             token_ids=written.token_ids,
             finish_reason=written.finish_reason,
             prefill_s=written.prefill_s,
             decode_s=written.decode_s,
+            fallback=reason,
+            rejected=text if reason else "",
+            cached=cached,
         )
+
+    def _abandon(self, asked: _Asked) -> None:
+        if asked.answer:
+            asked.answer.abandoned = True
+            self._decoder.wake()
+
+    def _room(self, parallel: int) -> None:
+        if parallel < 1:
+            raise BadArgument("at least 1 query at a time")
+        if parallel > 1:
+            self._decoder.room(parallel)
 
     def forget(self) -> None:
         """Drop what is kept of earlier prompts, so that the next one is computed whole."""
@@ -216,6 +367,8 @@ class Expander:
     def close(self) -> None:
         """Give the memory back. Whoever still waits for an expansion gets an error."""
         self._decoder.close()
+        if self._threads:
+            self._threads.shutdown()
         self.backend.close()
 
     def __enter__(self) -> Expander:
@@ -223,6 +376,34 @@ class Expander:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Stream:
+    """Pieces of an expansion's text, as soon as they are written; then `expanded` has the whole of it."""
+
+    def __init__(self, expander: Expander, asked: _Asked):
+        self._expander, self._asked = expander, asked
+
+    def __iter__(self) -> Iterator[str]:
+        answer, shown = self._asked.answer, ""
+        try:
+            while answer and not answer.done:
+                text = self._expander._completed(answer, beyond=len(answer.tokens)).text
+                # A character may need more than one token; llama.cpp shows a mark instead until it is whole.
+                whole = text if answer.done else text.rstrip("\ufffd")
+                if len(whole) > len(shown):
+                    yield whole[len(shown) :]
+                    shown = whole
+        finally:
+            if answer and not answer.done:
+                self._expander._abandon(self._asked)
+        if answer is None and self.expanded.text:
+            yield self.expanded.text
+
+    @property
+    def expanded(self) -> ExpandedQuery:
+        """The whole, waited for if need be."""
+        return self._expander._expanded(self._asked)
 
 
 def _common(one: list[int], other: list[int]) -> list[int]:

@@ -114,6 +114,10 @@ class Index:
 
         Equal scores are ordered by the document's place in the collection.
         """
+        return [(self.ids[place], score) for place, score in self.rank(weights, k)]
+
+    def rank(self, weights: Mapping[str, float], k: int = 10) -> list[tuple[int, float]]:
+        """As `search`, with documents' places in the collection instead of their ids."""
         scores = np.zeros(len(self.ids), dtype=np.float64)
         for term, weight in weights.items():
             column = self.vocab.get(term)
@@ -121,7 +125,7 @@ class Index:
                 start, end = self.starts[column], self.starts[column + 1]
                 # A document stands in a posting list once, so this needs no np.add.at.
                 scores[self.rows[start:end]] += weight * self.data[start:end].astype(np.float64)
-        return [(self.ids[i], score) for i, score in _top(scores, k)]
+        return _top(scores, k)
 
     def frequency(self, term: str) -> int:
         """How many documents hold a term."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -48,10 +49,13 @@ class Strings(Sequence[str]):
 
     @classmethod
     def save(cls, texts: Iterable[str], file: Path) -> None:
-        """Write `file` and, beside it, where each text ends."""
-        encoded = [text.encode() for text in texts]
-        file.write_bytes(b"".join(encoded))
-        np.save(file.with_suffix(".npy"), np.cumsum([len(text) for text in encoded], dtype=np.int64))
+        """Write `file` and, beside it, where each text ends; one text in memory at a time."""
+        ends = array("q")
+        with file.open("wb") as opened:
+            for text in texts:
+                opened.write(text.encode())
+                ends.append(opened.tell())
+        np.save(file.with_suffix(".npy"), np.frombuffer(ends, np.int64))
 
     @classmethod
     def open(cls, file: Path, *, mapped: bool = True) -> Strings:

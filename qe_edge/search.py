@@ -1,19 +1,25 @@
-"""Search a data set with the plain and with the expanded query, side by side."""
+"""Search a collection with the plain and with the expanded query, side by side."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from qe_edge.datasets import load_dataset
-from qe_edge.expander import ExpandedQuery, Expander
-from qe_edge.index import Index, Ranking
+from qe_edge.datasets import Dataset, load_dataset
+from qe_edge.expander import Expander
+from qe_edge.expansion import ExpandedQuery
+from qe_edge.index import Index
 from qe_edge.join import DEFAULT_JOIN
+from qe_edge.manifest import atomic_path
+from qe_edge.postings import Strings
+
+CANDIDATES = 100  # of the plain query, among which a hit's earlier rank is looked up
 
 
 class Hit(msgspec.Struct, frozen=True):
-    """One result; `plain_rank` is its rank without the expansion, None when not among the first k."""
+    """One result; `plain_rank` is its rank without the expansion, None when not among CANDIDATES."""
 
     rank: int
     doc_id: str
@@ -22,23 +28,54 @@ class Hit(msgspec.Struct, frozen=True):
     text: str
 
 
+class Collection:
+    """A data set to be searched: its index and its texts, both mapped from files that are made once.
+
+    Args:
+        cache: the folder that holds such files.
+        analyzer: instead of that of the collection's language.
+    """
+
+    def __init__(self, data: Dataset, cache: Path, *, analyzer: str = ""):
+        self.data = data
+        self.index = Index.for_dataset(data, cache, analyzer=analyzer)
+        folder = cache / f"{data.collection_hash()[:16]}-texts"
+        if not folder.exists():
+            with atomic_path(folder) as partial:
+                partial.mkdir()
+                Strings.save((text for _, text in data.documents()), partial / "texts.bin")
+        self.texts = Strings.open(folder / "texts.bin")
+
+    @classmethod
+    def open(cls, dataset: str, cache: Path, *, analyzer: str = "") -> Collection:
+        """By the name or the folder of a data set."""
+        return cls(load_dataset(dataset), cache, analyzer=analyzer)
+
+    def plain(self, query: str) -> dict[int, float]:
+        """Place -> score of the first CANDIDATES for a query as it is, best first."""
+        analyzed = self.index.analyze(query)
+        return dict(self.index.rank(DEFAULT_JOIN(analyzed, []), CANDIDATES))
+
+    def hits(self, weights: Mapping[str, float], plain: dict[int, float], k: int) -> list[Hit]:
+        """The k best for weighted terms."""
+        before = {place: rank for rank, place in enumerate(plain, 1)}
+        return [
+            Hit(rank, self.index.ids[place], round(score, 4), before.get(place), self.texts[place])
+            for rank, (place, score) in enumerate(self.index.rank(weights, k), 1)
+        ]
+
+    def terms(self, expanded: ExpandedQuery) -> dict[str, float]:
+        """The weighted terms of a query in this index."""
+        return expanded.terms(self.index.meta.analyzer)
+
+
 def search(
-    query: str, dataset: str, *, expander: Expander | None, cache: Path, k: int = 5, analyzer: str = ""
-) -> tuple[list[Hit], ExpandedQuery | None]:
+    query: str, collection: Collection, *, expander: Expander | None, k: int = 5
+) -> tuple[list[Hit], ExpandedQuery]:
     """The k best documents for the expanded query; for the plain one without an expander."""
-    data = load_dataset(dataset)
-    index = Index.for_dataset(data, cache, analyzer=analyzer)
-    plain = index.search_text(query, join=DEFAULT_JOIN, k=k)
-    expanded = expander.expand(query) if expander else None
-    ranking = index.search(expanded.terms(index.meta.analyzer), k) if expanded else plain
-    found = {doc_id for doc_id, _ in ranking}
-    texts = {doc_id: text for doc_id, text in data.documents() if doc_id in found}
-    return _hits(ranking, plain, texts), expanded
-
-
-def _hits(ranking: Ranking, plain: Ranking, texts: dict[str, str]) -> list[Hit]:
-    before = {doc_id: rank for rank, (doc_id, _) in enumerate(plain, 1)}
-    return [
-        Hit(rank, doc_id, round(score, 4), before.get(doc_id), texts[doc_id])
-        for rank, (doc_id, score) in enumerate(ranking, 1)
-    ]
+    plain = collection.plain(query)
+    if expander:
+        expanded = expander.expand(query, scores=list(plain.values()))
+    else:
+        expanded = ExpandedQuery(query, "", DEFAULT_JOIN)
+    return collection.hits(collection.terms(expanded), plain, k), expanded

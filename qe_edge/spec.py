@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from qe_edge.errors import BadInput
+from qe_edge.gate import Gate
 from qe_edge.join import Join
 from qe_edge.prompt import PromptSpec
 
@@ -35,6 +36,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     base_model: str
     stage: str = "base"
     license: str = ""
+    gate: Gate = Gate()
     schema_version: int = 1
 
     def to_json(self) -> str:

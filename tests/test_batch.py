@@ -13,6 +13,7 @@ from qe_edge import Expander
 from qe_edge.backends.llama_batch import LlamaBatch
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.export.gguf import convert_gguf
+from qe_edge.gate import OPEN
 from qe_edge.spec import read_spec
 
 pytest.importorskip("llama_cpp")
@@ -31,14 +32,14 @@ def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def expander(gguf: Path) -> Iterator[Expander]:
-    with Expander.load(gguf, max_tokens=TOKENS) as loaded:
+    with Expander.load(gguf, budget_tokens=TOKENS, gate=OPEN) as loaded:
         yield loaded
 
 
 @pytest.fixture(scope="module")
 def alone(gguf: Path) -> list[str]:
     """Each query's expansion, written alone."""
-    with Expander.load(gguf, max_tokens=TOKENS) as loaded:
+    with Expander.load(gguf, budget_tokens=TOKENS, gate=OPEN) as loaded:
         return [loaded.expand(query).text for query in QUERIES]
 
 
@@ -123,7 +124,7 @@ def test_ctrl_c_ends_one_answer_and_starts_the_others_again(
 
 
 def test_closing_ends_what_is_on_its_way(gguf: Path) -> None:
-    with Expander.load(gguf, max_tokens=TOKENS) as expander:
+    with Expander.load(gguf, budget_tokens=TOKENS, gate=OPEN) as expander:
         many = expander.expand_many(QUERIES)
         next(many)
     with pytest.raises(QeEdgeError, match="the model was closed"):

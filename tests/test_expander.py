@@ -10,6 +10,7 @@ from qe_edge.backends import OneByOne
 from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.mlx import convert_mlx
+from qe_edge.gate import OPEN
 from qe_edge.spec import ModelSpec, read_spec
 
 pytest.importorskip("llama_cpp")
@@ -31,7 +32,7 @@ def mlx(tiny_qwen3, tmp_path_factory):
 
 
 def greedy(model, query, engine=None, steps=24):
-    with Expander.load(model, engine=engine, max_tokens=steps) as expander:
+    with Expander.load(model, engine=engine, budget_tokens=steps, gate=OPEN) as expander:
         prompt = expander.spec.prompt.encode(query, expander.backend.tokenize)
         return prompt, first_tokens(expander.backend, prompt, steps)
 
@@ -53,7 +54,7 @@ def test_mlx_gets_the_same_prompt_and_starts_with_the_same_tokens(tiny_qwen3, ml
 
 
 def test_expand_reports_what_it_did(gguf):
-    with Expander.load(gguf, max_tokens=5) as expander:
+    with Expander.load(gguf, budget_tokens=5, gate=OPEN) as expander:
         expanded = expander.expand("what causes tides")
     assert isinstance(expanded, ExpandedQuery)
     assert str(expanded) == expanded.text
@@ -74,7 +75,7 @@ def test_an_answer_ends_at_the_end_token(gguf, monkeypatch):
 
 
 def test_repeating_and_resetting_change_nothing(gguf):
-    with Expander.load(gguf, max_tokens=12) as expander:
+    with Expander.load(gguf, budget_tokens=12, gate=OPEN) as expander:
         first = expander.expand("what causes tides").text
         expander.expand("something else")
         assert expander.expand("what causes tides").text == first
@@ -83,7 +84,7 @@ def test_repeating_and_resetting_change_nothing(gguf):
 
 
 def test_sampling_follows_its_seed(gguf):
-    with Expander.load(gguf, max_tokens=12) as expander:
+    with Expander.load(gguf, budget_tokens=12, gate=OPEN) as expander:
         one = expander.expand("tides", temperature=1.0, seed=1).text
         assert expander.expand("tides", temperature=1.0, seed=1).text == one
         assert expander.expand("tides", temperature=1.0, seed=2).text != one
@@ -96,7 +97,10 @@ def test_a_blank_query_is_refused(gguf, query):
 
 
 def test_a_query_longer_than_the_context_is_refused(gguf):
-    with Expander.load(gguf) as expander, pytest.raises(BadInput, match="over the model's context"):
+    with (
+        Expander.load(gguf, gate=OPEN) as expander,
+        pytest.raises(BadInput, match="over the model's context"),
+    ):
         expander.expand("word " * 5000)
 
 

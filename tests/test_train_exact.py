@@ -19,6 +19,7 @@ from training import (
 )
 
 from qe_edge.errors import BadInput, QeEdgeError
+from qe_edge.gate import OPEN
 from qe_edge.join import Join
 from qe_edge.manifest import read_record
 from qe_edge.prompt import hugging_face, prompt_for
@@ -236,7 +237,7 @@ def test_after_dpo_the_students_own_answers_retrieve_better(adapter, data, tmp_p
 
     def reward(trained):
         model = merge(trained, workdir=Workdir(tmp_path / trained.name))
-        with Expander.load(model, engine="transformers", max_tokens=24) as expander:
+        with Expander.load(model, engine="transformers", budget_tokens=24, gate=OPEN) as expander:
             run = {
                 f"q{i}": index.search_text(query, expander.expand(query).text, join=Join("mass", 5))
                 for i, query in enumerate(QUERIES)

@@ -193,7 +193,7 @@ class LocalTeacher:
     def __init__(self, model: str, *, max_tokens: int):
         from qe_edge.expander import Expander
 
-        self._expander = Expander.load(model, max_tokens=max_tokens)
+        self._expander = Expander.load(model, budget_tokens=max_tokens)
         self._in_use = threading.Lock()
 
     async def ask(self, request: Request) -> Answer:
@@ -211,7 +211,8 @@ class LocalTeacher:
                 )
         except BadInput as error:
             raise Unanswerable(str(error)) from None
-        return Answer(written.text, written.finish_reason, len(prompt), len(written.token_ids))
+        cut = len(written.token_ids) == expander.budget_tokens
+        return Answer(written.text, "length" if cut else "stop", len(prompt), len(written.token_ids))
 
     async def close(self) -> None:
         # A second Ctrl-C ends the session, but not the thread that is still writing.

@@ -19,19 +19,20 @@ from qe_edge.commands.common import (
 )
 from qe_edge.console import note
 from qe_edge.errors import BadInput, PartlyDone
-from qe_edge.expander import ExpandedQuery, Expander
+from qe_edge.expander import Expander
+from qe_edge.expansion import ExpandedQuery
 from qe_edge.workdir import Workdir
 
 
-def _expander(model: str | None, workdir: Path, max_tokens: int | None = None) -> Expander:
+def load_expander(model: str | None, workdir: Path, **settings: Any) -> Expander:
+    """The model that is named, else the smallest of the newest export: the one meant for the device."""
     from qe_edge.bench.harness import default_models
 
     if model is None:
         models = default_models(Workdir(workdir))
-        # The smallest file is the one meant for the device.
         model = min(models, key=lambda path: Path(path).stat().st_size)
         took("model", model)
-    return Expander.load(model, max_tokens=max_tokens)
+    return Expander.load(model, **settings)
 
 
 def expand(
@@ -55,7 +56,7 @@ def expand(
             raise BadInput("stdin holds no query")
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    with _expander(model, workdir, max_tokens) as expander:
+    with load_expander(model, workdir, budget_tokens=max_tokens) as expander:
         for query in queries:
             try:
                 expanded = expander.expand(query)
@@ -67,6 +68,8 @@ def expand(
                 continue
             rows.append(_row(expanded))
             if not json:
+                if expanded.fallback:
+                    note(f"{query[:40]!r} is to be searched as it is: {expanded.fallback}")
                 print(_weighted(expanded.terms()) if terms else expanded.text, flush=True)
     if json:
         metrics = {"expansions": rows}
@@ -83,6 +86,7 @@ def _row(expanded: ExpandedQuery) -> dict[str, Any]:
         "terms": expanded.terms(),
         "tokens": expanded.tokens,
         "finish_reason": expanded.finish_reason,
+        "fallback": expanded.fallback,
         "prefill_s": round(expanded.prefill_s, 4),
         "decode_s": round(expanded.decode_s, 4),
     }
@@ -107,15 +111,19 @@ def search(
     """Search a data set with the expanded query, and show what the expansion changed."""
     import msgspec
 
+    from qe_edge.search import CANDIDATES, Collection
     from qe_edge.search import search as verb
 
-    expander = None if plain else _expander(model, workdir)
-    hits, expanded = verb(query, dataset, expander=expander, cache=workdir / "index", k=k, analyzer=analyzer)
+    collection = Collection.open(dataset, workdir / "index", analyzer=analyzer)
+    expander = None if plain else load_expander(model, workdir)
+    hits, expanded = verb(query, collection, expander=expander, k=k)
+    lines = []
     if expander:
         expander.close()
-    lines = [f"expansion: {expanded.text}\n"] if expanded else []
+        lines.append(f"expansion: {expanded.text or f'none, since {expanded.fallback}'}\n")
     for hit in hits:
-        before = "" if plain else f"  (plain: {hit.plain_rank or f'not in the first {k}'})"
+        before = "" if plain else f"  (plain: {hit.plain_rank or f'not in the first {CANDIDATES}'})"
         lines.append(f"{hit.rank:>2}. {hit.doc_id}{before}\n    {hit.text[:200]}")
     text = "\n".join(lines) if hits else "nothing found"
-    emit(json, "search", text, inputs={"query": query}, metrics={"hits": msgspec.to_builtins(hits)})
+    metrics = {"hits": msgspec.to_builtins(hits), "expansion": expanded.text, "fallback": expanded.fallback}
+    emit(json, "search", text, inputs={"query": query}, metrics=metrics)

@@ -1,0 +1,107 @@
+"""`ExpandedQuery`: a query with its expansion, in the terms of our index and of other search engines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qe_edge import queries
+from qe_edge.analysis import analyzer_for, detect_language, get_analyzer, stop_words, words_of
+from qe_edge.join import Join
+
+FinishReason = Literal["stop", "length", "dry", "deadline", "skipped"]
+"""The student ended by itself; the token budget cut it; new tokens brought no new words; time was up; it was
+not asked."""
+
+
+@dataclass(frozen=True)
+class ExpandedQuery:
+    """A query with what the student wrote for it.
+
+    `text` is empty where the plain query is to be searched; `fallback` then says why, and `rejected` is what
+    was written. Times are in seconds: prefill runs until the first token, decode from there to the end. They
+    include the steps of the answers that were written at the same time, and are those of the first time if
+    the answer was `cached`.
+    """
+
+    query: str
+    text: str
+    join: Join
+    prompt_tokens: int = 0
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason = "skipped"
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    fallback: str = ""
+    rejected: str = ""
+    cached: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the student wrote, its end token not counted."""
+        return len(self.token_ids)
+
+    def terms(self, analyzer: str | None = None) -> dict[str, float]:
+        """Weighted index terms of query and expansion, joined by the student's own rule.
+
+        `analyzer` is that of your index; by default the language's own.
+        """
+        analyze = get_analyzer(analyzer or analyzer_for(detect_language(self.query)))
+        return self.join(analyze(self.query), analyze(self.text))
+
+    def words(self, *, cjk: int = 2) -> dict[str, float]:
+        """Weighted words as they are written, for an engine that has its own analyzer.
+
+        Function words are left out, unless the query has no others. Chinese comes in overlapping pieces of
+        `cjk` characters.
+        """
+        stop = stop_words()
+
+        def cut(text: str, *, without: frozenset[str] = stop) -> list[str]:
+            # Tantivy refuses a word that its tokenizer leaves nothing of, such as an underscore.
+            words = (word for word in words_of(text, cjk=cjk) if any(map(str.isalnum, word)))
+            return [word for word in words if word not in without]
+
+        return self.join(cut(self.query) or cut(self.query, without=frozenset()), cut(self.text))
+
+    def to_fts5(self, *, columns: Sequence[str] = (), trigram: bool = False) -> str:
+        """A MATCH expression for SQLite FTS5; bind it as a parameter, and order by `rank`.
+
+        FTS5 splits no Chinese. Either index `" ".join(words_of(text))`, or make the table with
+        `tokenize='trigram'` and say so here, where pieces below three characters can't be found.
+        """
+        words = self.words(cjk=3 if trigram else 2)
+        if trigram:
+            words = {word: weight for word, weight in words.items() if len(word) >= 3}
+        return queries.fts5(words, columns=columns)
+
+    def to_tantivy(self) -> str:
+        """A query for Tantivy's `Index.parse_query`."""
+        return queries.tantivy(self.words())
+
+    def to_lucene(self, *, field: str = "") -> str:
+        """A query in Lucene's classic syntax, which Solr and `query_string` read too."""
+        return queries.lucene(self.words(), field=field)
+
+    def to_elasticsearch(self, *fields: str) -> dict[str, Any]:
+        """The `query` of an Elasticsearch request over these fields, such as `"title^2", "body"`."""
+        return queries.elasticsearch(self.words(), fields=fields)
+
+    def to_opensearch(self, *fields: str) -> dict[str, Any]:
+        """The `query` of an OpenSearch request, which is Elasticsearch's."""
+        return self.to_elasticsearch(*fields)
+
+    def to_bm25s(self, analyzer: str | None = None) -> list[list[str]]:
+        """Index terms for `bm25s.BM25.retrieve`, heavier ones repeated.
+
+        The index must have been made of the same terms: `[get_analyzer(name)(text) for text in corpus]`.
+        """
+        return [queries.repeated(self.terms(analyzer))]
+
+    def to_text(self) -> str:
+        """Words in a row, heavier ones repeated, for any engine that takes a plain text."""
+        return " ".join(queries.repeated(self.words()))

@@ -1,0 +1,91 @@
+"""Weighted words -> the query languages of search engines.
+
+The words are letters, digits and underscores in lower case, as `qe_edge.analysis` cuts a text into them: no
+operator, quote or wildcard that a user typed is left, so every query is valid. Engines stem and weigh them
+by their own analyzers and statistics. Where there is no word at all, the query matches nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+WORDS = 256  # the heaviest ones; Lucene takes at most 1024 clauses
+REPEATS = 32  # of one word, where an engine has no weights
+
+
+def heaviest(words: Mapping[str, float]) -> dict[str, float]:
+    """At most WORDS of them, in their order."""
+    if len(words) <= WORDS:
+        return dict(words)
+    kept = set(sorted(words, key=words.__getitem__, reverse=True)[:WORDS])
+    return {word: weight for word, weight in words.items() if word in kept}
+
+
+def repeated(words: Mapping[str, float]) -> list[str]:
+    """Each word as often as its weight says, for engines that count.
+
+    The lightest one stands once, unless the heaviest would stand more than REPEATS times.
+    """
+    words = heaviest(words)
+    if not words:
+        return []
+    unit = max(min(words.values()), max(words.values()) / REPEATS)
+    return [word for word, weight in words.items() for _ in range(max(1, round(weight / unit)))]
+
+
+def fts5(words: Mapping[str, float], *, columns: Sequence[str] = ()) -> str:
+    """A MATCH expression of SQLite's FTS5 (https://www.sqlite.org/fts5.html#full_text_query_syntax).
+
+    FTS5 knows no weights, but `bm25()` adds up all phrases of a query, so heavier words are repeated.
+    `columns` restricts the match to these.
+    """
+    match = " OR ".join(map(_quoted, repeated(words))) or '""'
+    if not columns:
+        return match
+    return f"{{{' '.join(map(_quoted, columns))}}} : ({match})"
+
+
+def tantivy(words: Mapping[str, float]) -> str:
+    """A query for Tantivy's `Index.parse_query`: quoted words, each with its boost.
+
+    Words of 40 bytes and more, which Tantivy's own tokenizers leave out of an index, are left out here too:
+    a query of nothing else would be refused.
+    """
+    short = {word: weight for word, weight in words.items() if len(word.encode()) < 40}
+    return " OR ".join(f"{_quoted(word)}^{_number(weight)}" for word, weight in heaviest(short).items())
+
+
+def lucene(words: Mapping[str, float], *, field: str = "") -> str:
+    """A query in the classic syntax of Lucene and Solr, and of `query_string`: words, each with its boost."""
+    match = " OR ".join(f"{_quoted(word)}^{_number(weight)}" for word, weight in heaviest(words).items())
+    match = match or "-*:*"
+    return f"{field}:({match})" if field else match
+
+
+def elasticsearch(words: Mapping[str, float], *, fields: Sequence[str]) -> dict[str, Any]:
+    """The `query` of a search request to OpenSearch or Elasticsearch: a `bool` of boosted `match` clauses.
+
+    `fields` may carry boosts of their own, such as `title^2`.
+    """
+    clauses = [_match(word, weight, fields) for word, weight in heaviest(words).items()]
+    if not clauses:
+        return {"match_none": {}}
+    return {"bool": {"should": clauses, "minimum_should_match": 1}}
+
+
+def _match(word: str, weight: float, fields: Sequence[str]) -> dict[str, Any]:
+    if len(fields) == 1 and "^" not in fields[0]:
+        return {"match": {fields[0]: {"query": word, "boost": weight}}}
+    return {"multi_match": {"query": word, "fields": list(fields), "boost": weight}}
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"'
+
+
+def _number(weight: float) -> str:
+    """Four significant digits without an exponent, which the parsers don't know."""
+    return np.format_float_positional(weight, precision=4, fractional=False, trim="-")
