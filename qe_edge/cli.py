@@ -13,6 +13,7 @@ from qe_edge.commands.common import emit
 from qe_edge.commands.look import data_app, doctor
 from qe_edge.commands.measure import bench_app, export, report, verify
 from qe_edge.commands.recipe import demo, run
+from qe_edge.commands.serve import mcp, serve
 from qe_edge.commands.teach import teach
 from qe_edge.commands.train import merge, pairs, train_app
 from qe_edge.commands.use import expand, search
@@ -43,7 +44,7 @@ def _root(
     """Holds the options that need no command."""
 
 
-for command in (demo, doctor, teach, pairs, merge, export, verify, report, expand, search, run):
+for command in (demo, doctor, teach, pairs, merge, export, verify, report, expand, search, serve, mcp, run):
     app.command()(command)
 app.add_typer(train_app, name="train")
 app.add_typer(data_app, name="data")

@@ -20,6 +20,8 @@ EXTRAS = {
     "report": ("HTML reports", "altair"),
     "data": ("download public test collections", "ir_datasets"),
     "ray": ("score candidates on a Ray cluster", "ray"),
+    "serve": ("serve expansions over HTTP", "fastapi"),
+    "mcp": ("serve expansions to MCP clients", "mcp"),
     "zh": ("Chinese word segmentation with jieba", "jieba"),
 }
 

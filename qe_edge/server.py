@@ -1,0 +1,320 @@
+"""`qe-edge serve`: expansion and search over HTTP, with one resident model for all clients.
+
+Requests are decoded together (see `qe_edge.decoding`), as many wait as the queue holds, and whoever comes
+then is told when to come again.
+"""
+
+# No postponed annotations: FastAPI reads those of functions inside a function.
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
+
+import prometheus_client as prometheus
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from qe_edge import __version__
+from qe_edge.errors import BadInput
+from qe_edge.expander import Expander
+from qe_edge.expansion import ExpandedQuery
+from qe_edge.join import DEFAULT_JOIN
+from qe_edge.prompt import clean_query
+from qe_edge.search import Collection
+
+QUERY_CHARACTERS = 1000
+QUERIES = 64  # in one request
+BODY_BYTES = 4 * QUERIES * QUERY_CHARACTERS + 1024
+
+
+def _is_query(text: str) -> str:
+    try:
+        clean_query(text)
+    except BadInput as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+QueryText = Annotated[str, StringConstraints(max_length=QUERY_CHARACTERS), AfterValidator(_is_query)]
+Deadline = Annotated[float | None, Field(gt=0, description="Milliseconds; never more than the server's own.")]
+
+
+class ExpandRequest(BaseModel, extra="forbid"):
+    """One query, or several."""
+
+    query: QueryText | Annotated[list[QueryText], Field(min_length=1, max_length=QUERIES)]
+    deadline_ms: Deadline = None
+
+
+class Expanded(BaseModel):
+    """A query and its expansion; `fallback` says why `text` is empty and the query is searched as it is."""
+
+    query: str
+    text: str
+    words: dict[str, float]
+    terms: dict[str, float]
+    tokens: int
+    finish_reason: str
+    fallback: str
+    cached: bool
+    prefill_ms: float
+    decode_ms: float
+
+    @classmethod
+    def of(cls, expanded: ExpandedQuery) -> Self:
+        return cls(
+            query=expanded.query,
+            text=expanded.text,
+            words=expanded.words(),
+            terms=expanded.terms(),
+            tokens=expanded.tokens,
+            finish_reason=expanded.finish_reason,
+            fallback=expanded.fallback,
+            cached=expanded.cached,
+            prefill_ms=round(1000 * expanded.prefill_s, 2),
+            decode_ms=round(1000 * expanded.decode_s, 2),
+        )
+
+
+class ExpandReply(BaseModel):
+    expansions: list[Expanded]
+
+
+class SearchRequest(BaseModel, extra="forbid"):
+    """A query over a named index, as it is with `expand` false."""
+
+    query: QueryText
+    index: str = ""
+    k: Annotated[int, Field(ge=1, le=1000)] = 10
+    expand: bool = True
+    deadline_ms: Deadline = None
+
+
+class Result(BaseModel):
+    rank: int
+    doc_id: str
+    score: float
+    plain_rank: int | None
+    text: str
+
+
+class SearchReply(BaseModel):
+    index: str
+    expansion: Expanded | None
+    hits: list[Result]
+
+
+class Health(BaseModel):
+    status: str
+    version: str
+    model: str
+    indexes: list[str]
+    pending: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many queries may be asked and not answered yet, and after how many milliseconds each one is."""
+
+    pending: int = 80
+    deadline_ms: float = 10_000.0
+
+
+class Service:
+    """The model, the collections, and who waits for them."""
+
+    def __init__(self, expander: Expander, collections: Mapping[str, Collection], limits: Limits):
+        self.expander, self.collections, self.limits = expander, collections, limits
+        self.pending = 0
+        self.registry = prometheus.CollectorRegistry()
+        count, seconds = prometheus.Counter, prometheus.Histogram
+        self.requests = count("qe_edge_requests", "Requests.", ["path", "status"], registry=self.registry)
+        self.queries = count("qe_edge_queries", "Expanded queries.", registry=self.registry)
+        self.tokens = count("qe_edge_tokens", "Tokens written.", registry=self.registry)
+        self.fallbacks = count("qe_edge_fallbacks", "Queries left as they are.", registry=self.registry)
+        self.cached = count("qe_edge_cached", "Queries whose expansion was kept.", registry=self.registry)
+        self.refused = count(
+            "qe_edge_refused", "Queries refused, the queue being full.", registry=self.registry
+        )
+        self.seconds = seconds("qe_edge_expansion_seconds", "From request to text.", registry=self.registry)
+        waiting = prometheus.Gauge("qe_edge_pending", "Queries not answered yet.", registry=self.registry)
+        waiting.set_function(lambda: self.pending)
+        self._pace = 0.1  # seconds between two answers, lately
+
+    @asynccontextmanager
+    async def place(self, queries: int) -> AsyncIterator[None]:
+        """Room for so many queries; 429 if there is none, with the time until there may be."""
+        if self.pending + queries > self.limits.pending:
+            self.refused.inc(queries)
+            over = self.pending + queries - self.limits.pending
+            wait = max(1, round(min(over, self.limits.pending) * self._pace + 0.5))
+            raise HTTPException(
+                429, f"{self.pending} queries wait already; try again", headers={"Retry-After": str(wait)}
+            )
+        self.pending += queries
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            # Of those that are answered together, each takes a share.
+            self._pace += 0.1 * ((time.perf_counter() - start) / self.pending - self._pace)
+            self.pending -= queries
+
+    def deadline(self, wanted: float | None) -> float:
+        return min(wanted or self.limits.deadline_ms, self.limits.deadline_ms)
+
+    async def expand(
+        self, query: str, deadline_ms: float | None, scores: list[float] | None = None
+    ) -> ExpandedQuery:
+        start = time.perf_counter()
+        expanded = await self.expander.aexpand(
+            query, deadline_ms=self.deadline(deadline_ms), scores=scores or ()
+        )
+        self.note(expanded, time.perf_counter() - start)
+        return expanded
+
+    def note(self, expanded: ExpandedQuery, seconds: float) -> None:
+        self.seconds.observe(seconds)
+        self.queries.inc()
+        self.fallbacks.inc(bool(expanded.fallback))
+        self.cached.inc(expanded.cached)
+        if not expanded.cached:
+            self.tokens.inc(expanded.tokens)
+
+
+def create_app(
+    expander: Expander,
+    collections: Mapping[str, Collection],
+    *,
+    limits: Limits | None = None,
+    token: str = "",
+    hosts: list[str] | None = None,
+) -> FastAPI:
+    """The service over a loaded student. With a `token`, all but /health and the documentation want it.
+
+    `hosts` are the names that a request may call the server by (all if none): a page from elsewhere must not
+    reach a server on this machine by a name of its own that leads here.
+    """
+    service = Service(expander, collections, limits or Limits())
+    bearer = HTTPBearer(auto_error=False)
+
+    async def allowed(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        known = given is not None and secrets.compare_digest(given.credentials.encode(), token.encode())
+        if token and not known:
+            raise HTTPException(401, "give the server's token", headers={"WWW-Authenticate": "Bearer"})
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(expander.close)
+
+    app = FastAPI(
+        title="qe-edge", version=__version__, lifespan=lifespan, max_body_size=BODY_BYTES,
+        description="Query expansions by a small model, and search with them.",
+    )  # fmt: skip
+    app.state.service = service
+    if hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    app.add_middleware(_Counted, service=service)
+    guarded = [Depends(allowed)]
+
+    @app.exception_handler(RequestValidationError)
+    async def unusable(_: Request, error: RequestValidationError) -> Response:
+        # Without the input, which may hold half a character that no answer can be encoded with.
+        found = [{name: part[name] for name in ("type", "loc", "msg")} for part in error.errors()]
+        return Response(json.dumps({"detail": found}), 422, media_type="application/json")
+
+    @app.post("/expand", dependencies=guarded)
+    async def expand(request: ExpandRequest) -> ExpandReply:
+        """Expand one query, or several together."""
+
+        queries = [request.query] if isinstance(request.query, str) else request.query
+        async with service.place(len(queries)), asyncio.TaskGroup() as group:
+            tasks = [group.create_task(service.expand(query, request.deadline_ms)) for query in queries]
+        return ExpandReply(expansions=[Expanded.of(task.result()) for task in tasks])
+
+    async def one_place() -> AsyncIterator[None]:
+        async with service.place(1):
+            yield
+
+    @app.get(
+        "/expand/stream", dependencies=[*guarded, Depends(one_place)], response_class=EventSourceResponse
+    )
+    async def stream(
+        query: QueryText, deadline_ms: Annotated[float | None, Query(gt=0)] = None
+    ) -> AsyncIterator[ServerSentEvent]:
+        """Server-sent events: `text` for each piece, then `expansion` with the whole."""
+        start = time.perf_counter()
+        async for piece in expander.astream(query, deadline_ms=service.deadline(deadline_ms)):
+            if isinstance(piece, str):
+                yield ServerSentEvent(event="text", data=piece)
+            else:
+                service.note(piece, time.perf_counter() - start)
+                yield ServerSentEvent(event="expansion", data=Expanded.of(piece))
+
+    @app.post("/search", dependencies=guarded)
+    async def search(request: SearchRequest) -> SearchReply:
+        """The best documents of an index for the expanded query, or for the plain one."""
+        name = request.index or next(iter(collections), "")
+        if name not in collections:
+            known = ", ".join(collections) or "none; start the server with --index"
+            raise HTTPException(404, f"no index {name!r}; there are: {known}")
+        collection = collections[name]
+        plain = await run_in_threadpool(collection.plain, request.query)
+        expanded = ExpandedQuery(request.query, "", DEFAULT_JOIN)
+        if request.expand:
+            async with service.place(1):
+                expanded = await service.expand(request.query, request.deadline_ms, list(plain.values()))
+        hits = await run_in_threadpool(collection.hits, collection.terms(expanded), plain, request.k)
+        return SearchReply(
+            index=name,
+            expansion=Expanded.of(expanded) if request.expand else None,
+            hits=[Result(**{field: getattr(hit, field) for field in Result.model_fields}) for hit in hits],
+        )
+
+    @app.get("/health")
+    async def health() -> Health:
+        """Whether the server works, and with what."""
+        return Health(
+            status="ok",
+            version=__version__,
+            model=expander.spec.base_model,
+            indexes=list(collections),
+            pending=service.pending,
+        )
+
+    @app.get("/metrics", dependencies=guarded)
+    async def metrics() -> Response:
+        """Counters and times, as Prometheus reads them."""
+        return Response(
+            prometheus.generate_latest(service.registry), media_type=prometheus.CONTENT_TYPE_LATEST
+        )
+
+    return app
+
+
+class _Counted:
+    """Counts responses by path and status."""
+
+    def __init__(self, app: Any, service: Service):
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def counted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                # What no route knows would make a counter for each path that somebody tries.
+                path = getattr(scope.get("route"), "path", "other")
+                self.service.requests.labels(path, message["status"]).inc()
+            await send(message)
+
+        await self.app(scope, receive, counted if scope["type"] == "http" else send)
