@@ -267,7 +267,7 @@ class Expander:
         if temperature < 0:
             raise BadArgument("a temperature can't be negative")
         deadline = math.inf if deadline_ms is None else time.perf_counter() + deadline_ms / 1000
-        if reason := self.gate.before(clean_query(query), scores):
+        if reason := self.gate.before(clean_query(query), scores, languages=self.spec.prompt.languages):
             return _Asked(query, ready=ExpandedQuery(query, "", self.spec.join, fallback=reason))
         key = ""
         if self._cache and temperature == 0:

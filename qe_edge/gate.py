@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 
 from qe_edge.analysis import count_words, detect_language, words_of
+from qe_edge.records import Lang
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Words = Annotated[int, msgspec.Meta(ge=1)]
@@ -20,7 +21,7 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     - `clear_lead`: so is one whose best plain BM25 score leads the second by this share of it.
     - `min_new_words`: an expansion with fewer words that the query lacks is a copy of it, or empty.
     - `min_distinct`: one with a smaller share of different words among all its words repeats itself.
-    - `same_language`: it must be written in the query's language.
+    - `same_language`: the student must know the query's language, and write in it.
     """
 
     max_words: Words | None = 32
@@ -29,11 +30,14 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_distinct: Share | None = 0.3
     same_language: bool = True
 
-    def before(self, query: str, scores: Sequence[float] = ()) -> str:
-        """Why a query needs no expansion; empty if it does.
+    def before(self, query: str, scores: Sequence[float] = (), *, languages: Sequence[Lang] = ()) -> str:
+        """Why a query is not to be expanded; empty if it is.
 
-        `scores` are those that plain BM25 found for it, best first, where they are known.
+        `scores` are those that plain BM25 found for it, best first, and `languages` the student's, where
+        they are known.
         """
+        if self.same_language and languages and (found := detect_language(query)) not in languages:
+            return f"the query is in {found}, the student writes {' and '.join(languages)}"
         if self.max_words is not None and (words := count_words(query)) > self.max_words:
             return f"the query has {words} words, over {self.max_words}"
         if self.clear_lead is not None and len(scores) > 1 and scores[0] > 0:

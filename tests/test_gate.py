@@ -17,6 +17,8 @@ def test_what_needs_no_expansion() -> None:
     assert gate.before("tides", [10.0, 5.0]) == "the plain query's best result leads by 50%"
     assert gate.before("tides", [10.0]) == gate.before("tides", []) == ""
     assert gate.before("tides", [0.0, 0.0]) == ""
+    assert gate.before("潮汐", languages=["en"]) == "the query is in zh, the student writes en"
+    assert gate.before("潮汐", languages=["en", "zh"]) == ""
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def test_what_is_not_used(query: str, text: str, reason: str) -> None:
 
 
 def test_each_check_can_be_switched_off() -> None:
-    assert OPEN.before("word " * 1000, [9.0, 1.0]) == ""
+    assert OPEN.before("word " * 1000, [9.0, 1.0]) == OPEN.before("潮汐", languages=["en"]) == ""
     for query, text in (
         ("tides", ""),
         ("tides", "tides"),

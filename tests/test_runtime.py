@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import says
 
 from qe_edge import Expander, Gate
-from qe_edge.backends import OneByOne
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.gate import OPEN
@@ -27,19 +25,6 @@ QUERIES = ["what causes tides", "潮汐是怎么形成的", "iron deficiency", "
 def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
     return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
-
-
-def says(expander: Expander, text: str, *, pause: float = 0.0, end: bool = True) -> None:
-    """Let the model write this text, for ever with `end` false, with a pause before each token."""
-    ids = expander.backend.tokenize(text, False)
-    last = expander.backend.tokenize(expander.spec.prompt.end, True)
-
-    def generate(*_: Any, **__: Any) -> Iterator[int]:
-        for token in [*ids, *last] if end else (token for _ in repeat(None) for token in ids):
-            time.sleep(pause)
-            yield token
-
-    expander._decoder._alone = OneByOne(generate, 2048)  # type: ignore[arg-type]
 
 
 def test_the_gate_spares_the_student_or_refuses_what_it_wrote(gguf: Path) -> None:

@@ -1,0 +1,95 @@
+"""Search a folder of notes on this machine: `python app.py [FOLDER] [MODEL]`, then open the page it names.
+
+Plain BM25 answers while you type. The student's words arrive after, as chips that can be clicked away.
+"""
+
+import json
+import sqlite3
+import sys
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock
+from urllib.parse import parse_qs, urlsplit
+
+from qe_edge import Expander
+from qe_edge.analysis import words_of
+from qe_edge.expansion import ExpandedQuery
+from qe_edge.queries import fts5
+
+HERE = Path(__file__).parent
+CHIPS, RESULTS, AROUND = 24, 10, 90
+
+
+class Notes:
+    """The notes in SQLite FTS5, as words (Chinese in pairs of characters) that Porter's stemmer reads."""
+
+    def __init__(self, folder: Path):
+        self.db = sqlite3.connect(":memory:", check_same_thread=False)
+        self.lock = Lock()
+        self.db.execute(
+            "CREATE VIRTUAL TABLE notes USING fts5(name UNINDEXED, text UNINDEXED, words, tokenize='porter')"
+        )
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".md", ".txt")):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            row = (path.relative_to(folder).as_posix(), text, " ".join(words_of(f"{path.stem} {text}")))
+            self.db.execute("INSERT INTO notes VALUES (?, ?, ?)", row)
+
+    def search(self, words: dict[str, float]) -> list[dict[str, str]]:
+        match = fts5(words, columns=["words"])
+        with self.lock:
+            rows = self.db.execute(
+                f"SELECT name, text FROM notes WHERE notes MATCH ? ORDER BY rank LIMIT {RESULTS}", (match,)
+            ).fetchall()
+        return [{"name": name, "text": excerpt(text, words)} for name, text in rows]
+
+
+def excerpt(text: str, words: dict[str, float]) -> str:
+    """A piece of a note around the heaviest of the words that it holds."""
+    flat = " ".join(text.split())
+    found = [at for word in sorted(words, key=lambda w: -words[w]) if (at := flat.lower().find(word)) >= 0]
+    start = max(0, (found or [0])[0] - AROUND)
+    return ("… " if start else "") + flat[start : start + 3 * AROUND]
+
+
+class Page(BaseHTTPRequestHandler):
+    def __init__(self, notes: Notes, expander: Expander, *arguments):
+        self.notes, self.expander = notes, expander
+        super().__init__(*arguments)
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        if url.path == "/search":
+            asked = parse_qs(url.query)
+            found = self.search(asked.get("q", [""])[0], "expand" in asked, set(asked.get("without", [])))
+            self.send(json.dumps(found).encode(), "application/json")
+        elif url.path == "/":
+            self.send((HERE / "page.html").read_bytes(), "text/html; charset=utf-8")
+        else:
+            self.send_error(404)
+
+    def search(self, query: str, expand: bool, without: set[str]) -> dict:
+        plain = ExpandedQuery(query, "", self.expander.spec.join)
+        expanded = self.expander.expand(query, deadline_ms=3000) if expand and words_of(query) else plain
+        words = {word: weight for word, weight in expanded.words().items() if word not in without}
+        chips = [word for word in sorted(words, key=lambda w: -words[w]) if word not in plain.words()]
+        return {"results": self.notes.search(words), "chips": chips[:CHIPS], "fallback": expanded.fallback}
+
+    def send(self, body: bytes, kind: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "sample"
+    model = sys.argv[2] if len(sys.argv) > 2 else "builtin:smollm2-135m"
+    expander = Expander.load(model, budget_tokens=48, parallel=4, cache="notes-cache.db")
+    server = ThreadingHTTPServer(("127.0.0.1", 8018), partial(Page, Notes(folder), expander))
+    print(f"http://127.0.0.1:{server.server_port}", flush=True)
+    server.serve_forever()
