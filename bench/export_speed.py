@@ -5,7 +5,8 @@
 Random weights of a real shape are written to DIR (two bytes a weight) and converted in turns, each in a
 process of its own, from a source that was just read and so lies in the system's cache where that has room.
 `write` copies the weights and waits until they are on the disk, the least that a conversion takes.
-`export` is the whole of `qe-edge export --q4`: both conversions, a quantization and all checks.
+`export` is the whole of `qe-edge export --q8`: both conversions, a quantization and all checks, which
+random weights don't pass with 4 bits.
 
 Memory is the process's peak: all of it, with the pages of files that it maps, which the system drops when
 somebody else needs the room; and its own alone.
@@ -34,7 +35,7 @@ from qe_edge.console import note
 from qe_edge.errors import QeEdgeError
 from qe_edge.join import DEFAULT_JOIN
 from qe_edge.manifest import atomic_path, remove, write_json
-from qe_edge.prompt import prompt_for
+from qe_edge.prompt import PromptText, prompt_for
 from qe_edge.spec import ModelSpec, write_spec
 
 # Runs llama.cpp's own script. It knows a tokenizer by what that does to a text; one that it can't know, such
@@ -119,7 +120,11 @@ def weights(shape: str, folder: Path) -> None:
     import torch
 
     tokenizer = synthetic.tokenizer(shape)
-    spec = ModelSpec(prompt=prompt_for(tokenizer.chat_template), join=DEFAULT_JOIN, base_model=shape)
+    # Its tokens are bytes, of which a prompt as short as this has as many as a real one has tokens.
+    prompt = msgspec.structs.replace(
+        prompt_for(tokenizer.chat_template), texts={"en": PromptText("Expand.", "{query}")}
+    )
+    spec = ModelSpec(prompt=prompt, join=DEFAULT_JOIN, base_model=shape)
     with atomic_path(folder) as partial:
         synthetic.model(shape, dtype=torch.bfloat16).save_pretrained(partial, max_shard_size="2GB")
         tokenizer.save_pretrained(partial)
@@ -174,7 +179,7 @@ def mlx_mlx_lm(model: Path, target: Path) -> None:
 def export(model: Path, target: Path) -> None:
     from qe_edge.export import export_model
 
-    export_model(model, target)
+    export_model(model, target, kinds=["Q8_0"])
 
 
 WAYS: dict[str, Callable[..., None]] = {
@@ -200,7 +205,7 @@ def _measure(way: str, arguments: list[Any]) -> Measured:
             held = psutil.Process().memory_info()
             own = max(own, held.rss - getattr(held, "shared", 0))
 
-    watcher = Thread(target=watch)
+    watcher = Thread(target=watch, daemon=True)
     watcher.start()
     start = time.perf_counter()
     WAYS[way](*arguments)
