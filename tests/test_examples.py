@@ -77,7 +77,8 @@ def chips(page: Any) -> list[str]:
 
 
 def wait(page: Any, *, expanded: bool) -> None:
-    page.wait_for_selector(f'#results[data-expanded="{str(expanded).lower()}"]', timeout=20_000)
+    shown = f'#results[data-expanded="{str(expanded).lower()}"]'
+    page.wait_for_selector(shown, state="attached", timeout=20_000)
 
 
 def test_the_expanded_list_comes_after_the_plain_one(page: Any, expander: Expander) -> None:
