@@ -12,13 +12,14 @@ from typing import Any
 import msgspec
 
 from qe_edge.bench.feedback import rm3
+from qe_edge.bench.inputs import parse_model
 from qe_edge.bench.kept import generate_once
 from qe_edge.bench.quality import DEPTH, MEASURE, compare_all, retrieve, values_of
 from qe_edge.bench.result import RESULT, BenchResult, DatasetResult, Kind, Speed, System, Tuning
 from qe_edge.bench.speed import BUDGETS, Generated, Request, WrongLanguage
 from qe_edge.console import note
-from qe_edge.datasets import BUILTIN, Dataset, builtin_folder, describe, load_dataset
-from qe_edge.errors import BadArgument, BadInput, QeEdgeError
+from qe_edge.datasets import Dataset, describe, load_dataset
+from qe_edge.errors import BadArgument, QeEdgeError
 from qe_edge.index import Index, Ranking
 from qe_edge.join import DEFAULT_JOIN, TEACHER_JOIN, Join
 from qe_edge.manifest import cpu_name, machine, now, versions, write_json
@@ -169,7 +170,7 @@ class _OneDataset:
                 continue  # it failed there; with another join it couldn't be compared
             joins = (tuned[label],) if label in tuned else self.config.joins
             try:
-                self.add_model(label, model, digests[label], joins, warnings)
+                self.add_model(label, model, digests[label], joins, plain, warnings)
             except QeEdgeError as error:
                 failures.append(f"{label} on {self.data}: {error}")
                 note(f"bench: {failures[-1]}")
@@ -257,8 +258,15 @@ class _OneDataset:
         return generate_once(request, digest, self.cache)
 
     def add_model(
-        self, label: str, model: str, digest: str | None, joins: Sequence[str], warnings: list[str]
+        self,
+        label: str,
+        model: str,
+        digest: str | None,
+        joins: Sequence[str],
+        plain: dict[str, Ranking],
+        warnings: list[str],
     ) -> None:
+        """A row for each join and, where the student's gate holds something back, another one with it."""
         try:
             rows, speed, spec = self.generate(label, model, digest)
         except WrongLanguage as error:
@@ -267,10 +275,15 @@ class _OneDataset:
             return
         failed = sum(row.finish_reason == "failed" or not row.text for row in rows)
         expansions = {row.query_id: row.text for row in rows if row.text}
-        more: dict[str, Any] = {"failed": failed, "speed": speed, "sha256": digest, "expansions": expansions}
+        more: dict[str, Any] = {"failed": failed, "speed": speed, "sha256": digest}
+        let_through = self.let_through(expansions, spec, plain)
         for join in [Join.parse(text) for text in joins] or [spec.join]:
             run = self.retrieve(expansions, join)
-            self.add(label, "model", str(join), run, budgets=self.by_budget(rows, join), **more)
+            budgets = self.by_budget(rows, join)
+            self.add(label, "model", str(join), run, budgets=budgets, expansions=expansions, **more)
+            if let_through != expansions:
+                run = self.retrieve(let_through, join)
+                self.add(f"{label} + gate", "model", str(join), run, expansions=let_through, **more)
         if speed.engine == "mlx" and sys.platform == "linux":
             warnings.append(f"{label} ran on MLX's CPU build for Linux: its speed says nothing about MLX")
         cut = sum(row.finish_reason == "length" for row in rows)
@@ -278,6 +291,19 @@ class _OneDataset:
             f"bench: {label} on {self.data}: {speed.decode_tokens_per_s:.0f} tokens/s, "
             f"{cut} of {len(rows)} expansions cut by the budget, {failed} failed"
         )
+
+    def let_through(
+        self, expansions: dict[str, str], spec: ModelSpec, plain: dict[str, Ranking]
+    ) -> dict[str, str]:
+        """The expansions that an `Expander` would use, with the student's own gate."""
+        kept = {}
+        for query_id, text in expansions.items():
+            query = self.data.queries[query_id]
+            scores = [score for _, score in plain[query_id][:2]]
+            held = spec.gate.before(query, scores, languages=spec.prompt.languages)
+            if not (held or spec.gate.after(query, text)):
+                kept[query_id] = text
+        return kept
 
     def by_budget(self, rows: Sequence[Generated], join: Join) -> dict[int, Interval]:
         """nDCG@10 when each expansion ends after so many tokens; only budgets that cut one."""
@@ -301,34 +327,6 @@ class _OneDataset:
                     found.setdefault(f"{row.model} {row.mode}", {}).setdefault(row.query_id, text)
         for name, texts in sorted(found.items(), key=lambda item: "few-shot" in item[0]):
             yield name, {query_id: text for query_id, text in texts.items() if text}
-
-
-def parse_model(text: str) -> tuple[str, str]:
-    """`MODEL` or `LABEL=MODEL` -> (label for tables, model); a file's or folder's label is its name."""
-    label, equals, model = text.partition("=")
-    if equals and "/" not in label:
-        return label, model
-    ref = resolve(text)
-    return (ref.path.name if ref.path and not text.startswith("builtin:") else text), text
-
-
-def default_models(workdir: Workdir) -> list[str]:
-    """The GGUF files of the newest export."""
-    folder = workdir.newest("export")
-    models = sorted(str(path) for path in folder.glob("*.gguf"))
-    if not models:
-        raise BadInput("holds no .gguf file; name the models to run with --model", path=folder)
-    return models
-
-
-def default_teachers(datasets: Sequence[str]) -> list[str]:
-    """The teacher expansions that ship with the built-in data sets among these."""
-    found = []
-    for name in datasets:
-        base, _, split = name.partition("@")
-        if base in BUILTIN:
-            found.append(str(builtin_folder(base) / "expansions" / f"{split or 'test'}.jsonl"))
-    return found
 
 
 def _is_of(row: Expansion, data: Dataset) -> bool:

@@ -13,13 +13,15 @@ import msgspec
 import pytest
 
 from qe_edge.bench.feedback import rm3
-from qe_edge.bench.harness import BenchConfig, bench, default_teachers, parse_model
+from qe_edge.bench.harness import BenchConfig, bench
+from qe_edge.bench.inputs import default_teachers, parse_model
 from qe_edge.bench.quality import retrieve, values_of
 from qe_edge.bench.result import read_result
 from qe_edge.bench.speed import Generated, Request, generate
 from qe_edge.datasets import Dataset, load_dataset
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.export.gguf import convert_gguf
+from qe_edge.gate import OPEN, Gate
 from qe_edge.index import Index
 from qe_edge.join import Join
 from qe_edge.manifest import sha256
@@ -34,7 +36,9 @@ pytest.importorskip("llama_cpp")
 @pytest.fixture(scope="module")
 def student(tiny_qwen3, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "student-F16.gguf"
-    return convert_gguf(tiny_qwen3, out, dtype="f16", spec=read_spec(tiny_qwen3))
+    # With an open gate: what it writes is random.
+    spec = msgspec.structs.replace(read_spec(tiny_qwen3), gate=OPEN)
+    return convert_gguf(tiny_qwen3, out, dtype="f16", spec=spec)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +112,26 @@ def test_other_measures_are_trec_evals_too(done):
     assert list(data.systems[0].measures) == ["R@100", "AP"]
     for measure in wanted:
         assert data.systems[0].measures[str(measure)].mean == pytest.approx(found[measure])
+
+
+def test_a_gate_has_a_row_of_its_own(tiny_qwen3, tmp_path):
+    """Helped and hurt with it and without it: what it holds back is searched as it is."""
+    spec = read_spec(tiny_qwen3)
+    data = load_dataset("demo-en")
+    lengths = sorted(len(query.split()) for query in data.queries.values())
+    gate = Gate(lengths[len(lengths) // 3], None, None, None, False)
+    spec = msgspec.structs.replace(spec, gate=gate, join=Join("mass", 5))
+    student = convert_gguf(tiny_qwen3, tmp_path / "student.gguf", spec=spec)
+    config = BenchConfig(datasets=("demo-en",), models=(str(student),), max_tokens=8)
+    (found,) = read_result(bench(config, workdir=Workdir(tmp_path))).datasets
+    plain, _, free, gated = found.systems
+    assert (free.name, gated.name) == ("student.gguf", "student.gguf + gate")
+    held = {query_id for query_id in free.expansions if gate.before(data.queries[query_id])}
+    assert held and gated.expansions == {q: text for q, text in free.expansions.items() if q not in held}
+    for query_id, value in gated.per_query.items():
+        assert value == (plain if query_id in held else free).per_query[query_id]
+    assert gated.helped + gated.hurt < free.helped + free.hurt
+    assert gated.speed == free.speed
 
 
 def test_budgets_cut_the_one_generation(done):

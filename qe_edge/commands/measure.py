@@ -184,8 +184,9 @@ def bench(
         return
     if not dataset:
         raise BadArgument("name at least one data set with --dataset")
-    from qe_edge.bench.harness import BenchConfig, default_models, default_teachers
+    from qe_edge.bench.harness import BenchConfig
     from qe_edge.bench.harness import bench as verb
+    from qe_edge.bench.inputs import default_models, default_teachers
 
     work = Workdir(workdir)
     teachers = tuple(str(path) for path in teacher or default_teachers(dataset))

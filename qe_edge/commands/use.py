@@ -26,7 +26,7 @@ from qe_edge.workdir import Workdir
 
 def load_expander(model: str | None, workdir: Path, **settings: Any) -> Expander:
     """The model that is named, else the smallest of the newest export: the one meant for the device."""
-    from qe_edge.bench.harness import default_models
+    from qe_edge.bench.inputs import default_models
 
     if model is None:
         models = default_models(Workdir(workdir))
