@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from qe_edge.errors import BadArgument, QeEdgeError
@@ -79,15 +78,11 @@ class Batch(Protocol):
 
 
 class OneByOne:
-    """A batch of one sequence, for an engine that yields an answer's tokens one by one.
-
-    They are computed in a thread of their own: MLX's streams and generators belong to one.
-    """
+    """A batch of one sequence, for an engine that yields an answer's tokens one by one."""
 
     def __init__(self, generate: Callable[..., Generator[int, None, None]], longest: int):
         self._generate, self.longest = generate, longest
         self._tokens: Generator[int, None, None] | None = None
-        self._thread = ThreadPoolExecutor(1)
 
     def fits(self, tokens: int) -> bool:
         return self._tokens is None
@@ -100,7 +95,7 @@ class OneByOne:
 
     def step(self) -> dict[int, int]:
         assert self._tokens is not None
-        token = self._thread.submit(next, self._tokens, None).result()
+        token = next(self._tokens, None)
         if token is None:
             raise QeEdgeError("the engine stopped in the middle of an answer")
         return {0: token}
@@ -113,12 +108,11 @@ class OneByOne:
 
     def clear(self) -> None:
         if self._tokens is not None:
-            self._thread.submit(self._tokens.close).result()
+            self._tokens.close()
             self._tokens = None
 
     def close(self) -> None:
         self.clear()
-        self._thread.shutdown()
 
 
 def default_spec(ref: ModelRef, chat_template: str | None) -> ModelSpec:

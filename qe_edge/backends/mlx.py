@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-
-from qe_edge.backends import Batch, OneByOne, default_spec
+from qe_edge.backends import Batch, default_spec
+from qe_edge.backends.mlx_batch import MlxBatch
 from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.models import Engine, ModelRef
 from qe_edge.prompt import hugging_face
@@ -13,10 +12,9 @@ from qe_edge.spec import read_spec
 
 class MlxBackend:
     engine: Engine = "mlx"
-    parallel = 1
+    parallel = 64  # more would wait for each other's prompts
 
     def __init__(self, ref: ModelRef):
-        self._mx = require("mlx.core", "mlx")
         mlx_lm = require("mlx_lm", "mlx")
         if ref.path is None:
             raise BadArgument(f"{ref.name} is a hub id; export it first, then give the MLX folder")
@@ -37,20 +35,7 @@ class MlxBackend:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def batch(self, slots: int) -> Batch:
-        return OneByOne(self._generate, self.context)
-
-    def _generate(
-        self, prompt: Sequence[int], *, temperature: float, seed: int
-    ) -> Generator[int, None, None]:
-        from mlx_lm.generate import generate_step
-        from mlx_lm.sample_utils import make_sampler
-
-        self._mx.random.seed(seed)
-        steps = generate_step(
-            self._mx.array(list(prompt)), self._model, max_tokens=-1, sampler=make_sampler(temp=temperature)
-        )
-        for token, _ in steps:
-            yield int(token)
+        return MlxBatch(self._model, slots, self.context)
 
     def close(self) -> None:
         del self._model
