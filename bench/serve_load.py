@@ -64,9 +64,8 @@ def main(
         note(f"{together} at a time")
         found.append(_load(model, queries, clients, seconds, together, settings))
     print(f"{model.name}, {clients} clients for {seconds:g} s\n")
-    print(
-        "| at a time | answered | refused (429) | errors | queries/s | tokens/s | p50 s | p95 s | MB, first | last |"
-    )
+    columns = "at a time|answered|429|errors|queries/s|tokens/s|p50 s|p95 s|MB, first|last".split("|")
+    print(f"| {' | '.join(columns)} |")
     print("| --: " * len(columns) + "|")
     for load in found:
         good, refused = load.replies.get("200", 0), load.replies.get("429", 0)
