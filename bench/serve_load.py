@@ -64,7 +64,18 @@ def main(
         note(f"{together} at a time")
         found.append(_load(model, queries, clients, seconds, together, settings))
     print(f"{model.name}, {clients} clients for {seconds:g} s\n")
-    columns = "at a time|answered|429|errors|queries/s|tokens/s|p50 s|p95 s|MB, first|last".split("|")
+    columns = [
+        "at a time",
+        "answered",
+        "429",
+        "errors",
+        "queries/s",
+        "tokens/s",
+        "p50 s",
+        "p95 s",
+        "MB, first",
+        "last",
+    ]
     print(f"| {' | '.join(columns)} |")
     print("| --: " * len(columns) + "|")
     for load in found:

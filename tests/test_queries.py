@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qe_edge.analysis import get_analyzer, words_of
@@ -209,7 +209,6 @@ texts = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(texts, texts, st.floats(1e-9, 1e9))
 @example('"', "*", 1.0)
 def test_every_query_is_valid_everywhere(
