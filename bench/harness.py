@@ -20,11 +20,12 @@ from qe_edge.bench.speed import BUDGETS, Generated, Request, WrongLanguage
 from qe_edge.console import note
 from qe_edge.datasets import Dataset, describe, load_dataset
 from qe_edge.errors import BadArgument, QeEdgeError
-from qe_edge.index import Index, Ranking
+from qe_edge.index import Index, Ranking, Retriever
 from qe_edge.join import DEFAULT_JOIN, TEACHER_JOIN, Join
 from qe_edge.manifest import cpu_name, machine, now, versions, write_json
 from qe_edge.measures import RESAMPLES, Interval, check_measure, depth, evaluate, mean_interval, write_run
 from qe_edge.models import resolve
+from qe_edge.opensearch import OpenSearchIndex
 from qe_edge.records import Count, Expansion, read_jsonl
 from qe_edge.spec import ModelSpec
 from qe_edge.workdir import RunFolder, Workdir
@@ -51,6 +52,7 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     names another data set, on whose queries each model's join is chosen among `tune_joins`. `measures` are
     ir_measures to report beside nDCG@10.
     `max_tokens` replaces the models' own token budget, `analyzer` the one of the collection's language.
+    `retriever` is the address of an OpenSearch index, which is searched instead of our own.
     `label` names the machine in reports.
     """
 
@@ -66,6 +68,7 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     threads: Count | None = None
     max_tokens: Count | None = None
     analyzer: str = ""
+    retriever: str = ""
     label: str = ""
 
 
@@ -150,8 +153,13 @@ class _OneDataset:
         # Two collections may have the same name, and two labels the same slug: a hash tells them apart.
         self.slug = f"{_slug(str(data))}-{data.fingerprint()[:8]}"
         self.cache = workdir.root / "generations"
-        self.index = Index.for_dataset(data, workdir.root / "index", analyzer=config.analyzer)
-        self.info = describe(data, self.index.ids)
+        self.index: Retriever
+        if config.retriever:
+            self.index = OpenSearchIndex(config.retriever)
+            self.info = describe(data, documents=self.index.documents)
+        else:
+            self.index = Index.for_dataset(data, workdir.root / "index", analyzer=config.analyzer)
+            self.info = describe(data, self.index.ids)
         self.systems: list[System] = []
 
     def measure(
@@ -164,7 +172,8 @@ class _OneDataset:
     ) -> DatasetResult:
         plain = self.retrieve({}, DEFAULT_JOIN)
         self.add("BM25", "bm25", "", plain)
-        self.add("BM25 + RM3", "feedback", "", rm3(self.data, self.index, plain, self.depth))
+        if isinstance(self.index, Index):  # RM3 needs the postings
+            self.add("BM25 + RM3", "feedback", "", rm3(self.data, self.index, plain, self.depth))
         for label, model in models.items():
             if self.config.tune_on and label not in tuned:
                 continue  # it failed there; with another join it couldn't be compared

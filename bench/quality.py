@@ -8,7 +8,7 @@ import msgspec
 
 from qe_edge.bench.result import System
 from qe_edge.datasets import Dataset
-from qe_edge.index import Index, Ranking
+from qe_edge.index import Ranking, Retriever
 from qe_edge.join import Join
 from qe_edge.measures import holm, mean_interval, per_query, randomization_test, ratio_interval
 
@@ -18,7 +18,7 @@ DEPTH = 1000
 
 
 def retrieve(
-    data: Dataset, index: Index, expansions: dict[str, str], join: Join, *, depth: int = DEPTH
+    data: Dataset, index: Retriever, expansions: dict[str, str], join: Join, *, depth: int = DEPTH
 ) -> dict[str, Ranking]:
     """The ranking of every query, expanded where there is an expansion."""
     return {

@@ -281,8 +281,15 @@ class DatasetInfo(msgspec.Struct, frozen=True):
     judgments: int
 
 
-def describe(dataset: Dataset, ids: Sequence[str] | None = None) -> DatasetInfo:
-    """Count a data set, checking its judgments on the way; `ids` are its documents', if they are known."""
+def describe(
+    dataset: Dataset, ids: Sequence[str] | None = None, *, documents: int | None = None
+) -> DatasetInfo:
+    """Count a data set, checking its judgments on the way; `ids` are its documents', if they are known.
+
+    With `documents`, they are elsewhere, and are not looked at.
+    """
+    if documents is not None:
+        return DatasetInfo(str(dataset), dataset.lang, documents, len(dataset.queries), dataset.judgments())
     if ids is None:
         ids = [doc_id for doc_id, _ in dataset.documents()]
         check_ids(ids, dataset.folder)

@@ -21,6 +21,7 @@ EXTRAS = {
     "data": ("download public test collections", "ir_datasets"),
     "ray": ("score candidates on a Ray cluster", "ray"),
     "serve": ("serve expansions over HTTP", "fastapi"),
+    "opensearch": ("score on an OpenSearch or Elasticsearch cluster", "opensearchpy"),
     "mcp": ("serve expansions to MCP clients", "mcp"),
     "zh": ("Chinese word segmentation with jieba", "jieba"),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -28,6 +28,14 @@ _META, _IDS, _VOCAB = "qe_edge_index.json", "ids.bin", "vocab.json"
 
 Ranking = list[tuple[str, float]]
 """(document id, score), best first; equal scores in the collection's order."""
+
+
+class Retriever(Protocol):
+    """What a benchmark searches: our own index, or a cluster's."""
+
+    def search_text(self, query: str, expansion: str = "", *, join: Join, k: int = 10) -> Ranking:
+        """The k best documents for a query and its expansion."""
+        ...
 
 
 class IndexMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -17,6 +17,7 @@ from qe_edge.errors import BadInput
 from qe_edge.index import Index
 from qe_edge.join import DEFAULT_JOIN, Join
 from qe_edge.manifest import MANIFEST, atomic_path, check_output, run_record, write_json
+from qe_edge.opensearch import OpenSearchIndex
 from qe_edge.records import Candidate, Count, Expansion, Pair, Problem, encode_jsonl, read_jsonl
 from qe_edge.train.pair_report import summarize
 from qe_edge.train.scoring import NDCG, Executor, Reward, score
@@ -39,7 +40,8 @@ class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     - `best-vs-sampled`: the best against others, drawn with `seed` from those that are worse enough.
 
     Of each query at most `max_per_query` pairs are kept. `accept` lets rows in that `teach` marked with a
-    problem. `analyzer` replaces the one of the collection's language.
+    problem. `analyzer` replaces the one of the collection's language, `retriever` our own index by an
+    OpenSearch index at that address.
     """
 
     join: str = str(DEFAULT_JOIN)
@@ -51,6 +53,7 @@ class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     seed: int = 0
     accept: tuple[Problem, ...] = ()
     analyzer: str = ""
+    retriever: str = ""
 
 
 def pairs(
@@ -82,8 +85,12 @@ def pairs(
         raise BadInput(
             f"none of the {len(rows)} expansions can be scored on {data}; dropped: {dict(dropped)}"
         )
-    index = Index.for_dataset(data, workdir.root / "index", analyzer=config.analyzer)
-    data.check_judgments(index.ids)
+    index: Index | OpenSearchIndex
+    if config.retriever:
+        index = OpenSearchIndex(config.retriever)
+    else:
+        index = Index.for_dataset(data, workdir.root / "index", analyzer=config.analyzer)
+        data.check_judgments(index.ids)
 
     queries = list(dict.fromkeys(row.query_id for row in known))
     items = [(query_id, "") for query_id in queries] + [(row.query_id, row.text) for row in known]

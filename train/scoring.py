@@ -6,7 +6,7 @@ import hashlib
 import re
 import signal
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -21,10 +21,11 @@ from qe_edge.bulk import BulkSearch
 from qe_edge.console import progress
 from qe_edge.datasets import Dataset
 from qe_edge.errors import BadArgument, QeEdgeError, require
-from qe_edge.index import Index
+from qe_edge.index import Index, Ranking
 from qe_edge.join import Join
 from qe_edge.manifest import usable_cores, versions
 from qe_edge.measures import Qrels, check_measure, depth, evaluate
+from qe_edge.opensearch import OpenSearchIndex
 
 Executor = Literal["local", "ray"]
 CHUNK = 128  # candidates that travel to a worker together
@@ -75,7 +76,7 @@ class Reward(NamedTuple):
 class Work(NamedTuple):
     """What every worker needs to know."""
 
-    index_folder: Path
+    searched: Path | str  # our own index, or the address of an OpenSearch index
     queries: dict[str, str]
     qrels: Qrels
     join: Join
@@ -89,7 +90,7 @@ Item = tuple[str, str]
 def score(
     items: Sequence[Item],
     data: Dataset,
-    index: Index,
+    index: Index | OpenSearchIndex,
     join: Join,
     measures: list[str],
     *,
@@ -100,11 +101,12 @@ def score(
     """The measures' values of every item, in their order; what `cache` holds is not searched again.
 
     `workers` are processes, 0 standing for one per usable core. Workers of a Ray cluster must see the index
-    under the same path.
+    under the same path or address.
     """
-    if index.folder is None:
+    where = index.address if isinstance(index, OpenSearchIndex) else index.folder
+    if where is None:
         raise ValueError("the index must be saved, so that workers can open it")
-    work = Work(index.folder, data.queries, data.qrels, join, measures)
+    work = Work(where, data.queries, data.qrels, join, measures)
     with closing(_Cache(cache, work, index)) as known:
         found, missing = known.look_up(items)
         chunks = [missing[i : i + CHUNK] for i in range(0, len(missing), CHUNK)]
@@ -123,7 +125,8 @@ def _map(work: Work, chunks: list[list[Item]], executor: Executor, workers: int)
     """Each chunk's values as they come."""
     if not chunks:
         return
-    require("numba", "train")  # said here, once, and not by every worker
+    if isinstance(work.searched, Path):
+        require("numba", "train")  # said here, once, and not by every worker
     if executor == "local" and (sum(map(len, chunks)) <= SERIAL or (workers or usable_cores()) == 1):
         _start(work)
         yield from map(_score_chunk, chunks)
@@ -152,20 +155,43 @@ def _map(work: Work, chunks: list[list[Item]], executor: Executor, workers: int)
 
 class _Worker:
     def __init__(self, work: Work):
-        self.work = work
-        self.index = Index.open(work.index_folder)
-        self.bulk = BulkSearch(self.index)
-        self.depth = depth(work.measures)
-        self.query_terms = {query_id: self.index.analyze(text) for query_id, text in work.queries.items()}
+        self.work, self.depth = work, depth(work.measures)
+        self.search = _search_locally(work) if isinstance(work.searched, Path) else _search_cluster(work)
 
     def score(self, chunk: list[Item]) -> Values:
-        terms = [(self.query_terms[query_id], self.index.analyze(text)) for query_id, text in chunk]
-        rankings = self.bulk.search(terms, self.work.join, k=self.depth)
+        rankings = self.search(chunk, self.depth)
         # One query stands in a chunk many times, so each item is a query of its own to the measures.
         run = {str(i): ranking for i, ranking in enumerate(rankings)}
         qrels = {str(i): self.work.qrels[query_id] for i, (query_id, _) in enumerate(chunk)}
         values = evaluate(qrels, run, self.work.measures)
         return {item: [values[m][str(i)] for m in self.work.measures] for i, item in enumerate(chunk)}
+
+
+Search = Callable[[list[Item], int], list[Ranking]]
+"""(items, k) -> the ranking of each."""
+
+
+def _search_locally(work: Work) -> Search:
+    assert isinstance(work.searched, Path)
+    index = Index.open(work.searched)
+    bulk = BulkSearch(index)
+    query_terms = {query_id: index.analyze(text) for query_id, text in work.queries.items()}
+
+    def search(items: list[Item], k: int) -> list[Ranking]:
+        terms = [(query_terms[query_id], index.analyze(text)) for query_id, text in items]
+        return bulk.search(terms, work.join, k=k)
+
+    return search
+
+
+def _search_cluster(work: Work) -> Search:
+    cluster = OpenSearchIndex(str(work.searched))
+
+    def search(items: list[Item], k: int) -> list[Ranking]:
+        texts = [(work.queries[query_id], text) for query_id, text in items]
+        return cluster.search_many(texts, join=work.join, k=k)
+
+    return search
 
 
 _worker: _Worker
@@ -185,13 +211,16 @@ def _score_chunk(chunk: list[Item]) -> Values:
 class _Cache:
     """Scores by query, judgments and expansion; one file for each index, join and list of measures."""
 
-    def __init__(self, folder: Path, work: Work, index: Index):
+    def __init__(self, folder: Path, work: Work, index: Index | OpenSearchIndex):
         folder.mkdir(parents=True, exist_ok=True)
         installed = versions()
         made_by = [installed.get(name) for name in ("bm25s", "ir-measures", "PyStemmer", "jieba")]
-        setting = msgspec.json.encode(
-            [VERSION, made_by, work.index_folder.name, index.meta, work.join, work.measures]
-        )
+        if isinstance(work.searched, Path) and isinstance(index, Index):
+            where: list[Any] = [work.searched.name, index.meta]
+        else:
+            assert isinstance(index, OpenSearchIndex)
+            where = [index.address, index.documents]
+        setting = msgspec.json.encode([VERSION, made_by, *where, work.join, work.measures])
         name = hashlib.sha256(setting).hexdigest()[:16]
         self._database = sqlite3.connect(folder / f"{name}.sqlite")
         self._database.execute(

@@ -30,6 +30,13 @@ AnalyzerOption = Annotated[
     str,
     typer.Option("--analyzer", help="english, cjk or jieba (default: the collection's language decides)."),
 ]
+RetrieverOption = Annotated[
+    str,
+    typer.Option(
+        "--retriever",
+        help="An OpenSearch or Elasticsearch index instead of our own: http://HOST:PORT/INDEX?fields=…",
+    ),
+]
 AcceptOption = Annotated[
     list[str] | None,
     typer.Option(

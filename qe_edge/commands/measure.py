@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, AnalyzerOption, JsonOption, OutOption, WorkdirOption, emit, took
+from qe_edge.commands.common import (
+    WORKDIR,
+    AnalyzerOption,
+    JsonOption,
+    OutOption,
+    RetrieverOption,
+    WorkdirOption,
+    emit,
+    took,
+)
 from qe_edge.console import note
 from qe_edge.errors import BadArgument, NotFound, PartlyDone
 from qe_edge.records import configured
@@ -170,6 +179,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: the engine's choice).")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Instead of the models' own token budget.")] = None,
     analyzer: AnalyzerOption = "",
+    retriever: RetrieverOption = "",
     hardware_label: Annotated[str, typer.Option(help="What to call this machine in reports.")] = "",
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
@@ -211,6 +221,7 @@ def bench(
         threads=threads,
         max_tokens=max_tokens,
         analyzer=analyzer,
+        retriever=retriever,
         label=hardware_label,
     )
     emit_bench(json, "bench", verb(config, out=out, workdir=work))

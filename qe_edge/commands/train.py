@@ -13,6 +13,7 @@ from qe_edge.commands.common import (
     AnalyzerOption,
     JsonOption,
     OutOption,
+    RetrieverOption,
     WorkdirOption,
     emit,
     took,
@@ -61,6 +62,7 @@ def pairs(
     seed: Annotated[int, typer.Option(help="Of what best-vs-sampled draws.")] = 0,
     accept: AcceptOption = None,
     analyzer: AnalyzerOption = "",
+    retriever: RetrieverOption = "",
     executor: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
     out: OutOption = None,
@@ -88,6 +90,7 @@ def pairs(
         seed=seed,
         accept=tuple(accept or ()),
         analyzer=analyzer,
+        retriever=retriever,
     )
     try:
         where: Executor = msgspec.convert(executor, Executor)
