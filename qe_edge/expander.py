@@ -276,7 +276,7 @@ class Expander:
                 return _Asked(query, ready=self._judged(query, found, cached=True))
         prompt = self.spec.prompt.encode(query, self.backend.tokenize)
         prefix = max(len(known) if prompt[: len(known)] == known else 0 for known in self._prefixes)
-        enough = None if self._dry is None else self._dried(query, self._dry)
+        enough = None if self._dry is None else dried(query, self._dry, self.backend.detokenize)
         answer = Answer(
             prompt, prefix, self.budget_tokens, temperature, seed, enough, deadline, streamed=streamed
         )
@@ -287,20 +287,6 @@ class Expander:
                 raise
             return _Asked(query, ready=ExpandedQuery(query, "", self.spec.join, fallback=str(error)))
         return _Asked(query, answer=answer, key=key)
-
-    def _dried(self, query: str, most: int) -> Callable[[list[int]], bool]:
-        """Whether the last `most` tokens of an answer brought no word that wasn't there."""
-        grown, last = 0, 0  # when there were last more words, and how many
-
-        def dried(tokens: list[int]) -> bool:
-            nonlocal grown, last
-            # The last word may still go on.
-            words = len({*words_of(query), *words_of(self.backend.detokenize(tokens))[:-1]})
-            if words > last:
-                grown, last = len(tokens), words
-            return len(tokens) - grown >= most
-
-        return dried
 
     def _completed(self, answer: Answer, *, beyond: float = math.inf) -> Completion:
         try:
@@ -409,3 +395,18 @@ class Stream:
 def _common(one: list[int], other: list[int]) -> list[int]:
     """What both begin with."""
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+
+
+def dried(query: str, most: int, detokenize: Callable[[list[int]], str]) -> Callable[[list[int]], bool]:
+    """Whether the last `most` tokens of an answer, asked for after each of them, brought no new word."""
+    grown, last = 0, 0  # when there were last more words, and how many
+
+    def ends(tokens: list[int]) -> bool:
+        nonlocal grown, last
+        # The last word may still go on.
+        words = len({*words_of(query), *words_of(detokenize(tokens))[:-1]})
+        if words > last:
+            grown, last = len(tokens), words
+        return len(tokens) - grown >= most
+
+    return ends
