@@ -24,7 +24,7 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     - `same_language`: the student must know the query's language, and write in it.
     """
 
-    max_words: Words | None = 32
+    max_words: Words | None = 64
     clear_lead: Share | None = None
     min_new_words: Words | None = 1
     min_distinct: Share | None = 0.3

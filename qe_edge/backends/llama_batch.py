@@ -89,16 +89,20 @@ class LlamaBatch:
 
     def step(self) -> dict[int, int]:
         # One token of each answer first; newcomers' prompts get what is left of the batch.
-        waiting = sorted(self._running.items(), key=lambda item: len(item[1].pending))
+        room, taken = BATCH, {}
+        for number, sequence in sorted(self._running.items(), key=lambda item: len(item[1].pending)):
+            taken[number] = sequence.pending[:room]
+            room -= len(taken[number])
         size, asked = 0, {}
-        for number, sequence in waiting:
-            taken = sequence.pending[: BATCH - size]
-            if not taken:
-                break
-            del sequence.pending[: len(taken)]
-            self._fill(size, taken, sequence.seen, number)
-            sequence.seen += len(taken)
-            size += len(taken)
+        # In the order of their numbers: llama.cpp computes only neighbours together.
+        for number, tokens in sorted(taken.items()):
+            if not tokens:
+                continue
+            sequence = self._running[number]
+            del sequence.pending[: len(tokens)]
+            self._fill(size, tokens, sequence.seen, number)
+            sequence.seen += len(tokens)
+            size += len(tokens)
             if not sequence.pending:
                 self._batch.logits[size - 1] = True
                 asked[number] = size - 1
