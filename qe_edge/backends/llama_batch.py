@@ -31,8 +31,9 @@ STREAM = 256
 
 @dataclass
 class _Running:
-    """A sequence on its way: tokens that llama.cpp hasn't seen yet, and how many it has."""
+    """A sequence on its way: its place in the cache, tokens that llama.cpp hasn't seen, how many it has."""
 
+    place: int
     pending: list[int]
     seen: int
     pick: Pick
@@ -67,6 +68,7 @@ class LlamaBatch:
         self._batch = lib.llama_batch_init(BATCH, 0, 1)
         self._free = weakref.finalize(self, _free, lib, self._batch, self.context)
         self._memory = lib.llama_get_memory(self.context)
+        self._numbers = 0  # of all that ever ran
         self._running: dict[int, _Running] = {}
         self._prefixes: dict[tuple[int, ...], int] = {}  # the one used last at the end
 
@@ -77,30 +79,32 @@ class LlamaBatch:
         self, prompt: Sequence[int], *, prefix: int, answer: int, temperature: float = 0.0, seed: int = 0
     ) -> int:
         pick = picker(temperature, seed)
-        number = next(i for i in range(KEPT, KEPT + self._slots) if i not in self._running)
-        self._drop(number)  # also what an interrupted call left there
+        used = {sequence.place for sequence in self._running.values()}
+        place = next(i for i in range(KEPT, KEPT + self._slots) if i not in used)
+        self._drop(place)  # also what an interrupted call left there
         start = 0
         shared = tuple(prompt[: min(prefix, len(prompt) - 1)])
         if self._make_room(shared, len(prompt) + answer):
-            self._lib.llama_memory_seq_cp(self._memory, self._keep(shared), number, -1, -1)
+            self._lib.llama_memory_seq_cp(self._memory, self._keep(shared), place, -1, -1)
             start = len(shared)
-        self._running[number] = _Running(list(prompt[start:]), start, pick)
-        return number
+        self._numbers += 1
+        self._running[self._numbers] = _Running(place, list(prompt[start:]), start, pick)
+        return self._numbers
 
     def step(self) -> dict[int, int]:
+        self._close_gaps()
         # One token of each answer first; newcomers' prompts get what is left of the batch.
         room, taken = BATCH, {}
         for number, sequence in sorted(self._running.items(), key=lambda item: len(item[1].pending)):
             taken[number] = sequence.pending[:room]
             room -= len(taken[number])
         size, asked = 0, {}
-        # In the order of their numbers: llama.cpp computes only neighbours together.
-        for number, tokens in sorted(taken.items()):
+        for number, sequence in sorted(self._running.items(), key=lambda item: item[1].place):
+            tokens = taken[number]
             if not tokens:
                 continue
-            sequence = self._running[number]
             del sequence.pending[: len(tokens)]
-            self._fill(size, tokens, sequence.seen, number)
+            self._fill(size, tokens, sequence.seen, sequence.place)
             sequence.seen += len(tokens)
             size += len(tokens)
             if not sequence.pending:
@@ -108,15 +112,25 @@ class LlamaBatch:
                 asked[number] = size - 1
         self._decode(size)
         found = {}
-        for number, place in asked.items():
+        for number, row in asked.items():
             sequence = self._running[number]
-            found[number] = sequence.pick(self._logits(place))
+            found[number] = sequence.pick(self._logits(row))
             sequence.pending.append(found[number])  # read by the next step, unless it is removed
         return found
 
     def remove(self, number: int) -> None:
-        del self._running[number]
-        self._drop(number)
+        self._drop(self._running.pop(number).place)
+
+    def _close_gaps(self) -> None:
+        """Move the last sequences to where others ended: llama.cpp computes only neighbours together."""
+        by_place = {sequence.place: sequence for sequence in self._running.values()}
+        places = range(KEPT, KEPT + len(by_place))
+        for free in [place for place in places if place not in by_place]:
+            last = max(by_place)
+            self._lib.llama_memory_seq_cp(self._memory, last, free, -1, -1)
+            self._drop(last)
+            by_place[free] = by_place.pop(last)
+            by_place[free].place = free
 
     def forget(self) -> None:
         while self._prefixes:
