@@ -20,8 +20,10 @@ from qe_edge.console import note
 from qe_edge.datasets import load_dataset
 from qe_edge.errors import require
 from qe_edge.expander import Expander
+from qe_edge.gate import OPEN
 from qe_edge.manifest import usable_cores, write_json
 
+FIRST = 10  # queries whose first token is timed
 Way = Callable[[list[str]], int]
 """Expands queries; returns how many tokens were written."""
 
@@ -41,10 +43,10 @@ def main(
     threads = threads or usable_cores()
     known = list(load_dataset(dataset).queries.values())
     asked = [known[i % len(known)] for i in range(queries)]
-    with Expander.load(model, threads=threads) as expander:
+    with Expander.load(model, threads=threads, gate=OPEN) as expander:
         ways = {"llama_cpp.Llama": _llama(model, threads, expander), "expand": _one_by_one(expander)}
         sizes = parallel or [4, 8, 16, 32]
-        loaded = {n: Expander.load(model, threads=threads) for n in sizes}
+        loaded = {n: Expander.load(model, threads=threads, gate=OPEN) for n in sizes}
         ways |= {f"expand_many, {n} at a time": _together(loaded[n], n) for n in sizes}
         turns: dict[str, list[tuple[float, int]]] = {way: [] for way in ways}
         for number in range(rounds):
@@ -65,8 +67,23 @@ def main(
             f"| {name} | {tokens / queries:.1f} | {queries / seconds:.2f} | {tokens / seconds:.0f} "
             f"| {times:.2f} |"
         )
+    with Expander.load(model, threads=threads, gate=OPEN) as expander:
+        cold, warm = _first_tokens(expander, asked[:FIRST])
+    print(
+        f"\nfirst token: {1000 * warm:.0f} ms, and {1000 * cold:.0f} ms where nothing is kept of earlier prompts"
+    )
     if out:
         write_json(out, {"model": model.name, "dataset": dataset, "queries": queries, "turns": turns})
+
+
+def _first_tokens(expander: Expander, queries: list[str]) -> tuple[float, float]:
+    """Median seconds to the first token of queries, none asked before: cold, and with the prefix kept."""
+    cold, warm = [], []
+    for number, query in enumerate(queries):
+        expander.forget()
+        cold.append(expander.expand(f"{query} {number}").prefill_s)
+        warm.append(expander.expand(f"{query} {number} again").prefill_s)
+    return median(cold), median(warm)
 
 
 def _llama(model: Path, threads: int, expander: Expander) -> Way:
