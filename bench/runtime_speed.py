@@ -69,9 +69,8 @@ def main(
         )
     with Expander.load(model, threads=threads, gate=OPEN) as expander:
         cold, warm = _first_tokens(expander, asked[:FIRST])
-    print(
-        f"\nfirst token: {1000 * warm:.0f} ms, and {1000 * cold:.0f} ms where nothing is kept of earlier prompts"
-    )
+    kept = f"{1000 * warm:.0f} ms, {1000 * cold:.0f} ms with nothing kept of earlier prompts"
+    print(f"\nfirst token: {kept}")
     if out:
         write_json(out, {"model": model.name, "dataset": dataset, "queries": queries, "turns": turns})
 
