@@ -45,11 +45,11 @@ def words_of(text: str, *, cjk: int = 2) -> list[str]:
 
 
 @cache
-def stop_words() -> frozenset[str]:
-    """English function words."""
-    from bm25s.stopwords import STOPWORDS_EN
+def stop_words(*, more: bool = False) -> frozenset[str]:
+    """English function words: Lucene's 33, or `more`."""
+    from bm25s.stopwords import STOPWORDS_EN, STOPWORDS_EN_PLUS
 
-    return frozenset(STOPWORDS_EN)
+    return frozenset(STOPWORDS_EN_PLUS if more else STOPWORDS_EN)
 
 
 def _english() -> Analyzer:

@@ -56,17 +56,17 @@ class ExpandedQuery:
     def words(self, *, cjk: int = 2) -> dict[str, float]:
         """Weighted words as they are written, for an engine that has its own analyzer.
 
-        Function words are left out, unless the query has no others. Chinese comes in overlapping pieces of
-        `cjk` characters.
+        Function words are left out, more of the expansion's than of the query's, and none of a query that has
+        no others. Chinese comes in overlapping pieces of `cjk` characters.
         """
-        stop = stop_words()
 
-        def cut(text: str, *, without: frozenset[str] = stop) -> list[str]:
+        def cut(text: str, without: frozenset[str]) -> list[str]:
             # Tantivy refuses a word that its tokenizer leaves nothing of, such as an underscore.
             words = (word for word in words_of(text, cjk=cjk) if any(map(str.isalnum, word)))
             return [word for word in words if word not in without]
 
-        return self.join(cut(self.query) or cut(self.query, without=frozenset()), cut(self.text))
+        query = cut(self.query, stop_words()) or cut(self.query, frozenset())
+        return self.join(query, cut(self.text, stop_words(more=True)))
 
     def to_fts5(self, *, columns: Sequence[str] = (), trigram: bool = False) -> str:
         """A MATCH expression for SQLite FTS5; bind it as a parameter, and order by `rank`.
