@@ -6,7 +6,7 @@ import hashlib
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +23,9 @@ CREATE TABLE IF NOT EXISTS models (file TEXT PRIMARY KEY, sha256 TEXT NOT NULL);
 """
 
 
+WAIT = 1.0  # seconds for another process's transaction, of some milliseconds
+
+
 class ExpansionCache:
     """Answers by key, those that were used last, up to `max_mb` million bytes.
 
@@ -37,14 +40,15 @@ class ExpansionCache:
         self.path, self._limit = Path(path), max_mb * 1e6
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._connected() as db:
-            db.execute("PRAGMA journal_mode=WAL")  # readers don't wait for a writer
+            with suppress(sqlite3.OperationalError):  # another process is just doing so
+                db.execute("PRAGMA journal_mode=WAL")  # readers don't wait for a writer
             db.executescript(_SCHEMA)
 
     @contextmanager
-    def _connected(self) -> Iterator[sqlite3.Connection]:
+    def _connected(self, *, wait: float = WAIT) -> Iterator[sqlite3.Connection]:
         """A connection for one transaction: SQLite's own may not be shared by threads, nor by a fork."""
         try:
-            with closing(sqlite3.connect(self.path, timeout=10)) as db, db:
+            with closing(sqlite3.connect(self.path, timeout=wait)) as db, db:
                 db.execute("PRAGMA synchronous=NORMAL")
                 yield db
         except sqlite3.DatabaseError as error:
@@ -54,8 +58,10 @@ class ExpansionCache:
         """What was put under the key; None too for what another version wrote."""
         with self._connected() as db:
             row = db.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
-            if row is None:
-                return None
+        if row is None:
+            return None
+        # Nobody waits to say that it was used.
+        with suppress(BadInput), self._connected(wait=0) as db:
             db.execute("UPDATE answers SET used = ? WHERE key = ?", (time.time(), key))
         try:
             return msgspec.json.decode(row[0], type=kind)

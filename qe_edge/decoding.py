@@ -86,6 +86,8 @@ class Decoder:
         Raises:
             BadInput: prompt and budget together don't fit the model's context.
         """
+        if self._closed:
+            raise QeEdgeError("the model was closed")
         if not answer.prompt:
             raise BadInput("the prompt is empty")
         if len(answer.prompt) + answer.budget > self._backend.context:
@@ -107,7 +109,7 @@ class Decoder:
         """
         while self._lead(answer, beyond):
             try:
-                while not (answer.is_late() or answer.done or self._advance()):
+                while not (self._closed or answer.is_late() or answer.done or self._advance()):
                     pass
             finally:
                 with self._changed:
@@ -158,9 +160,10 @@ class Decoder:
                     finished |= answer.done or answer.streamed
             return finished
         except Exception as error:
-            for answer in (*self._running.values(), *self._waiting):
+            for answer in self._running.values():
                 answer.error = error
-            self._waiting.clear()
+            while self._waiting:  # one may just be coming
+                self._waiting.popleft().error = error
             self._clear()
             return True
         except BaseException:  # Ctrl-C: the others' answers start again
@@ -196,10 +199,7 @@ class Decoder:
         if self._slots > self._made:
             if any(batch is self._several for batch, _ in self._running):
                 return  # when these are done, there will be a larger one
-            larger = self._backend.batch(self._slots)
-            if self._several:
-                self._several.close()
-            self._several, self._made = larger, self._slots
+            self._make_room()
         while self._waiting:
             answer = self._waiting[0]
             if not (answer.abandoned or answer.is_late()):
@@ -218,18 +218,33 @@ class Decoder:
                 self._running[batch, number] = answer
             self._waiting.popleft()
 
+    def _make_room(self) -> None:
+        """A batch of as many slots as were wished for, or as memory has room for."""
+        if self._several:
+            self._several.close()  # first, or there would be both
+        self._several, self._made = None, 1
+        while self._slots > 1:
+            try:
+                self._several, self._made = self._backend.batch(self._slots), self._slots
+                return
+            except QeEdgeError:
+                self._slots //= 2
+
     def forget(self) -> None:
         """Drop what is kept of earlier prompts, so that the next one is computed whole."""
         with self._changed:
             self._changed.wait_for(lambda: not self._led)
-            for batch in self._batches:
-                batch.forget()
+            if not self._closed:
+                for batch in self._batches:
+                    batch.forget()
 
     def close(self) -> None:
         """End all answers; whoever waits for one gets an error."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._led)
+            if self._closed:
+                return
             self._closed = True
+            self._changed.wait_for(lambda: not self._led)
             self._running.clear()
             for batch in self._batches:
                 batch.close()

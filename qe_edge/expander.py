@@ -9,8 +9,10 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import partial
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -110,7 +112,7 @@ class Expander:
         Args:
             threads: that compute; all cores by default.
             budget_tokens: of an expansion, instead of the model's own.
-            parallel: queries from several threads or tasks that are decoded together, on llama.cpp.
+            parallel: queries from several threads or tasks that are decoded together, on llama.cpp and MLX.
             stop_when_dry: end an expansion after so many tokens that brought no new word.
             gate: when the plain query is searched instead; `qe_edge.gate.OPEN` for never.
             cache: a SQLite file for greedy expansions, to be used again by this and other processes. A hub
@@ -164,9 +166,9 @@ class Expander:
     def expand_many(self, queries: Iterable[str], *, parallel: int = PARALLEL) -> Iterator[ExpandedQuery]:
         """Expand queries greedily and yield them in their order, some of them read ahead.
 
-        On llama.cpp, `parallel` of them are decoded in one batch, which the next query joins as soon as one
-        is done; the room for them is kept. Other engines take one at a time. A batch rounds differently from
-        a single sequence, so a near tie between two tokens may be decided differently than alone.
+        On llama.cpp and MLX, `parallel` of them are decoded in one batch, which the next query joins as soon
+        as one is done; the room for them is kept, as far as memory has it. transformers takes one at a time.
+        A batch may round differently from a single sequence, so that a near tie is decided differently.
 
         Raises:
             BadInput: as `expand`, after the queries before it.
@@ -207,12 +209,21 @@ class Expander:
         self, queries: Iterable[str], *, parallel: int = PARALLEL
     ) -> AsyncIterator[ExpandedQuery]:
         """`expand_many` for asyncio."""
-        expanded = self.expand_many(queries, parallel=parallel)
+        self._room(parallel)
+        coming, waiting = iter(queries), deque[_Asked]()
         try:
-            while (one := await self._in_thread(None, lambda: next(expanded, None))) is not None:
-                yield one
+            while True:
+                for query in islice(coming, 2 * parallel - len(waiting)):
+                    waiting.append(self._ask(query))
+                if not waiting:
+                    break
+                asked = waiting[0]
+                expanded = await self._in_thread(asked, partial(self._expanded, asked))
+                waiting.popleft()
+                yield expanded
         finally:
-            expanded.close()  # type: ignore[attr-defined]  # it is a generator
+            for asked in waiting:
+                self._abandon(asked)
 
     async def astream(
         self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()
@@ -228,15 +239,14 @@ class Expander:
         finally:
             self._abandon(asked)
 
-    async def _in_thread(self, asked: _Asked | None, work: Callable[[], T]) -> T:
+    async def _in_thread(self, asked: _Asked, work: Callable[[], T]) -> T:
         """Wait for it in a thread of our own: asyncio has too few for many that wait."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(256, thread_name_prefix="qe-edge")
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except asyncio.CancelledError:
-            if asked:
-                self._abandon(asked)
+            self._abandon(asked)
             raise
 
     def complete(
@@ -272,8 +282,9 @@ class Expander:
         key = ""
         if self._cache and temperature == 0:
             key = hashlib.sha256(f"{self._settings} {clean_query(query)}".encode()).hexdigest()
-            if found := self._cache.get(key, Completion):
-                return _Asked(query, ready=self._judged(query, found, cached=True))
+            with suppress(BadInput):  # what is kept must not be in the way of what can be written
+                if found := self._cache.get(key, Completion):
+                    return _Asked(query, ready=self._judged(query, found, cached=True))
         prompt = self.spec.prompt.encode(query, self.backend.tokenize)
         prefix = max(len(known) if prompt[: len(known)] == known else 0 for known in self._prefixes)
         enough = None if self._dry is None else dried(query, self._dry, self.backend.detokenize)
@@ -310,7 +321,8 @@ class Expander:
             asked.ready = self._judged(asked.query, written, prompt_tokens=len(asked.answer.prompt))
             # A failed one may succeed the next time, and one that was cut says nothing about the next.
             if asked.key and self._cache and not asked.ready.fallback and written.finish_reason != "deadline":
-                self._cache.put(asked.key, written)
+                with suppress(BadInput):
+                    self._cache.put(asked.key, written)
         return asked.ready
 
     def _judged(
@@ -373,10 +385,12 @@ class Stream:
     def __iter__(self) -> Iterator[str]:
         answer, shown = self._asked.answer, ""
         try:
-            while answer and not answer.done:
+            done = answer is None
+            while answer and not done:
+                done = answer.done  # looked at first: another caller may write the rest meanwhile
                 text = self._expander._completed(answer, beyond=len(answer.tokens)).text
                 # A character may need more than one token; llama.cpp shows a mark instead until it is whole.
-                whole = text if answer.done else text.rstrip("\ufffd")
+                whole = text if done else text.rstrip("\ufffd")
                 if len(whole) > len(shown):
                     yield whole[len(shown) :]
                     shown = whole

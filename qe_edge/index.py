@@ -156,7 +156,10 @@ def save_names(folder: Path, vocab: dict[str, int], ids: Sequence[str], meta: In
 
 
 def _top(scores: np.ndarray, k: int) -> list[tuple[int, float]]:
-    kth = np.partition(scores, -k)[-k] if k < len(scores) else 0.0
-    candidates = np.flatnonzero(scores >= max(kth, np.nextafter(0, 1)))
-    order = candidates[np.lexsort((candidates, -scores[candidates]))][:k]
-    return [(i, float(scores[i])) for i in order.tolist()]
+    candidates = np.flatnonzero(scores)  # of millions of documents, mostly few
+    found = scores[candidates]
+    if len(candidates) > k:
+        kept = found >= np.partition(found, -k)[-k]
+        candidates, found = candidates[kept], found[kept]
+    order = np.lexsort((candidates, -found))[:k]
+    return list(zip(candidates[order].tolist(), found[order].tolist(), strict=True))

@@ -52,6 +52,8 @@ class OpenSearchIndex:
             retry_on_timeout=True,
         )
         self.documents: int = self._ask(lambda: self._client.count(index=self.name)["count"])
+        # What kept scores depend on: an index that was made anew has another uuid.
+        self.made_with: Any = self._ask(lambda: self._client.indices.get(index=self.name))
 
     def __str__(self) -> str:
         return self.address
@@ -81,6 +83,8 @@ class OpenSearchIndex:
             ]:
                 if "error" in answer:
                     raise QeEdgeError(f"{self.address} refused a search: {answer['error']}")
+                if answer.get("timed_out") or answer.get("_shards", {}).get("failed"):
+                    raise QeEdgeError(f"{self.address} answered in part: a shard failed, or was too slow")
                 found.append([(hit["_id"], hit["_score"]) for hit in answer["hits"]["hits"]])
         return found
 

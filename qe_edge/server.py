@@ -25,7 +25,7 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from qe_edge import __version__
-from qe_edge.errors import BadInput
+from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.expander import Expander
 from qe_edge.expansion import ExpandedQuery
 from qe_edge.join import DEFAULT_JOIN
@@ -34,7 +34,7 @@ from qe_edge.search import Collection
 
 QUERY_CHARACTERS = 1000
 QUERIES = 64  # in one request
-BODY_BYTES = 4 * QUERIES * QUERY_CHARACTERS + 1024
+BODY_BYTES = 12 * QUERIES * QUERY_CHARACTERS + 1024  # as \uXXXX, two for a rare character
 
 
 def _is_query(text: str) -> str:
@@ -154,6 +154,8 @@ class Service:
     @asynccontextmanager
     async def place(self, queries: int) -> AsyncIterator[None]:
         """Room for so many queries; 429 if there is none, with the time until there may be."""
+        if queries > self.limits.pending:
+            raise HTTPException(413, f"this server takes at most {self.limits.pending} queries at once")
         if self.pending + queries > self.limits.pending:
             self.refused.inc(queries)
             over = self.pending + queries - self.limits.pending
@@ -177,9 +179,11 @@ class Service:
         self, query: str, deadline_ms: float | None, scores: list[float] | None = None
     ) -> ExpandedQuery:
         start = time.perf_counter()
-        expanded = await self.expander.aexpand(
-            query, deadline_ms=self.deadline(deadline_ms), scores=scores or ()
-        )
+        deadline = self.deadline(deadline_ms)
+        try:
+            expanded = await self.expander.aexpand(query, deadline_ms=deadline, scores=scores or ())
+        except QeEdgeError as error:  # the query is searched as it is
+            expanded = ExpandedQuery(query, "", DEFAULT_JOIN, fallback=str(error))
         self.note(expanded, time.perf_counter() - start)
         return expanded
 
@@ -270,12 +274,12 @@ def create_app(
             known = ", ".join(collections) or "none; start the server with --index"
             raise HTTPException(404, f"no index {name!r}; there are: {known}")
         collection = collections[name]
-        plain = await run_in_threadpool(collection.plain, request.query)
-        expanded = ExpandedQuery(request.query, "", DEFAULT_JOIN)
-        if request.expand:
-            async with service.place(1):
+        async with service.place(1):
+            plain = await run_in_threadpool(collection.plain, request.query)
+            expanded = ExpandedQuery(request.query, "", DEFAULT_JOIN)
+            if request.expand:
                 expanded = await service.expand(request.query, request.deadline_ms, list(plain.values()))
-        hits = await run_in_threadpool(collection.hits, collection.terms(expanded), plain, request.k)
+            hits = await run_in_threadpool(collection.hits, collection.terms(expanded), plain, request.k)
         return SearchReply(
             index=name,
             expansion=Expanded.of(expanded) if request.expand else None,

@@ -97,6 +97,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(503, {"error": "busy"})
         elif self.path == "/demo/_count":
             self.reply(200, {"count": len(self.server.index.ids)})
+        elif self.path == "/demo":
+            self.reply(200, {"demo": {"settings": {"index": {"uuid": "one"}}, "mappings": {}}})
         elif self.path == "/demo/_msearch":
             assert body.endswith(b"\n")
             lines = body.splitlines()

@@ -90,7 +90,8 @@ def test_a_recipe_runs_to_a_benchmarked_student_and_skips_what_is_done(tiny_qwen
     out = run_recipe(load_recipe(file), workdir=work)
 
     (data,) = read_result(out["bench"]).datasets
-    assert [s.name for s in data.systems] == [
+    # What tiny models write is held back by the gate now and then, which makes another row.
+    assert [s.name for s in data.systems if not s.name.endswith(" + gate")] == [
         "BM25",
         "BM25 + RM3",
         "untrained",

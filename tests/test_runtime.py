@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from engines import says
 
 from qe_edge import Expander, Gate
-from qe_edge.errors import BadArgument, BadInput
+from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.gate import OPEN
 from qe_edge.spec import read_spec
@@ -173,3 +174,79 @@ def test_what_failed_is_not_kept(gguf: Path, tmp_path: Path) -> None:
         says(expander, "moon and wind")
         assert not expander.expand("sea").cached
         assert expander.expand("sea").cached
+
+
+def test_a_stream_that_was_overtaken_has_its_end(gguf: Path) -> None:
+    with Expander.load(gguf, gate=OPEN, budget_tokens=24) as expander:
+        stream = expander.stream("moon")
+        assert "".join(stream) == "".join(expander.stream("moon"))
+        slow = expander.stream("moon")
+        pieces = iter(slow)
+        first = next(pieces)
+        whole = slow.expanded.text  # somebody else writes the rest
+        assert " ".join((first + "".join(pieces)).split()) == whole
+
+
+def test_cancelling_many_ends_them(gguf: Path) -> None:
+    with Expander.load(gguf, gate=OPEN, budget_tokens=500) as expander:
+        says(expander, "moon sun sea wind ", pause=0.02, end=False)
+
+        async def ask() -> None:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    async for _ in expander.aexpand_many(QUERIES):
+                        pass
+            start = time.perf_counter()
+            assert (await expander.aexpand("moon", deadline_ms=300)).tokens > 3
+            assert time.perf_counter() - start < 2
+
+        asyncio.run(ask())
+
+
+def test_closing_does_not_wait_for_those_who_wait(gguf: Path) -> None:
+    expander = Expander.load(gguf, gate=OPEN, budget_tokens=1000)
+    says(expander, "moon sun sea wind ", pause=0.01, end=False)
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(expander.expand, query) for query in QUERIES[:4]]
+        time.sleep(0.2)
+        start = time.perf_counter()
+        expander.close()
+        assert time.perf_counter() - start < 2
+        for asked in running:
+            with pytest.raises(QeEdgeError, match="the model was closed"):
+                asked.result()
+    expander.close()
+    expander.forget()
+    with pytest.raises(QeEdgeError, match="the model was closed"):
+        expander.expand("tides")
+
+
+def test_where_memory_is_short_fewer_are_decoded_together(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Expander.load(gguf, gate=OPEN, budget_tokens=8) as expander:
+        alone = [expander.expand(query).text for query in QUERIES]
+        made, own = [], type(expander.backend).batch
+
+        def batch(backend: Any, slots: int) -> Any:
+            made.append(slots)
+            if slots > 2:
+                raise QeEdgeError("memory is short")
+            return own(backend, slots)
+
+        monkeypatch.setattr(type(expander.backend), "batch", batch)
+        assert [found.text for found in expander.expand_many(QUERIES)] == alone
+        assert made == [16, 8, 4, 2]
+
+
+def test_a_cache_in_use_is_not_in_the_way(gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cache.db"
+    with Expander.load(gguf, gate=OPEN, budget_tokens=8, cache=path) as expander:
+        first = expander.expand("tides")
+        with sqlite3.connect(path) as other:
+            other.execute("BEGIN IMMEDIATE")
+            assert expander.expand("tides").text == first.text
+            assert expander.expand("tides").cached
+            assert expander.expand("moon").tokens
+        path.write_bytes(b"no database any more" * 100)
+        assert expander.expand("tides").text == first.text

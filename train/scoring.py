@@ -219,7 +219,7 @@ class _Cache:
             where: list[Any] = [work.searched.name, index.meta]
         else:
             assert isinstance(index, OpenSearchIndex)
-            where = [index.address, index.documents]
+            where = [index.address, index.documents, index.made_with]
         setting = msgspec.json.encode([VERSION, made_by, *where, work.join, work.measures])
         name = hashlib.sha256(setting).hexdigest()[:16]
         self._database = sqlite3.connect(folder / f"{name}.sqlite")

@@ -59,7 +59,9 @@ class Page(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        if url.path == "/search":
+        if self.headers.get("Host", "").partition(":")[0] not in ("127.0.0.1", "localhost"):
+            self.send_error(400)  # a page from elsewhere, by a name of its own that leads here
+        elif url.path == "/search":
             asked = parse_qs(url.query)
             found = self.search(asked.get("q", [""])[0], "expand" in asked, set(asked.get("without", [])))
             self.send(json.dumps(found).encode(), "application/json")
@@ -82,8 +84,7 @@ class Page(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
+    log_message = lambda *_: None  # noqa: E731
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -35,8 +36,8 @@ def serve(
     token: Annotated[
         str, typer.Option(envvar="QE_EDGE_TOKEN", help="Clients must send it as a bearer token.")
     ] = "",
-    parallel: Annotated[int, typer.Option(min=1, help="Queries that are decoded together.")] = 16,
-    queue: Annotated[int, typer.Option(min=0, help="Queries that may wait beside them.")] = 64,
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Queries that are decoded together.")] = 16,
+    queue: Annotated[int, typer.Option(min=0, max=192, help="Queries that may wait beside them.")] = 64,
     deadline_ms: Annotated[float, typer.Option(min=1, help="The most that a query may take.")] = 10_000,
     budget_tokens: BudgetOption = None,
     threads: ThreadsOption = None,
@@ -61,7 +62,8 @@ def serve(
     hosts = ["localhost", "127.0.0.1", "[::1]", host] if loopback else None
     limits = Limits(parallel + queue, deadline_ms)
     app = create_app(expander, collections, limits=limits, token=token, hosts=hosts)
-    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=30)
+    last = math.ceil(deadline_ms / 1000) + 5  # seconds until what was begun is answered
+    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=last)
 
 
 def is_loopback(host: str) -> bool:
