@@ -109,3 +109,15 @@ def test_chunks_change_nothing_and_every_score_is_bm25ss(tmp_path, monkeypatch, 
 def test_an_id_that_is_there_twice_is_refused(tmp_path):
     with pytest.raises(BadInput, match="document 'd1' is there twice"):
         Index.build([("d1", "moon"), ("d1", "sun")], analyzer="english")
+
+
+@pytest.mark.parametrize("documents", [1, 2, 5, 1000, 5003])
+def test_the_best_are_found_among_many_blocks(documents: int) -> None:
+    from qe_edge.index import _top
+
+    draw = np.random.default_rng(documents)
+    many_equal = np.round(draw.random(documents) * (draw.random(documents) < 0.4), 1)
+    for scores in (many_equal, np.sort(draw.random(documents)), np.zeros(documents)):
+        ranked = sorted((-score, place) for place, score in enumerate(scores.tolist()) if score > 0)
+        for k in (1, 3, 10, 1000):
+            assert _top(scores, k) == [(place, -score) for score, place in ranked[:k]]
