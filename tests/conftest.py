@@ -13,7 +13,7 @@ from tiny import save_tiny_llama, save_tiny_qwen3
 # Fixtures that the examples share are the point; and a machine may be slow.
 SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 settings.register_profile("short", max_examples=150, **SHARED)
-settings.register_profile("long", max_examples=20_000, **SHARED)
+settings.register_profile("long", max_examples=30_000, **SHARED)
 settings.load_profile("short")
 
 
