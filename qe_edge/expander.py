@@ -20,7 +20,7 @@ from qe_edge.analysis import words_of
 from qe_edge.backends import Backend, open_backend
 from qe_edge.cache import ExpansionCache
 from qe_edge.decoding import Answer, Decoder
-from qe_edge.errors import BadArgument, BadInput
+from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.expansion import ExpandedQuery, FinishReason
 from qe_edge.gate import OPEN, Gate
 from qe_edge.models import Engine, resolve
@@ -305,6 +305,8 @@ class Expander:
         except BaseException:
             answer.abandoned = True
             raise
+        if answer.abandoned and not answer.done:
+            raise QeEdgeError("the expansion was given up")
         tokens = list(answer.tokens)  # an answer that is late may still get one
         return Completion(
             text=self.backend.detokenize(tokens),

@@ -92,6 +92,11 @@ def test_a_stream_is_the_text_in_pieces(gguf: Path) -> None:
         next(given_up)
         given_up.close()  # type: ignore[attr-defined]
         assert expander.expand("sea").tokens == 24
+        stopped = expander.stream("tides")
+        for _ in stopped:
+            break
+        with pytest.raises(QeEdgeError, match="was given up"):
+            _ = stopped.expanded
 
 
 def test_a_refused_stream_says_so_at_its_end(gguf: Path) -> None:
