@@ -14,9 +14,10 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from qe_edge.asking import dried
 from qe_edge.console import progress
 from qe_edge.datasets import load_dataset
-from qe_edge.expander import Expander, dried
+from qe_edge.expander import Expander
 from qe_edge.gate import OPEN, Gate
 from qe_edge.index import Index, Ranking
 from qe_edge.join import DEFAULT_JOIN

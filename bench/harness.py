@@ -2,74 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from qe_edge.bench.feedback import rm3
+from qe_edge.bench.config import BenchConfig
 from qe_edge.bench.inputs import parse_model
-from qe_edge.bench.kept import generate_once
-from qe_edge.bench.quality import DEPTH, MEASURE, compare_all, retrieve, values_of
-from qe_edge.bench.result import RESULT, BenchResult, DatasetResult, Kind, Speed, System, Tuning
-from qe_edge.bench.speed import BUDGETS, Generated, Request, WrongLanguage
+from qe_edge.bench.result import RESULT, BenchResult
+from qe_edge.bench.systems import Systems, is_of
 from qe_edge.console import note
-from qe_edge.datasets import Dataset, describe, load_dataset
+from qe_edge.datasets import Dataset, load_dataset
 from qe_edge.errors import BadArgument, QeEdgeError
-from qe_edge.index import Index, Ranking, Retriever
-from qe_edge.join import DEFAULT_JOIN, TEACHER_JOIN, Join
+from qe_edge.join import Join
 from qe_edge.manifest import cpu_name, machine, now, versions, write_json
-from qe_edge.measures import RESAMPLES, Interval, check_measure, depth, evaluate, mean_interval, write_run
+from qe_edge.measures import RESAMPLES, check_measure
 from qe_edge.models import resolve
-from qe_edge.opensearch import OpenSearchIndex
-from qe_edge.records import Count, Expansion, read_jsonl
-from qe_edge.spec import ModelSpec
+from qe_edge.records import Expansion, read_jsonl
 from qe_edge.workdir import RunFolder, Workdir
-
-TUNE_JOINS = (
-    "mass:0.3",
-    "mass:0.5",
-    "mass:0.7",
-    "mass:1",
-    "mass:1.5",
-    "mass:2",
-    "mass:3",
-    "repeat:5",
-    "repeat:12",
-)
-
-
-class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What to measure.
-
-    `models` are files, folders, hub ids or built-ins, each as `MODEL` or `LABEL=MODEL`. `joins` replaces
-    the models' own join; several make several rows of one generation. `teachers` are expansion files, of
-    which `teacher_models` selects (empty: all); the best of them is what retention refers to. `tune_on`
-    names another data set, on whose queries each model's join is chosen among `tune_joins`. `measures` are
-    ir_measures to report beside nDCG@10.
-    `max_tokens` replaces the models' own token budget, `analyzer` the one of the collection's language.
-    `retriever` is the address of an OpenSearch index, which is searched instead of our own.
-    `label` names the machine in reports.
-    """
-
-    datasets: tuple[str, ...]
-    models: tuple[str, ...] = ()
-    joins: tuple[str, ...] = ()
-    tune_on: str = ""
-    tune_joins: tuple[str, ...] = TUNE_JOINS
-    measures: tuple[str, ...] = ()
-    teachers: tuple[str, ...] = ()
-    teacher_models: tuple[str, ...] = ()
-    teacher_join: str = str(TEACHER_JOIN)
-    threads: Count | None = None
-    max_tokens: Count | None = None
-    analyzer: str = ""
-    retriever: str = ""
-    label: str = ""
 
 
 def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> Path:
@@ -101,14 +51,14 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     failures: list[str] = []
     results = []
     for path in config.teachers:  # a bad file is found before hours of generation
-        if not any(_is_of(row, data) for row in read_jsonl(path, Expansion) for data in loaded):
+        if not any(is_of(row, data) for row in read_jsonl(path, Expansion) for data in loaded):
             warnings.append(f"{path} holds no expansion of these queries")
             note(f"bench: {warnings[-1]}")
-    tuning = _OneDataset(dev, config, run.partial, workdir).tune(models, digests, failures) if dev else []
+    tuning = Systems(dev, config, run.partial, workdir).tune(models, digests, failures) if dev else []
     tuned = {found.model: found.chosen for found in tuning}
     for data in loaded:
         note(f"bench: {data}")
-        one = _OneDataset(data, config, run.partial, workdir)
+        one = Systems(data, config, run.partial, workdir)
         results.append(one.measure(models, digests, tuned, warnings, failures))
     result = BenchResult(
         created=now(),
@@ -143,209 +93,3 @@ def _load_dev(config: BenchConfig, measured: Sequence[Dataset]) -> Dataset | Non
                 "tune on others than those that are measured"
             )
     return dev
-
-
-class _OneDataset:
-    """The systems of one data set, measured one after the other."""
-
-    def __init__(self, data: Dataset, config: BenchConfig, folder: Path, workdir: Workdir):
-        self.data, self.config, self.folder = data, config, folder
-        # Two collections may have the same name, and two labels the same slug: a hash tells them apart.
-        self.slug = f"{_slug(str(data))}-{data.fingerprint()[:8]}"
-        self.cache = workdir.root / "generations"
-        self.index: Retriever
-        if config.retriever:
-            self.index = OpenSearchIndex(config.retriever)
-            self.info = describe(data, documents=self.index.documents)
-        else:
-            self.index = Index.for_dataset(data, workdir.root / "index", analyzer=config.analyzer)
-            self.info = describe(data, self.index.ids)
-        self.systems: list[System] = []
-
-    def measure(
-        self,
-        models: dict[str, str],
-        digests: dict[str, str | None],
-        tuned: dict[str, str],
-        warnings: list[str],
-        failures: list[str],
-    ) -> DatasetResult:
-        plain = self.retrieve({}, DEFAULT_JOIN)
-        self.add("BM25", "bm25", "", plain)
-        if isinstance(self.index, Index):  # RM3 needs the postings
-            self.add("BM25 + RM3", "feedback", "", rm3(self.data, self.index, plain, self.depth))
-        for label, model in models.items():
-            if self.config.tune_on and label not in tuned:
-                continue  # it failed there; with another join it couldn't be compared
-            joins = (tuned[label],) if label in tuned else self.config.joins
-            try:
-                self.add_model(label, model, digests[label], joins, plain, warnings)
-            except QeEdgeError as error:
-                failures.append(f"{label} on {self.data}: {error}")
-                note(f"bench: {failures[-1]}")
-        for name, expansions in self.teachers():
-            missing = len(self.data.queries) - len(expansions)
-            if missing:
-                warnings.append(
-                    f"{name} has no expansion of {missing} queries of {self.data}, searched as they are"
-                )
-            run = self.retrieve(expansions, Join.parse(self.config.teacher_join))
-            more = {"failed": missing, "expansions": expansions}
-            self.add(name, "teacher", self.config.teacher_join, run, **more)
-        # The best of the teacher's rows: the strictest one to be compared with.
-        teachers = [s for s in self.systems if s.kind == "teacher"]
-        teacher = max(teachers, key=lambda s: s.ndcg.mean, default=None)
-        return DatasetResult(
-            info=self.info,
-            fingerprint=self.data.fingerprint(),
-            measure=MEASURE,
-            queries=self.data.queries,
-            teacher=teacher.name if teacher else None,
-            systems=compare_all(self.systems, teacher),
-        )
-
-    def tune(
-        self, models: dict[str, str], digests: dict[str, str | None], failures: list[str]
-    ) -> list[Tuning]:
-        """Choose each model's join by its nDCG@10 here."""
-        found = []
-        for label, model in models.items():
-            try:
-                rows, *_ = self.generate(label, model, digests[label])
-            except QeEdgeError as error:
-                failures.append(f"{label} on {self.data}: {error}")
-                note(f"bench: {failures[-1]}")
-                continue
-            texts = {row.query_id: row.text for row in rows}
-            curve = {}
-            for join in self.config.tune_joins:
-                run = retrieve(self.data, self.index, texts, Join.parse(join), depth=10)
-                curve[join] = mean_interval(list(values_of(self.data, run).values()))
-            chosen = max(curve, key=lambda join: curve[join].mean)
-            note(f"bench: {label}: {chosen}, chosen on {self.data}")
-            found.append(Tuning(label, str(self.data), curve, chosen))
-        return found
-
-    @property
-    def depth(self) -> int:
-        return max(DEPTH, depth(self.config.measures)) if self.config.measures else DEPTH
-
-    def retrieve(self, expansions: dict[str, str], join: Join) -> dict[str, Ranking]:
-        return retrieve(self.data, self.index, expansions, join, depth=self.depth)
-
-    def add(self, name: str, kind: Kind, join: str, run: dict[str, Ranking], **more: Any) -> None:
-        """Write the run and add its row; `more` goes to `System`."""
-        file = f"{_slug(f'{name} {join}')}-{_hash(name + join)}.trec"
-        write_run(self.folder / "runs" / self.slug / file, run, _slug(name))
-        values = values_of(self.data, run)
-        wanted = self.config.measures
-        others = evaluate(self.data.qrels, run, wanted) if wanted else {}
-        self.systems.append(
-            System(
-                name=name,
-                kind=kind,
-                join=join,
-                ndcg=mean_interval(list(values.values())),
-                per_query=values,
-                measures={measure: mean_interval(list(v.values())) for measure, v in others.items()},
-                **more,
-            )
-        )
-
-    def generate(
-        self, label: str, model: str, digest: str | None
-    ) -> tuple[list[Generated], Speed, ModelSpec]:
-        request = Request(
-            model=model,
-            lang=self.info.lang,
-            queries=self.data.queries,
-            out=str(self.folder / "generated" / self.slug / f"{_slug(label)}-{_hash(label)}.jsonl"),
-            label=f"{label} on {self.data}",
-            threads=self.config.threads,
-            max_tokens=self.config.max_tokens,
-        )
-        return generate_once(request, digest, self.cache)
-
-    def add_model(
-        self,
-        label: str,
-        model: str,
-        digest: str | None,
-        joins: Sequence[str],
-        plain: dict[str, Ranking],
-        warnings: list[str],
-    ) -> None:
-        """A row for each join and, where the student's gate holds something back, another one with it."""
-        try:
-            rows, speed, spec = self.generate(label, model, digest)
-        except WrongLanguage as error:
-            warnings.append(f"{label} was not run on {self.data}: {error}")
-            note(f"bench: {warnings[-1]}")
-            return
-        failed = sum(row.finish_reason == "failed" or not row.text for row in rows)
-        expansions = {row.query_id: row.text for row in rows if row.text}
-        more: dict[str, Any] = {"failed": failed, "speed": speed, "sha256": digest}
-        let_through = self.let_through(expansions, spec, plain)
-        for join in [Join.parse(text) for text in joins] or [spec.join]:
-            run = self.retrieve(expansions, join)
-            budgets = self.by_budget(rows, join)
-            self.add(label, "model", str(join), run, budgets=budgets, expansions=expansions, **more)
-            if let_through != expansions:
-                run = self.retrieve(let_through, join)
-                self.add(f"{label} + gate", "model", str(join), run, expansions=let_through, **more)
-        if speed.engine == "mlx" and sys.platform == "linux":
-            warnings.append(f"{label} ran on MLX's CPU build for Linux: its speed says nothing about MLX")
-        cut = sum(row.finish_reason == "length" for row in rows)
-        note(
-            f"bench: {label} on {self.data}: {speed.decode_tokens_per_s:.0f} tokens/s, "
-            f"{cut} of {len(rows)} expansions cut by the budget, {failed} failed"
-        )
-
-    def let_through(
-        self, expansions: dict[str, str], spec: ModelSpec, plain: dict[str, Ranking]
-    ) -> dict[str, str]:
-        """The expansions that an `Expander` would use, with the student's own gate."""
-        kept = {}
-        for query_id, text in expansions.items():
-            query = self.data.queries[query_id]
-            scores = [score for _, score in plain[query_id][:2]]
-            held = spec.gate.before(query, scores, languages=spec.prompt.languages)
-            if not (held or spec.gate.after(query, text)):
-                kept[query_id] = text
-        return kept
-
-    def by_budget(self, rows: Sequence[Generated], join: Join) -> dict[int, Interval]:
-        """nDCG@10 when each expansion ends after so many tokens; only budgets that cut one."""
-        found = {}
-        for budget in BUDGETS:
-            if any(budget in row.cut for row in rows):
-                texts = {row.query_id: row.at(budget) for row in rows}
-                run = retrieve(self.data, self.index, texts, join, depth=10)
-                found[budget] = mean_interval(list(values_of(self.data, run).values()))
-        return found
-
-    def teachers(self) -> Iterator[tuple[str, dict[str, str]]]:
-        """(model and mode, each query's first expansion) of every teacher that knows these queries."""
-        found: dict[str, dict[str, str]] = {}
-        for path in self.config.teachers:
-            for row in read_jsonl(path, Expansion):
-                wanted = not self.config.teacher_models or row.model in self.config.teacher_models
-                if wanted and _is_of(row, self.data):
-                    # A cut answer still expands its query; any other that `teach` marked does not.
-                    text = row.text if row.problem in (None, "cut") else ""
-                    found.setdefault(f"{row.model} {row.mode}", {}).setdefault(row.query_id, text)
-        for name, texts in sorted(found.items(), key=lambda item: "few-shot" in item[0]):
-            yield name, {query_id: text for query_id, text in texts.items() if text}
-
-
-def _is_of(row: Expansion, data: Dataset) -> bool:
-    """Whether a row expands a query of this data set; ids alone may be another set's."""
-    return data.queries.get(row.query_id) == row.query
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^\w.@-]+", "_", text).strip("_.") or "_"

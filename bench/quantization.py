@@ -13,7 +13,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from qe_edge.bench.harness import BenchConfig, bench
+from qe_edge.bench.config import BenchConfig
+from qe_edge.bench.harness import bench
 from qe_edge.bench.result import System, read_result
 from qe_edge.bench.table import bounds, score, signed
 from qe_edge.commands.common import WORKDIR, WorkdirOption

@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,10 @@ from qe_edge.export.gguf import unpermute_rotary
 from qe_edge.export.imatrix import Importance
 from qe_edge.export.quantize import MIXED, quantize_gguf
 from qe_edge.export.source import Source
+from qe_edge.export.streamed import Streamed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # llama.cpp's own mixtures to start from, the largest first.
 MIXTURES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M")
@@ -87,46 +91,47 @@ def start_from(base: Path, groups: Groups, importance: Importance, budget: int, 
     return _uniform(base, CANDIDATES[0], groups, importance, scratch).rename(scratch / "start.gguf")
 
 
-class Student:
-    """The source in float32, whose matrices can be replaced by quantized ones, and its own answers."""
+class Student(Streamed):
+    """The source, whose matrices can be replaced by quantized ones, and its own answers.
+
+    `replaced` is name in the source -> matrix of a GGUF, which stays on the disk as well.
+    """
 
     def __init__(self, source: Source, rows: Sequence[tuple[list[int], int]]):
-        torch = require("torch", "train")
-        from qe_edge.train.student import load_model
-
-        self.source, self.rows = source, rows
-        self.network = load_model(str(source.model), dtype=torch.float32).eval()
-        self.weights = dict(self.network.named_parameters())
+        super().__init__(source)
+        self.rows = rows
+        self.replaced: dict[str, Stored] = {}
         self.expected = list(self._answers())
 
-    def _answers(self) -> Iterator[Any]:
+    def weight(self, name: str, rows: slice = slice(None)) -> Tensor:
+        torch = require("torch", "train")
+        from gguf import dequantize
+
+        if name not in self.replaced:
+            return super().weight(name, rows)
+        stored = self.replaced[name]
+        weight = torch.from_numpy(dequantize(stored.read(rows), stored.kind).copy())
+        return unpermute_rotary(name, weight, self.source)
+
+    def _answers(self) -> Iterator[Tensor]:
         """Log-probabilities [tokens, vocabulary] of each row, where its answer is decided."""
         torch = require("torch", "train")
-        with torch.inference_mode():
-            for ids, start in self.rows:
-                yield self.network(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(1)
+        found = self.hidden([ids for ids, _ in self.rows])
+        answers = [hidden[start - 1 : -1] for hidden, (_, start) in zip(found, self.rows, strict=True)]
+        # All at once, since the output matrix is the largest to read.
+        for logits in self.output(torch.cat(answers)).split([len(answer) for answer in answers]):
+            yield logits.log_softmax(1)
 
     def divergence(self) -> float:
         """Mean KL divergence of the answers now from those by itself, in nats."""
         pairs = zip(self.expected, self._answers(), strict=True)
         return float(np.mean([(p.exp() * (p - q)).sum(1).mean().item() for p, q in pairs]))
 
-    def put(self, name: str, tensor: Any) -> Any:
-        """Replace a matrix by a GGUF's; returns what was there."""
-        torch = require("torch", "train")
-        from gguf import dequantize
-
-        before = self.weights[name].data
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        self.weights[name].data = unpermute_rotary(name, weight, self.source)
-        return before
-
     def take(self, file: Path, groups: Groups) -> None:
         """Replace all matrices by those of a GGUF."""
-        tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
+        matrices = stored_in(file)
         for members in groups.values():
-            for name, short in members.items():
-                self.put(name, tensors[short])
+            self.replaced |= {name: matrices[short] for name, short in members.items()}
 
 
 def measure_effects(
@@ -134,22 +139,20 @@ def measure_effects(
 ) -> dict[str, list[Effect]]:
     """Group -> its effect in each type that it can have; the first one leaves it as it is in `start`."""
     before, own, kinds = student.divergence(), sizes(start, groups), types_of(start)
+    unchanged = student.replaced
     effects: dict[str, list[Effect]] = {}
     for name, members in groups.items():
         effects[name] = [Effect({short: kinds[short] for short in members.values()}, own.groups[name], 0.0)]
     for candidate in CANDIDATES:
         file = _uniform(base, candidate, groups, importance, scratch)
-        found, tensors = sizes(file, groups), {tensor.name: tensor for tensor in _reader(file).tensors}
+        found, matrices = sizes(file, groups), stored_in(file)
         for name, members in groups.items():
-            types = {short: tensors[short].tensor_type.name for short in members.values()}
+            types = {short: matrices[short].kind.name for short in members.values()}
             if any(effect.types == types for effect in effects[name]):
                 continue  # it was too narrow for the candidate, and this is what it got before
-            original = {
-                own_name: student.put(own_name, tensors[short]) for own_name, short in members.items()
-            }
+            student.replaced = unchanged | {own: matrices[short] for own, short in members.items()}
             effects[name].append(Effect(types, found.groups[name], student.divergence() - before))
-            for own_name, data in original.items():
-                student.weights[own_name].data = data
+    student.replaced = unchanged
     return effects
 
 
@@ -203,9 +206,33 @@ def sizes(file: Path, groups: Groups) -> Sizes:
     return Sizes(found, file.stat().st_size - sum(found.values()))
 
 
+class Stored(NamedTuple):
+    """A matrix of a GGUF, and where its bytes are."""
+
+    file: Path
+    start: int
+    shape: tuple[int, int]  # rows, bytes of a row
+    kind: Any  # of gguf.GGMLQuantizationType
+
+    def read(self, rows: slice) -> np.ndarray:
+        """Bytes [rows, bytes of a row]."""
+        # Mapped anew each time, or all that was ever read of the file would stay mapped.
+        return np.memmap(self.file, np.uint8, "r", self.start, self.shape)[rows]
+
+
+def stored_in(file: Path) -> dict[str, Stored]:
+    """The matrices of a GGUF by name."""
+    found = {}
+    for t in _reader(file).tensors:
+        if len(t.shape) == 2:
+            rows = int(t.shape[1])
+            found[t.name] = Stored(file, int(t.data_offset), (rows, int(t.n_bytes) // rows), t.tensor_type)
+    return found
+
+
 def types_of(file: Path) -> dict[str, str]:
     """The type of each matrix of a GGUF."""
-    return {t.name: t.tensor_type.name for t in _reader(file).tensors if len(t.shape) == 2}
+    return {name: stored.kind.name for name, stored in stored_in(file).items()}
 
 
 def _uniform(base: Path, candidate: str, groups: Groups, importance: Importance, scratch: Path) -> Path:

@@ -49,20 +49,20 @@ class Streamed:
                 part,
                 execution_device="cpu",
                 offload=True,
-                weights_map=_Weights(source),
+                weights_map=_Weights(self),
                 module_name=f"model.{name}",
             )
         decoder.embed_tokens.forward = self._embed
-        self.network.lm_head.forward = self._output
+        self.network.lm_head.forward = self.output
 
     def _embed(self, ids: Tensor) -> Tensor:
         """[texts, tokens] -> [texts, tokens, hidden]; only the rows of these tokens are read."""
         torch = require("torch", "train")
         used, places = ids.unique(return_inverse=True)
-        rows = [self._rows(EMBEDDING, row, row + 1) for row in used.tolist()]
+        rows = [self.weight(EMBEDDING, slice(row, row + 1)) for row in used.tolist()]
         return torch.cat(rows)[places]
 
-    def _output(self, hidden: Tensor) -> Tensor:
+    def output(self, hidden: Tensor) -> Tensor:
         """[…, hidden] -> [..., vocabulary]."""
         torch = require("torch", "train")
         name = EMBEDDING if self.source.config.tie_word_embeddings else HEAD
@@ -70,11 +70,12 @@ class Streamed:
         logits = torch.empty(*hidden.shape[:-1], size)
         for start in range(0, size, VOCABULARY_ROWS):
             end = min(start + VOCABULARY_ROWS, size)
-            logits[..., start:end] = hidden @ self._rows(name, start, end).T
+            logits[..., start:end] = hidden @ self.weight(name, slice(start, end)).T
         return logits
 
-    def _rows(self, name: str, start: int, end: int) -> Tensor:
-        return self.source.tensor(name, require("torch", "train").float32, rows=slice(start, end))
+    def weight(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """A weight, or some of its rows, in float32; a subclass may take it from elsewhere."""
+        return self.source.tensor(name, require("torch", "train").float32, rows=rows)
 
     def greedy(self, prompts: Sequence[Sequence[int]], *, end: int, most: int) -> list[list[int]]:
         """The likeliest tokens after each prompt, up to `most` or to `end`, which is kept."""
@@ -104,20 +105,20 @@ class Streamed:
         """[tokens, vocabulary] for each row of token ids."""
         torch = require("torch", "train")
         with torch.inference_mode():
-            return [self._output(hidden) for hidden in self.hidden(rows)]
+            return [self.output(hidden) for hidden in self.hidden(rows)]
 
 
 class _Weights(Mapping[str, Any]):
-    """Name -> tensor in float32, read when it is asked for."""
+    """Name -> tensor in float32, fetched when it is asked for."""
 
-    def __init__(self, source: Source):
-        self.source = source
+    def __init__(self, model: Streamed):
+        self.model = model
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.source.tensor(name, require("torch", "train").float32)
+        return self.model.weight(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.source.shapes)
+        return iter(self.model.source.shapes)
 
     def __len__(self) -> int:
-        return len(self.source.shapes)
+        return len(self.model.source.shapes)

@@ -122,7 +122,8 @@ class Decoder:
         """Wait until the answer is there, or until nobody leads: then it's the caller's turn."""
 
         def ready() -> bool:
-            return answer.done or answer.abandoned or len(answer.tokens) > beyond or answer.is_late()
+            # What is late is done with what is there, though it may have been abandoned too.
+            return answer.is_late() or answer.done or answer.abandoned or len(answer.tokens) > beyond
 
         with self._changed:
             left = answer.deadline - time.perf_counter()

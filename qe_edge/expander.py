@@ -3,52 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import math
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-from qe_edge.analysis import words_of
+from qe_edge.asking import Asked, Asker, Completion, Stream
 from qe_edge.backends import Backend, open_backend
 from qe_edge.cache import ExpansionCache
-from qe_edge.decoding import Answer, Decoder
-from qe_edge.errors import BadArgument, BadInput, QeEdgeError
-from qe_edge.expansion import ExpandedQuery, FinishReason
-from qe_edge.gate import OPEN, Gate
+from qe_edge.decoding import Answer
+from qe_edge.errors import BadArgument
+from qe_edge.expansion import ExpandedQuery
+from qe_edge.gate import Gate
 from qe_edge.models import Engine, resolve
-from qe_edge.prompt import clean_query
 from qe_edge.spec import ModelSpec
 
 T = TypeVar("T")
 PARALLEL = 16  # queries decoded together: more bring little, and each takes memory
-
-
-class Completion(NamedTuple):
-    """What a model wrote after a prompt; times in seconds, as in `ExpandedQuery`."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    prefill_s: float
-    decode_s: float
-
-
-@dataclass
-class _Asked:
-    """A query on its way: its expansion if that needs no student, else the answer that is awaited."""
-
-    query: str
-    ready: ExpandedQuery | None = None
-    answer: Answer | None = None
-    key: str = ""
+WAITING = 256  # tasks of asyncio that wait in a thread each
 
 
 class Expander:
@@ -71,24 +46,14 @@ class Expander:
     ):
         self.backend = backend
         self.budget_tokens = backend.spec.prompt.max_tokens if budget_tokens is None else budget_tokens
-        end = backend.tokenize(self.spec.prompt.end, True)
-        if len(end) != 1:
-            raise BadInput(
-                f"the model's vocabulary has no single token {self.spec.prompt.end!r} to end an answer"
-            )
-        if self.budget_tokens < 1:
-            raise BadArgument("the token budget must be at least 1")
-        if stop_when_dry is not None and stop_when_dry < 1:
-            raise BadArgument("stop_when_dry is a number of tokens, at least 1")
-        self._dry, self._cache = stop_when_dry, cache
-        self.gate = self.spec.gate if gate is None else gate
-        # What every prompt of a language begins with is what two of its prompts have in common.
-        self._prefixes = [
-            _common(*(self.spec.prompt.encode(query, backend.tokenize) for query in pair))
-            for pair in (("a", "7"), ("水", "火"))
-        ]
-        self._settings = f"{digest} {self.spec.to_json()} {self.budget_tokens} {stop_when_dry}"
-        self._decoder = Decoder(backend, end[0])
+        self._asker = Asker(
+            backend,
+            budget_tokens=self.budget_tokens,
+            stop_when_dry=stop_when_dry,
+            gate=gate,
+            cache=cache,
+            digest=digest,
+        )
         self._threads: ThreadPoolExecutor | None = None
         self._room(parallel)
 
@@ -137,6 +102,15 @@ class Expander:
     def spec(self) -> ModelSpec:
         return self.backend.spec
 
+    @property
+    def gate(self) -> Gate:
+        """When the plain query is searched instead; the next query already meets what is set here."""
+        return self._asker.gate
+
+    @gate.setter
+    def gate(self, gate: Gate) -> None:
+        self._asker.gate = gate
+
     def expand(
         self,
         query: str,
@@ -155,13 +129,15 @@ class Expander:
         Raises:
             BadInput: the query is blank or, with an open gate, doesn't fit the model's context.
         """
-        asked = self._ask(query, deadline_ms=deadline_ms, scores=scores, temperature=temperature, seed=seed)
-        return self._expanded(asked)
+        asked = self._asker.ask(
+            query, deadline_ms=deadline_ms, scores=scores, temperature=temperature, seed=seed
+        )
+        return self._asker.expanded(asked)
 
     def stream(self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()) -> Stream:
         """As `expand`, but the text can be read while it is written."""
-        asked = self._ask(query, deadline_ms=deadline_ms, scores=scores, streamed=True)
-        return Stream(self, asked)
+        asked = self._asker.ask(query, deadline_ms=deadline_ms, scores=scores, streamed=True)
+        return Stream(self._asker, asked)
 
     def expand_many(self, queries: Iterable[str], *, parallel: int = PARALLEL) -> Iterator[ExpandedQuery]:
         """Expand queries greedily and yield them in their order, some of them read ahead.
@@ -176,25 +152,25 @@ class Expander:
         self._room(parallel)
         coming: Iterator[str] | None = iter(queries)
         problem: Exception | None = None
-        waiting: deque[_Asked] = deque()
+        waiting: deque[Asked] = deque()
         try:
             while True:
                 # As many again wait for their turn, or a place would be empty until the oldest is yielded.
                 while coming is not None and len(waiting) < 2 * parallel:
                     try:
-                        waiting.append(self._ask(next(coming)))
+                        waiting.append(self._asker.ask(next(coming)))
                     except StopIteration:
                         coming = None
                     except Exception as error:  # when those before it are yielded
                         coming, problem = None, error
                 if not waiting:
                     break
-                expanded = self._expanded(waiting[0])
+                expanded = self._asker.expanded(waiting[0])
                 waiting.popleft()
                 yield expanded
         finally:
             for asked in waiting:
-                self._abandon(asked)
+                self._asker.abandon(asked)
         if problem:
             raise problem
 
@@ -202,51 +178,57 @@ class Expander:
         self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()
     ) -> ExpandedQuery:
         """`expand` for asyncio; a cancelled one is no longer written."""
-        asked = self._ask(query, deadline_ms=deadline_ms, scores=scores)
-        return await self._in_thread(asked, lambda: self._expanded(asked))
+        asked = self._asker.ask(query, deadline_ms=deadline_ms, scores=scores)
+        work = partial(self._asker.expanded, asked)
+        try:
+            # A moment later than the deadline, which whoever has a thread notices by themselves.
+            limit = None if deadline_ms is None else deadline_ms / 1000 + 0.01
+            return await asyncio.wait_for(self._in_thread(asked, work), limit)
+        except TimeoutError:  # all threads are taken; it ends with what is there
+            return work()
 
     async def aexpand_many(
         self, queries: Iterable[str], *, parallel: int = PARALLEL
     ) -> AsyncIterator[ExpandedQuery]:
         """`expand_many` for asyncio."""
         self._room(parallel)
-        coming, waiting = iter(queries), deque[_Asked]()
+        coming, waiting = iter(queries), deque[Asked]()
         try:
             while True:
                 for query in islice(coming, 2 * parallel - len(waiting)):
-                    waiting.append(self._ask(query))
+                    waiting.append(self._asker.ask(query))
                 if not waiting:
                     break
                 asked = waiting[0]
-                expanded = await self._in_thread(asked, partial(self._expanded, asked))
+                expanded = await self._in_thread(asked, partial(self._asker.expanded, asked))
                 waiting.popleft()
                 yield expanded
         finally:
             for asked in waiting:
-                self._abandon(asked)
+                self._asker.abandon(asked)
 
     async def astream(
         self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()
     ) -> AsyncIterator[str | ExpandedQuery]:
         """`stream` for asyncio: pieces of text, then the expanded query."""
-        asked = self._ask(query, deadline_ms=deadline_ms, scores=scores, streamed=True)
-        stream = Stream(self, asked)
+        asked = self._asker.ask(query, deadline_ms=deadline_ms, scores=scores, streamed=True)
+        stream = Stream(self._asker, asked)
         pieces = iter(stream)
         try:
             while (piece := await self._in_thread(asked, lambda: next(pieces, None))) is not None:
                 yield piece
             yield stream.expanded
         finally:
-            self._abandon(asked)
+            self._asker.abandon(asked)
 
-    async def _in_thread(self, asked: _Asked, work: Callable[[], T]) -> T:
+    async def _in_thread(self, asked: Asked, work: Callable[[], T]) -> T:
         """Wait for it in a thread of our own: asyncio has too few for many that wait."""
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(256, thread_name_prefix="qe-edge")
+            self._threads = ThreadPoolExecutor(WAITING, thread_name_prefix="qe-edge")
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except asyncio.CancelledError:
-            self._abandon(asked)
+            self._asker.abandon(asked)
             raise
 
     def complete(
@@ -260,113 +242,22 @@ class Expander:
             BadInput: prompt and budget together don't fit the model's context.
         """
         answer = Answer(prompt, prefix, self.budget_tokens, temperature, seed)
-        self._decoder.ask(answer)
-        return self._completed(answer)
-
-    def _ask(
-        self,
-        query: str,
-        *,
-        deadline_ms: float | None = None,
-        scores: Sequence[float] = (),
-        temperature: float = 0.0,
-        seed: int = 0,
-        streamed: bool = False,
-    ) -> _Asked:
-        """Let it be written from now on, unless the gate or the cache make that needless."""
-        if temperature < 0:
-            raise BadArgument("a temperature can't be negative")
-        deadline = math.inf if deadline_ms is None else time.perf_counter() + deadline_ms / 1000
-        if reason := self.gate.before(clean_query(query), scores, languages=self.spec.prompt.languages):
-            return _Asked(query, ready=ExpandedQuery(query, "", self.spec.join, fallback=reason))
-        key = ""
-        if self._cache and temperature == 0:
-            key = hashlib.sha256(f"{self._settings} {clean_query(query)}".encode()).hexdigest()
-            with suppress(BadInput):  # what is kept must not be in the way of what can be written
-                if found := self._cache.get(key, Completion):
-                    return _Asked(query, ready=self._judged(query, found, cached=True))
-        prompt = self.spec.prompt.encode(query, self.backend.tokenize)
-        prefix = max(len(known) if prompt[: len(known)] == known else 0 for known in self._prefixes)
-        enough = None if self._dry is None else dried(query, self._dry, self.backend.detokenize)
-        answer = Answer(
-            prompt, prefix, self.budget_tokens, temperature, seed, enough, deadline, streamed=streamed
-        )
-        try:
-            self._decoder.ask(answer)
-        except BadInput as error:
-            if self.gate == OPEN:
-                raise
-            return _Asked(query, ready=ExpandedQuery(query, "", self.spec.join, fallback=str(error)))
-        return _Asked(query, answer=answer, key=key)
-
-    def _completed(self, answer: Answer, *, beyond: float = math.inf) -> Completion:
-        try:
-            self._decoder.wait(answer, beyond=beyond)
-        except BaseException:
-            answer.abandoned = True
-            raise
-        if answer.abandoned and not answer.done:
-            raise QeEdgeError("the expansion was given up")
-        tokens = list(answer.tokens)  # an answer that is late may still get one
-        return Completion(
-            text=self.backend.detokenize(tokens),
-            token_ids=tuple(tokens),
-            finish_reason=answer.finish or "deadline",
-            prefill_s=max(0.0, answer.first - answer.begin),
-            decode_s=answer.end - answer.first,
-        )
-
-    def _expanded(self, asked: _Asked) -> ExpandedQuery:
-        if asked.ready is None:
-            assert asked.answer
-            written = self._completed(asked.answer)
-            asked.ready = self._judged(asked.query, written, prompt_tokens=len(asked.answer.prompt))
-            # A failed one may succeed the next time, and one that was cut says nothing about the next.
-            if asked.key and self._cache and not asked.ready.fallback and written.finish_reason != "deadline":
-                with suppress(BadInput):
-                    self._cache.put(asked.key, written)
-        return asked.ready
-
-    def _judged(
-        self, query: str, written: Completion, *, prompt_tokens: int = 0, cached: bool = False
-    ) -> ExpandedQuery:
-        text = " ".join(written.text.split())
-        if written.finish_reason == "deadline" and not text:
-            reason = "the deadline passed before the first word"
-        else:
-            reason = self.gate.after(query, text)
-        return ExpandedQuery(
-            query=query,
-            text="" if reason else text,
-            join=self.spec.join,
-            prompt_tokens=prompt_tokens,
-            token_ids=written.token_ids,
-            finish_reason=written.finish_reason,
-            prefill_s=written.prefill_s,
-            decode_s=written.decode_s,
-            fallback=reason,
-            rejected=text if reason else "",
-            cached=cached,
-        )
-
-    def _abandon(self, asked: _Asked) -> None:
-        if asked.answer:
-            asked.answer.abandoned = True
-            self._decoder.wake()
+        self._asker.decoder.ask(answer)
+        return self._asker.completed(answer)
 
     def _room(self, parallel: int) -> None:
         if parallel < 1:
             raise BadArgument("at least 1 query at a time")
         if parallel > 1:
-            self._decoder.room(parallel)
+            self._asker.decoder.room(parallel)
 
     def forget(self) -> None:
         """Drop what is kept of earlier prompts, so that the next one is computed whole."""
-        self._decoder.forget()
+        self._asker.decoder.forget()
 
     def close(self) -> None:
         """Give the memory back. Whoever still waits for an expansion gets an error."""
-        self._decoder.close()
+        self._asker.decoder.close()
         if self._threads:
             self._threads.shutdown()
         self.backend.close()
@@ -376,53 +267,3 @@ class Expander:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class Stream:
-    """Pieces of an expansion's text, as soon as they are written; then `expanded` has the whole of it."""
-
-    def __init__(self, expander: Expander, asked: _Asked):
-        self._expander, self._asked = expander, asked
-
-    def __iter__(self) -> Iterator[str]:
-        answer, shown = self._asked.answer, ""
-        try:
-            done = answer is None
-            while answer and not done:
-                done = answer.done  # looked at first: another caller may write the rest meanwhile
-                text = self._expander._completed(answer, beyond=len(answer.tokens)).text
-                # A character may need more than one token; llama.cpp shows a mark instead until it is whole.
-                whole = text if done else text.rstrip("\ufffd")
-                if len(whole) > len(shown):
-                    yield whole[len(shown) :]
-                    shown = whole
-        finally:
-            if answer and not answer.done:
-                self._expander._abandon(self._asked)
-        if answer is None and self.expanded.text:
-            yield self.expanded.text
-
-    @property
-    def expanded(self) -> ExpandedQuery:
-        """The whole, waited for if need be."""
-        return self._expander._expanded(self._asked)
-
-
-def _common(one: list[int], other: list[int]) -> list[int]:
-    """What both begin with."""
-    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
-
-
-def dried(query: str, most: int, detokenize: Callable[[list[int]], str]) -> Callable[[list[int]], bool]:
-    """Whether the last `most` tokens of an answer, asked for after each of them, brought no new word."""
-    grown, last = 0, 0  # when there were last more words, and how many
-
-    def ends(tokens: list[int]) -> bool:
-        nonlocal grown, last
-        # The last word may still go on.
-        words = len({*words_of(query), *words_of(detokenize(tokens))[:-1]})
-        if words > last:
-            grown, last = len(tokens), words
-        return len(tokens) - grown >= most
-
-    return ends

@@ -17,14 +17,15 @@ Words = Annotated[int, msgspec.Meta(ge=1)]
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Thresholds beyond which an expansion is not used; None (or False) switches one off.
 
-    - `max_words`: a query of more words says enough by itself. A Han character counts as a word.
+    - `max_words`: a query of more words is a document, longer than any that was measured. A Han character
+      counts as a word.
     - `clear_lead`: so is one whose best plain BM25 score leads the second by this share of it.
     - `min_new_words`: an expansion with fewer words that the query lacks is a copy of it, or empty.
     - `min_distinct`: one with a smaller share of different words among all its words repeats itself.
     - `same_language`: the student must know the query's language, and write in it.
     """
 
-    max_words: Words | None = 64
+    max_words: Words | None = 256
     clear_lead: Share | None = None
     min_new_words: Words | None = 1
     min_distinct: Share | None = 0.3

@@ -79,7 +79,7 @@ class RunFolder:
     `work` matches the files that are worth resuming; a partial folder without any is simply replaced.
 
     Raises:
-        BadArgument: an interrupted run with other settings or inputs lies there.
+        BadArgument: an interrupted run with other settings, inputs or versions lies there.
     """
 
     work = "generated/*/*"
@@ -91,10 +91,11 @@ class RunFolder:
         # Through JSON, so that it compares equal with the record of an earlier, interrupted run.
         self.record = msgspec.json.decode(msgspec.json.encode(run_record(command, settings, inputs)))
         before = read_record(self.partial)
-        if before and any(before[key] != self.record[key] for key in ("command", "settings", "inputs")):
+        compared = ("command", "settings", "inputs", "versions")
+        if before and (other := [key for key in compared if before[key] != self.record[key]]):
             if any(self.partial.glob(self.work)):
                 raise BadArgument(
-                    f"{self.partial} holds an interrupted run with other settings or inputs; "
+                    f"{self.partial} holds an interrupted run with other {' and '.join(other)}; "
                     "run it again as it was to finish it, or delete that folder"
                 )
             remove(self.partial)

@@ -21,4 +21,4 @@ def says(expander: Expander, text: str, *, pause: float = 0.0, end: bool = True)
             time.sleep(pause)
             yield token
 
-    expander._decoder._alone = OneByOne(generate, 2048)  # type: ignore[arg-type]
+    expander._asker.decoder._alone = OneByOne(generate, 2048)  # type: ignore[arg-type]

@@ -12,8 +12,9 @@ import ir_measures
 import msgspec
 import pytest
 
+from qe_edge.bench.config import BenchConfig
 from qe_edge.bench.feedback import rm3
-from qe_edge.bench.harness import BenchConfig, bench
+from qe_edge.bench.harness import bench
 from qe_edge.bench.inputs import default_teachers, parse_model
 from qe_edge.bench.quality import retrieve, values_of
 from qe_edge.bench.result import read_result

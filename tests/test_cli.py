@@ -233,7 +233,7 @@ def test_numbers_count_up_and_the_newest_is_the_highest(tmp_path):
     assert work.new("sft") == tmp_path / "sft" / "011"
 
 
-def test_a_run_folder_is_resumed_by_the_same_run_alone(tmp_path):
+def test_a_run_folder_is_resumed_by_the_same_run_alone(tmp_path, monkeypatch):
     source = tmp_path / "in.jsonl"
     source.write_text("{}")
     first = RunFolder("bench", {"models": ("b",)}, {"in": source}, tmp_path / "out")
@@ -242,8 +242,12 @@ def test_a_run_folder_is_resumed_by_the_same_run_alone(tmp_path):
     (first.partial / "generated" / "x" / "rows.jsonl").touch()
     run = RunFolder("bench", {"models": ("a",)}, {"in": source}, tmp_path / "out")
     source.write_text("{} ")
-    with pytest.raises(QeEdgeError, match="other settings or inputs"):
+    with pytest.raises(QeEdgeError, match="interrupted run with other inputs; run it again as it was"):
         RunFolder("bench", {"models": ("a",)}, {"in": source}, tmp_path / "out")
+    source.write_text("{}")
+    monkeypatch.setattr("qe_edge.manifest.versions", lambda: {"llama-cpp-python": "9.9"})
+    with pytest.raises(QeEdgeError, match="with other settings and versions"):
+        RunFolder("bench", {"models": ("b",)}, {"in": source}, tmp_path / "out")
     assert run.finish(rows=3) == tmp_path / "out"
     assert json.loads((tmp_path / "out" / "run.json").read_text())["rows"] == 3
     assert not Path(f"{tmp_path}/out.partial").exists()

@@ -69,7 +69,7 @@ def test_an_answer_ends_at_the_end_token(gguf, monkeypatch):
         (end,) = expander.backend.tokenize("<|im_end|>", True)
         word = expander.backend.tokenize("moon", False)
         answer = OneByOne(lambda *a, **k: (token for token in [*word, end, *word]), 2048)
-        monkeypatch.setattr(expander._decoder, "_alone", answer)
+        monkeypatch.setattr(expander._asker.decoder, "_alone", answer)
         expanded = expander.expand("tides")
     assert (expanded.text, expanded.finish_reason, expanded.tokens) == ("moon", "stop", len(word))
 

@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from qe_edge.bench.harness import BenchConfig, bench
+from qe_edge.bench.config import BenchConfig
+from qe_edge.bench.harness import bench
 from qe_edge.bench.result import read_result
 from qe_edge.cli import main
 from qe_edge.datasets import builtin_folder, load_dataset

@@ -43,7 +43,7 @@ def test_the_gate_spares_the_student_or_refuses_what_it_wrote(gguf: Path) -> Non
 def test_a_query_beyond_the_context_is_searched_as_it_is(gguf: Path) -> None:
     with Expander.load(gguf) as expander:
         assert "over the model's context" in expander.expand("x" * 10_000).fallback
-        assert expander.expand("word " * 5000).fallback == "the query has 5000 words, over 64"
+        assert expander.expand("word " * 5000).fallback == "the query has 5000 words, over 256"
         with pytest.raises(BadInput, match="the query is empty"):
             expander.expand(" \0 ")
 
@@ -117,6 +117,25 @@ def test_asyncio_gets_the_same(gguf: Path) -> None:
             assert [expanded.text async for expanded in expander.aexpand_many(QUERIES, parallel=2)] == alone
             *pieces, whole = [piece async for piece in expander.astream(QUERIES[0])]
             assert " ".join("".join(map(str, pieces)).split()) == str(whole) == alone[0]
+
+        asyncio.run(ask())
+
+
+def test_deadlines_hold_with_more_tasks_than_threads(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qe_edge.expander.WAITING", 4)
+    with Expander.load(gguf, gate=OPEN, budget_tokens=500) as expander:
+        says(expander, "moon sun sea wind ", pause=0.02, end=False)
+
+        async def ask() -> None:
+            long = [asyncio.create_task(expander.aexpand("tides")) for _ in range(8)]
+            await asyncio.sleep(0.2)
+            start = time.perf_counter()
+            late = await asyncio.gather(*(expander.aexpand("moon", deadline_ms=300) for _ in range(8)))
+            assert 0.25 < time.perf_counter() - start < 2
+            assert {expanded.fallback for expanded in late} == {"the deadline passed before the first word"}
+            for task in long:
+                task.cancel()
+            await asyncio.gather(*long, return_exceptions=True)
 
         asyncio.run(ask())
 

@@ -194,7 +194,7 @@ def bench(
         return
     if not dataset:
         raise BadArgument("name at least one data set with --dataset")
-    from qe_edge.bench.harness import BenchConfig
+    from qe_edge.bench.config import BenchConfig
     from qe_edge.bench.harness import bench as verb
     from qe_edge.bench.inputs import default_models, default_teachers
 

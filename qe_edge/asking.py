@@ -1,0 +1,223 @@
+"""A query on its way: the gate and the cache are asked before the student, the gate again after it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import NamedTuple
+
+from qe_edge.analysis import words_of
+from qe_edge.backends import Backend
+from qe_edge.cache import ExpansionCache
+from qe_edge.decoding import Answer, Decoder
+from qe_edge.errors import BadArgument, BadInput, QeEdgeError
+from qe_edge.expansion import ExpandedQuery, FinishReason
+from qe_edge.gate import OPEN, Gate
+from qe_edge.prompt import clean_query
+
+
+class Completion(NamedTuple):
+    """What a model wrote after a prompt; times in seconds, as in `ExpandedQuery`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass
+class Asked:
+    """A query on its way: its expansion if that needs no student, else the answer that is awaited."""
+
+    query: str
+    ready: ExpandedQuery | None = None
+    answer: Answer | None = None
+    key: str = ""
+
+
+class Asker:
+    """What stands between a query and the student: `ask` lets it be written, `expanded` waits for it."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        budget_tokens: int,
+        stop_when_dry: int | None,
+        gate: Gate | None,
+        cache: ExpansionCache | None,
+        digest: str,
+    ):
+        self.backend, self.spec, self.budget_tokens = backend, backend.spec, budget_tokens
+        end = backend.tokenize(self.spec.prompt.end, True)
+        if len(end) != 1:
+            raise BadInput(
+                f"the model's vocabulary has no single token {self.spec.prompt.end!r} to end an answer"
+            )
+        if budget_tokens < 1:
+            raise BadArgument("the token budget must be at least 1")
+        if stop_when_dry is not None and stop_when_dry < 1:
+            raise BadArgument("stop_when_dry is a number of tokens, at least 1")
+        self.gate = self.spec.gate if gate is None else gate
+        self.decoder = Decoder(backend, end[0])
+        # What every prompt of a language begins with is what two of its prompts have in common.
+        self.prefixes = [
+            _common(*(self.spec.prompt.encode(query, backend.tokenize) for query in pair))
+            for pair in (("a", "7"), ("水", "火"))
+        ]
+        self._dry, self._cache = stop_when_dry, cache
+        self._settings = f"{digest} {self.spec.to_json()} {budget_tokens} {stop_when_dry}"
+
+    def ask(
+        self,
+        query: str,
+        *,
+        deadline_ms: float | None = None,
+        scores: Sequence[float] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+        streamed: bool = False,
+    ) -> Asked:
+        """Let it be written from now on, unless the gate or the cache make that needless."""
+        if temperature < 0:
+            raise BadArgument("a temperature can't be negative")
+        deadline = math.inf if deadline_ms is None else time.perf_counter() + deadline_ms / 1000
+        if reason := self.gate.before(clean_query(query), scores, languages=self.spec.prompt.languages):
+            return Asked(query, ready=ExpandedQuery(query, "", self.spec.join, fallback=reason))
+        key = ""
+        if self._cache and temperature == 0:
+            key = hashlib.sha256(f"{self._settings} {clean_query(query)}".encode()).hexdigest()
+            with suppress(BadInput):  # what is kept must not be in the way of what can be written
+                if found := self._cache.get(key, Completion):
+                    return Asked(query, ready=self._judged(query, found, cached=True))
+        prompt = self.spec.prompt.encode(query, self.backend.tokenize)
+        prefix = max(len(known) if prompt[: len(known)] == known else 0 for known in self.prefixes)
+        enough = None if self._dry is None else dried(query, self._dry, self.backend.detokenize)
+        answer = Answer(
+            prompt, prefix, self.budget_tokens, temperature, seed, enough, deadline, streamed=streamed
+        )
+        try:
+            self.decoder.ask(answer)
+        except BadInput as error:
+            if self.gate == OPEN:
+                raise
+            return Asked(query, ready=ExpandedQuery(query, "", self.spec.join, fallback=str(error)))
+        return Asked(query, answer=answer, key=key)
+
+    def completed(self, answer: Answer, *, beyond: float = math.inf) -> Completion:
+        """What is written when the answer is done, or has more than `beyond` tokens."""
+        try:
+            self.decoder.wait(answer, beyond=beyond)
+        except BaseException:
+            answer.abandoned = True
+            raise
+        if answer.abandoned and not answer.done:
+            raise QeEdgeError("the expansion was given up")
+        tokens = list(answer.tokens)  # an answer that is late may still get one
+        return Completion(
+            text=self.backend.detokenize(tokens),
+            token_ids=tuple(tokens),
+            finish_reason=answer.finish or "deadline",
+            prefill_s=max(0.0, answer.first - answer.begin),
+            decode_s=answer.end - answer.first,
+        )
+
+    def expanded(self, asked: Asked) -> ExpandedQuery:
+        """What became of the query, waited for if need be.
+
+        Raises:
+            QeEdgeError: the engine failed or was closed, or the query was abandoned.
+        """
+        if asked.ready is None:
+            assert asked.answer
+            written = self.completed(asked.answer)
+            asked.ready = self._judged(asked.query, written, prompt_tokens=len(asked.answer.prompt))
+            # A failed one may succeed the next time, and one that was cut says nothing about the next.
+            if asked.key and self._cache and not asked.ready.fallback and written.finish_reason != "deadline":
+                with suppress(BadInput):
+                    self._cache.put(asked.key, written)
+        return asked.ready
+
+    def _judged(
+        self, query: str, written: Completion, *, prompt_tokens: int = 0, cached: bool = False
+    ) -> ExpandedQuery:
+        text = " ".join(written.text.split())
+        if written.finish_reason == "deadline" and not text:
+            reason = "the deadline passed before the first word"
+        else:
+            reason = self.gate.after(query, text)
+        return ExpandedQuery(
+            query=query,
+            text="" if reason else text,
+            join=self.spec.join,
+            prompt_tokens=prompt_tokens,
+            token_ids=written.token_ids,
+            finish_reason=written.finish_reason,
+            prefill_s=written.prefill_s,
+            decode_s=written.decode_s,
+            fallback=reason,
+            rejected=text if reason else "",
+            cached=cached,
+        )
+
+    def abandon(self, asked: Asked) -> None:
+        """Nobody waits for it any more."""
+        if asked.answer:
+            asked.answer.abandoned = True
+            self.decoder.wake()
+
+
+def _common(one: list[int], other: list[int]) -> list[int]:
+    """What both begin with."""
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+
+
+def dried(query: str, most: int, detokenize: Callable[[list[int]], str]) -> Callable[[list[int]], bool]:
+    """Whether the last `most` tokens of an answer, asked for after each of them, brought no new word."""
+    grown, last = 0, 0  # when there were last more words, and how many
+
+    def ends(tokens: list[int]) -> bool:
+        nonlocal grown, last
+        # The last word may still go on.
+        words = len({*words_of(query), *words_of(detokenize(tokens))[:-1]})
+        if words > last:
+            grown, last = len(tokens), words
+        return len(tokens) - grown >= most
+
+    return ends
+
+
+class Stream:
+    """Pieces of an expansion's text, as soon as they are written; then `expanded` has the whole of it."""
+
+    def __init__(self, asker: Asker, asked: Asked):
+        self._asker, self._asked = asker, asked
+
+    def __iter__(self) -> Iterator[str]:
+        answer, shown = self._asked.answer, ""
+        try:
+            done = answer is None
+            while answer and not done:
+                done = answer.done  # looked at first: another caller may write the rest meanwhile
+                text = self._asker.completed(answer, beyond=len(answer.tokens)).text
+                # A character may need more than one token; llama.cpp shows a mark instead until it is whole.
+                whole = text if done else text.rstrip("\ufffd")
+                if len(whole) > len(shown):
+                    yield whole[len(shown) :]
+                    shown = whole
+        finally:
+            if answer and not answer.done:
+                self._asker.abandon(self._asked)
+        if answer is None and self.expanded.text:
+            yield self.expanded.text
+
+    @property
+    def expanded(self) -> ExpandedQuery:
+        """The whole, waited for if need be."""
+        return self._asker.expanded(self._asked)
