@@ -1,10 +1,12 @@
-"""What the processor's own meter says: Linux's powercap (RAPL) counts the joules of each package.
+"""What the processor's own meter says: powercap (RAPL) on Linux, IOReport on Apple's processors.
 
-It counts all that runs on the machine, and often only root may read it. Elsewhere nothing is reported.
+Both count all that runs on the machine, without its memory chips. Linux often lets only root read it;
+Apple's is what `powermetrics` shows, read by zeus-apple-silicon, which needs no root.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 POWERCAP = Path("/sys/class/powercap")
@@ -20,6 +22,7 @@ class EnergyMeter:
             for name in sorted(powercap.glob("intel-rapl:*/name"))
             if _text(name).startswith("package")
         ]
+        self._apple = _apple_meter()
         self._before = self._read()
 
     def joules(self) -> float | None:
@@ -29,16 +32,37 @@ class EnergyMeter:
         if not before or not now:
             return None
         used = 0
-        for start, end, folder in zip(before, now, self._packages, strict=True):
-            # The counter starts again from 0 past its range.
-            used += end - start if end >= start else end - start + _number(folder / "max_energy_range_uj")
+        for i, (start, end) in enumerate(zip(before, now, strict=True)):
+            used += end - start
+            if end < start:  # the counter starts again from 0 past its range
+                used += _number(self._packages[i] / "max_energy_range_uj")
         return used / 1e6
 
     def _read(self) -> list[int]:
+        """Microjoules of each package."""
+        if self._apple:
+            return [self._apple()]
         try:
             return [_number(folder / "energy_uj") for folder in self._packages]
         except (OSError, ValueError):
             return []
+
+
+def _apple_meter() -> Callable[[], int] | None:
+    """Reads the microjoules that CPU, GPU and neural engine used since some moment; None elsewhere."""
+    try:
+        from zeus_apple_silicon import AppleEnergyMonitor
+
+        monitor = AppleEnergyMonitor()
+    except (ImportError, RuntimeError):  # not installed, or the system tells nothing
+        return None
+
+    def read() -> int:
+        used = monitor.get_cumulative_energy()
+        # A part that this processor lacks, or doesn't meter, is None.
+        return 1000 * sum(part or 0 for part in (used.cpu_total_mj, used.gpu_mj, used.ane_mj))
+
+    return read
 
 
 def _number(file: Path) -> int:

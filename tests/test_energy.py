@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from qe_edge.bench.energy import EnergyMeter
 
@@ -43,3 +47,14 @@ def test_a_machine_that_tells_nothing_reports_nothing(tmp_path: Path) -> None:
     assert EnergyMeter(tmp_path / "none").joules() is None
     package(tmp_path / "intel-rapl:0", 0).unlink()  # without a counter to read
     assert EnergyMeter(tmp_path).joules() is None
+
+
+def test_apples_meter_is_read_by_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the library's published interface, which runs on Apple's processors alone."""
+    used = SimpleNamespace(cpu_total_mj=100, gpu_mj=10_000, ane_mj=None, dram_mj=7)
+    library = SimpleNamespace(AppleEnergyMonitor=lambda: SimpleNamespace(get_cumulative_energy=lambda: used))
+    monkeypatch.setitem(sys.modules, "zeus_apple_silicon", library)
+    meter = EnergyMeter(tmp_path)
+    used.cpu_total_mj, used.gpu_mj, used.dram_mj = 350, 12_500, 900
+    assert meter.joules() == 2.75
+    assert meter.joules() == 0.0
