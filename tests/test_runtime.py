@@ -108,7 +108,7 @@ def test_a_refused_stream_says_so_at_its_end(gguf: Path) -> None:
 
 
 def test_asyncio_gets_the_same(gguf: Path) -> None:
-    with Expander.load(gguf, gate=OPEN, budget_tokens=24, parallel=4) as expander:
+    with Expander.load(gguf, gate=OPEN, budget_tokens=12, parallel=4) as expander:
         alone = [expander.expand(query).text for query in QUERIES]
 
         async def ask() -> None:
