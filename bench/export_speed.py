@@ -63,6 +63,9 @@ class Measured(msgspec.Struct, frozen=True):
 def main(
     folder: Annotated[Path, typer.Option(help="Where the model and its conversions go; may be large.")],
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(synthetic.SHAPES)}.")] = "qwen3-0.6b",
+    only: Annotated[
+        list[str] | None, typer.Option("--way", help="Only these, beside `write` (default: all).")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each way.")] = 2,
     llama_cpp: Annotated[
         Path | None, typer.Option(help="llama.cpp's source, to convert by its script too.")
@@ -75,7 +78,10 @@ def main(
         note(f"writing random weights to {model}")
         _child("weights", shape, model)
     theirs = ["gguf llama.cpp"] if llama_cpp else []
-    ways = ["write", "gguf ours", *theirs, "mlx ours", "mlx mlx-lm", "Q4_K_M", "export"]
+    ways = ["gguf ours", *theirs, "mlx ours", "mlx mlx-lm", "Q4_K_M", "export"]
+    if unknown := set(only or ()) - set(ways):
+        raise typer.BadParameter(f"no way {', '.join(unknown)}; there are {', '.join(ways)}")
+    ways = ["write", *(name for name in ways if not only or name in only)]
     turns: dict[str, list[Measured]] = {way: [] for way in ways}
     target, base = folder / "converted", folder / f"{shape}.gguf"
     for _ in range(rounds):

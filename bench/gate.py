@@ -24,7 +24,8 @@ from qe_edge.join import DEFAULT_JOIN
 from qe_edge.measures import mean, mean_interval, per_query
 from qe_edge.workdir import DEFAULT_WORKDIR
 
-MAX_WORDS, CLEAR_LEAD, MIN_DISTINCT = (8, 16, 32, 64, 128), (0.1, 0.2, 0.3, 0.4, 0.5), (0.3, 0.5, 0.6, 0.7, 0.8)
+MAX_WORDS = (8, 16, 32, 64, 128)
+CLEAR_LEAD, MIN_DISTINCT = (0.1, 0.2, 0.3, 0.4, 0.5), (0.3, 0.5, 0.6, 0.7, 0.8)
 DRY = (8, 12, 16, 24, 32)
 
 
