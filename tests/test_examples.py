@@ -82,7 +82,7 @@ def wait(page: Any, *, expanded: bool) -> None:
 
 
 def test_the_expanded_list_comes_after_the_plain_one(page: Any, expander: Expander) -> None:
-    says(expander, "fatigue from low ferritin, a sign of anemia", pause=0.1)
+    says(expander, "fatigue from low ferritin, a sign of anemia", pause=0.05)
     page.locator("#query").fill("tiredness")
     wait(page, expanded=False)
     assert results(page) == [IRON] and chips(page) == []
