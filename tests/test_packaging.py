@@ -43,9 +43,9 @@ def test_every_sub_package_is_listed():
 @pytest.mark.slow
 def test_the_wheel_holds_every_file_and_runs(tmp_path):
     source = tmp_path / "source"
-    files = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    listing = ["git", "ls-files", "-coz", "--exclude-standard"]  # -z, or Chinese names are quoted
+    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = listed.rstrip("\0").split("\0")
     for name in files:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
