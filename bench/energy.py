@@ -39,16 +39,16 @@ class EnergyMeter:
         return used / 1e6
 
     def _read(self) -> list[int]:
-        """Microjoules of each package."""
+        """Microjoules of each package, or part of Apple's."""
         if self._apple:
-            return [self._apple()]
+            return self._apple()
         try:
             return [_number(folder / "energy_uj") for folder in self._packages]
         except (OSError, ValueError):
             return []
 
 
-def _apple_meter() -> Callable[[], int] | None:
+def _apple_meter() -> Callable[[], list[int]] | None:
     """Reads the microjoules that CPU, GPU and neural engine used since some moment; None elsewhere."""
     try:
         from zeus_apple_silicon import AppleEnergyMonitor
@@ -57,10 +57,10 @@ def _apple_meter() -> Callable[[], int] | None:
     except (ImportError, RuntimeError):  # not installed, or the system tells nothing
         return None
 
-    def read() -> int:
+    def read() -> list[int]:
         used = monitor.get_cumulative_energy()
-        # A part that this processor lacks, or doesn't meter, is None.
-        return 1000 * sum(part or 0 for part in (used.cpu_total_mj, used.gpu_mj, used.ane_mj))
+        parts = (used.cpu_total_mj, used.gpu_mj, used.ane_mj)
+        return [1000 * part for part in parts if part is not None]  # what this processor meters
 
     return read
 

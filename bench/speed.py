@@ -156,6 +156,7 @@ def _work(request: Request) -> Reply:
     expander.expand(WARM_UP)
     Path(request.out).parent.mkdir(parents=True, exist_ok=True)
     todo = {query_id: text for query_id, text in request.queries.items() if query_id not in done}
+    meter = EnergyMeter()
     with (
         Path(request.out).open("ab") as file,
         progress(request.label, len(request.queries), done=len(done)) as advance,
@@ -164,7 +165,7 @@ def _work(request: Request) -> Reply:
             if os.getppid() != parent:  # it was killed, and another run may write to this file by now
                 sys.exit(1)
             expander.forget()
-            meter = EnergyMeter()
+            meter.joules()  # it counts from here on
             row = _expand(expander, query_id, query)
             file.write(encode_jsonl([msgspec.structs.replace(row, joules=meter.joules())]))
             file.flush()
