@@ -19,7 +19,7 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     - `max_words`: a query of more words is a document, longer than any that was measured. A Han character
       counts as a word.
-    - `clear_lead`: so is one whose best plain BM25 score leads the second by this share of it.
+    - `clear_lead`: one whose best plain BM25 score leads the second by this share of it has found its answer.
     - `min_new_words`: an expansion with fewer words that the query lacks is a copy of it, or empty.
     - `min_distinct`: one with a smaller share of different words among all its words repeats itself.
     - `same_language`: the student must know the query's language, and write in it.
