@@ -44,13 +44,13 @@ def light_paint(role: str) -> str:
 
 
 def pareto(section: Section, paint: Paint, width: int | Literal["container"]) -> Any:
-    """nDCG with its interval against decode tokens/s; BM25 and teachers, which have no speed, as lines.
+    """nDCG with its interval against decode tokens/s; what writes nothing here, such as BM25, as lines.
 
     The section must have a model with a known speed.
     """
     alt = require("altair", "report")
     values = [_point(section, row) for row in section.drawn]
-    references = section.of_kind("bm25") + section.of_kind("feedback") + section.of_kind("teacher")
+    references = section.references
     plane = Plane(
         [Point(v["model"], v["x"], v["low"], v["y"], v["high"]) for v in values],
         [Reference(f"{r.system.name} {score(r.system.ndcg.mean)}", r.system.ndcg.mean) for r in references],

@@ -102,7 +102,8 @@ def _export(
 def _row(exported: Exported, system: System, base: System) -> str:
     check = read_record(exported.file.parent)["checks"][exported.file.name]
     difference = mean_interval([system.per_query[i] - base.per_query[i] for i in base.per_query])
-    assert system.speed and base.speed
+    written, by_base = (one.speed.decode_tokens_per_s for one in (system, base) if one.speed)
+    assert written and by_base  # all of these write
     cells = [
         exported.kind,
         "yes" if exported.weighted else "no",
@@ -112,7 +113,7 @@ def _row(exported: Exported, system: System, base: System) -> str:
         f"{check['greedy_agreement']:.0%}",
         score(system.ndcg.mean),
         "–" if system is base else f"{signed(difference.mean)} {bounds(difference, signed)}",
-        f"{system.speed.decode_tokens_per_s / base.speed.decode_tokens_per_s:.2f}",
+        f"{written / by_base:.2f}",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -21,7 +21,8 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How fast a model wrote its expansions, one query at a time, its KV cache emptied before each.
 
     Rates are totals over totals after one warm-up query; a cold start is `load_s` apart.
-    `mean_tokens` counts what the model wrote per query. `threads` is None where the engine takes no such
+    `mean_tokens` counts what the model wrote per query, and `decode_tokens_per_s` is None where it only read
+    (feedback). `threads` is None where the engine takes no such
     setting (MLX), `joules_per_query` where the machine doesn't tell what it uses (see `EnergyMeter`).
     """
 
@@ -29,7 +30,7 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int | None
     load_s: float
     prefill_tokens_per_s: float
-    decode_tokens_per_s: float
+    decode_tokens_per_s: float | None
     ms_per_query_p50: float
     ms_per_query_p95: float
     mean_tokens: float

@@ -24,7 +24,7 @@ class Row:
     @property
     def tokens_per_s(self) -> float:
         """The decode speed; 0 where none is known."""
-        return self.system.speed.decode_tokens_per_s if self.system.speed else 0.0
+        return (self.system.speed.decode_tokens_per_s or 0.0) if self.system.speed else 0.0
 
     def gains(self) -> dict[str, float]:
         """Each query's difference to plain BM25, best first."""
@@ -57,6 +57,12 @@ class Section:
         """The models with a speed, each with its best join: others would lie on the same spot."""
         rows = sorted(self.of_kind("model"), key=lambda row: row.system.ndcg.mean)
         return list({(row.label, row.system.name): row for row in rows if row.tokens_per_s}.values())
+
+    @property
+    def references(self) -> list[Row]:
+        """What has no speed of writing: BM25 with and without feedback, and the teachers."""
+        reading = [row for _, row in self.distinct_models() if row.system.speed and not row.tokens_per_s]
+        return self.of_kind("bm25") + self.of_kind("feedback") + reading + self.of_kind("teacher")
 
     @property
     def has_budgets(self) -> bool:
@@ -181,5 +187,6 @@ def _speed(row: Row) -> str:
     speed = row.system.speed
     if speed is None:
         return ""
-    pace = f"{rate(speed.decode_tokens_per_s)} tokens/s, {rate(speed.ms_per_query_p50)} ms per query"
-    return f"The model writes {pace}, on {row.label}."
+    written = speed.decode_tokens_per_s
+    doing = f"reads {rate(speed.prefill_tokens_per_s)}" if written is None else f"writes {rate(written)}"
+    return f"The model {doing} tokens/s, {rate(speed.ms_per_query_p50)} ms per query, on {row.label}."

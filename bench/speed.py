@@ -37,7 +37,8 @@ BUDGETS = (16, 32, 48, 64, 96, 128)
 class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One query's expansion and its cost in tokens and seconds.
 
-    `cut` is the text at each of BUDGETS that it is longer than.
+    `cut` is the text at each of BUDGETS that it is longer than. With feedback there is no text but the
+    `weights` of the passages that were read.
     """
 
     query_id: str
@@ -49,6 +50,7 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decode_s: float = 0.0
     joules: float | None = None
     cut: dict[int, str] = {}
+    weights: tuple[float, ...] = ()
 
     def at(self, budget: int) -> str:
         """The text that so many tokens give."""
@@ -56,7 +58,10 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What the child process is asked to do; `out` is a Generated file that it appends to."""
+    """What the child process is asked to do; `out` is a Generated file that it appends to.
+
+    With `passages` of each query, these are read and nothing is written.
+    """
 
     model: str
     lang: Lang
@@ -66,6 +71,7 @@ class Request(msgspec.Struct, frozen=True):
     engine: Engine | None = None
     threads: int | None = None
     max_tokens: int | None = None
+    passages: dict[str, list[str]] | None = None
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -123,9 +129,12 @@ def _speed(rows: list[Generated], reply: Reply, request: Request) -> Speed:
         engine=request.engine or ref.engine,
         threads=None if ref.engine == "mlx" else request.threads or usable_cores(),
         load_s=reply.load_s,
-        prefill_tokens_per_s=sum(row.prompt_tokens for row in done) / sum(row.prefill_s for row in done),
-        decode_tokens_per_s=decoded / max(sum(row.decode_s for row in done), 1e-9),
-        first_token_ms_p50=statistics.median(row.prefill_s for row in done) * 1000,
+        prefill_tokens_per_s=sum(row.prompt_tokens for row in done)
+        / max(sum(row.prefill_s for row in done), 1e-9),
+        decode_tokens_per_s=None
+        if request.passages
+        else decoded / max(sum(row.decode_s for row in done), 1e-9),
+        first_token_ms_p50=None if request.passages else statistics.median(r.prefill_s for r in done) * 1000,
         ms_per_query_p50=statistics.median(times),
         ms_per_query_p95=times[min(len(times) - 1, round(0.95 * (len(times) - 1)))],
         mean_tokens=statistics.fmean(row.tokens for row in done),
@@ -153,7 +162,10 @@ def _work(request: Request) -> Reply:
     load_s = time.perf_counter() - start
     if request.lang not in expander.spec.prompt.languages:
         return Reply(spec=expander.spec)
-    expander.expand(WARM_UP)
+    if request.passages is None:
+        expander.expand(WARM_UP)
+    else:
+        expander.feedback(WARM_UP, [WARM_UP])
     Path(request.out).parent.mkdir(parents=True, exist_ok=True)
     todo = {query_id: text for query_id, text in request.queries.items() if query_id not in done}
     meter = EnergyMeter()
@@ -166,7 +178,10 @@ def _work(request: Request) -> Reply:
                 sys.exit(1)
             expander.forget()
             meter.joules()  # it counts from here on
-            row = _expand(expander, query_id, query)
+            if request.passages is None:
+                row = _expand(expander, query_id, query)
+            else:
+                row = _read(expander, query_id, query, request.passages[query_id])
             file.write(encode_jsonl([msgspec.structs.replace(row, joules=meter.joules())]))
             file.flush()
             advance()
@@ -199,6 +214,21 @@ def _expand(expander: Expander, query_id: str, query: str) -> Generated:
             for budget in BUDGETS
             if budget < expanded.tokens
         },
+    )
+
+
+def _read(expander: Expander, query_id: str, query: str, passages: list[str]) -> Generated:
+    try:
+        expanded = expander.feedback(query, passages)
+    except BadInput:
+        return Generated(query_id, "", "failed")
+    return Generated(
+        query_id,
+        "",
+        expanded.finish_reason,
+        expanded.prompt_tokens,
+        prefill_s=expanded.prefill_s,
+        weights=expanded.relevance.weights if expanded.relevance else (),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qe_edge.bench.config import BenchConfig
-from qe_edge.bench.feedback import rm3
+from qe_edge.bench.feedback import found_texts, rm3
 from qe_edge.bench.kept import generate_once
 from qe_edge.bench.quality import DEPTH, MEASURE, compare_all, retrieve, values_of
 from qe_edge.bench.result import DatasetResult, Kind, Speed, System, Tuning
@@ -18,6 +18,7 @@ from qe_edge.bench.speed import BUDGETS, Generated, Request, WrongLanguage
 from qe_edge.console import note
 from qe_edge.datasets import Dataset, describe
 from qe_edge.errors import QeEdgeError
+from qe_edge.feedback import RelevanceModel
 from qe_edge.index import Index, Ranking, Retriever
 from qe_edge.join import DEFAULT_JOIN, Join
 from qe_edge.measures import Interval, depth, evaluate, mean_interval, write_run
@@ -25,6 +26,8 @@ from qe_edge.opensearch import OpenSearchIndex
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.spec import ModelSpec
 from qe_edge.workdir import Workdir
+
+FOUND = 20  # documents of the plain query whose texts are at hand for feedback
 
 
 class Systems:
@@ -57,14 +60,20 @@ class Systems:
     ) -> DatasetResult:
         plain = self.retrieve({}, DEFAULT_JOIN)
         self.add("BM25", "bm25", "", plain)
-        if isinstance(self.index, Index):  # RM3 needs the postings
-            self.add("BM25 + RM3", "feedback", "", rm3(self.data, self.index, plain, self.depth))
+        texts = {}
+        if isinstance(self.index, Index):  # feedback needs the postings
+            texts = found_texts(self.data, plain, FOUND)
+            self.add("BM25 + RM3", "feedback", "", rm3(self.data, self.index, plain, texts, self.depth))
+        elif self.config.feedback:
+            warnings.append(f"no feedback on {self.data}: it needs our own index")
         for label, model in models.items():
             if self.config.tune_on and label not in tuned:
                 continue  # it failed there; with another join it couldn't be compared
             joins = (tuned[label],) if label in tuned else self.config.joins
             try:
                 self.add_model(label, model, digests[label], joins, plain, warnings)
+                if self.config.feedback and texts:
+                    self.add_feedback(label, model, digests[label], texts)
             except QeEdgeError as error:
                 failures.append(f"{label} on {self.data}: {error}")
                 note(f"bench: {failures[-1]}")
@@ -138,7 +147,7 @@ class Systems:
         )
 
     def generate(
-        self, label: str, model: str, digest: str | None
+        self, label: str, model: str, digest: str | None, passages: dict[str, list[str]] | None = None
     ) -> tuple[list[Generated], Speed, ModelSpec]:
         request = Request(
             model=model,
@@ -148,8 +157,27 @@ class Systems:
             label=f"{label} on {self.data}",
             threads=self.config.threads,
             max_tokens=self.config.max_tokens,
+            passages=passages,
         )
         return generate_once(request, digest, self.cache)
+
+    def add_feedback(self, label: str, model: str, digest: str | None, texts: dict[str, list[str]]) -> None:
+        """A row for reading the passages that the plain queries found."""
+        assert isinstance(self.index, Index)
+        name = f"{label} + feedback"
+        try:
+            rows, speed, spec = self.generate(name, model, digest, texts)
+        except WrongLanguage:  # it was said when it was to write
+            return
+        settings, run = spec.feedback, {}
+        for row in rows:
+            passages = tuple(texts[row.query_id][: len(row.weights)])
+            expansion = RelevanceModel(passages, row.weights, settings.terms).terms(self.index.analyze)
+            query = self.index.analyze(self.data.queries[row.query_id])
+            run[row.query_id] = self.index.search(settings.join(query, expansion), self.depth)
+        failed = sum(not row.weights for row in rows)
+        self.add(name, "model", str(settings.join), run, failed=failed, sha256=digest, speed=speed)
+        note(f"bench: {name} on {self.data}: {speed.prefill_tokens_per_s:.0f} tokens read/s")
 
     def add_model(
         self,

@@ -75,7 +75,8 @@ def _ratio(interval: Interval | None) -> str:
 
 def _speed(attribute: str) -> Callable[[System], str]:
     def cell(system: System) -> str:
-        return MISSING if system.speed is None else rate(getattr(system.speed, attribute))
+        value = getattr(system.speed, attribute, None)
+        return MISSING if value is None else rate(value)
 
     return cell
 

@@ -134,6 +134,25 @@ class Expander:
         )
         return self._asker.expanded(asked)
 
+    def feedback(
+        self,
+        query: str,
+        passages: Sequence[str],
+        *,
+        deadline_ms: float | None = None,
+        scores: Sequence[float] = (),
+    ) -> ExpandedQuery:
+        """Expand a query with the passages that the plain one found, best first; the student writes nothing.
+
+        It reads the beginnings of a few of them, and each counts as far as the query is likely after it (see
+        `qe_edge.feedback`). At `deadline_ms` those count that were read by then, at least a few. `scores` are
+        plain BM25's, for the gate.
+
+        Raises:
+            BadInput: the query is blank or, with an open gate, too long.
+        """
+        return self._asker.feedback(query, passages, deadline_ms=deadline_ms, scores=scores)
+
     def stream(self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()) -> Stream:
         """As `expand`, but the text can be read while it is written."""
         asked = self._asker.ask(query, deadline_ms=deadline_ms, scores=scores, streamed=True)
@@ -257,7 +276,7 @@ class Expander:
 
     def close(self) -> None:
         """Give the memory back. Whoever still waits for an expansion gets an error."""
-        self._asker.decoder.close()
+        self._asker.close()
         if self._threads:
             self._threads.shutdown()
         self.backend.close()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from qe_edge import queries
-from qe_edge.analysis import analyzer_for, detect_language, get_analyzer, stop_words, words_of
+from qe_edge.analysis import Analyzer, analyzer_for, detect_language, get_analyzer, stop_words, words_of
+from qe_edge.feedback import RelevanceModel
 from qe_edge.join import Join
 
 FinishReason = Literal["stop", "length", "dry", "deadline", "skipped"]
@@ -23,6 +25,8 @@ class ExpandedQuery:
     was written. Times are in seconds: prefill runs until the first token, decode from there to the end. They
     include the steps of the answers that were written at the same time, and are those of the first time if
     the answer was `cached`.
+
+    After `Expander.feedback` the expansion is a `relevance` model instead of a text.
     """
 
     query: str
@@ -36,6 +40,7 @@ class ExpandedQuery:
     fallback: str = ""
     rejected: str = ""
     cached: bool = False
+    relevance: RelevanceModel | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -51,7 +56,10 @@ class ExpandedQuery:
         `analyzer` is that of your index; by default the language's own.
         """
         analyze = get_analyzer(analyzer or analyzer_for(detect_language(self.query)))
-        return self.join(analyze(self.query), analyze(self.text))
+        return self.join(analyze(self.query), self._expansion(analyze))
+
+    def _expansion(self, analyze: Analyzer) -> list[str] | dict[str, float]:
+        return self.relevance.terms(analyze) if self.relevance else analyze(self.text)
 
     def words(self, *, cjk: int = 2) -> dict[str, float]:
         """Weighted words as they are written, for an engine that has its own analyzer.
@@ -60,13 +68,16 @@ class ExpandedQuery:
         no others. Chinese comes in overlapping pieces of `cjk` characters.
         """
 
-        def cut(text: str, without: frozenset[str]) -> list[str]:
-            # Tantivy refuses a word that its tokenizer leaves nothing of, such as an underscore.
-            words = (word for word in words_of(text, cjk=cjk) if any(map(str.isalnum, word)))
-            return [word for word in words if word not in without]
+        query = _cut(self.query, stop_words(), cjk) or _cut(self.query, frozenset(), cjk)
+        return self.join(query, self._expansion(partial(_cut, without=stop_words(more=True), cjk=cjk)))
 
-        query = cut(self.query, stop_words()) or cut(self.query, frozenset())
-        return self.join(query, cut(self.text, stop_words(more=True)))
+    def summary(self, most: int = 12) -> str:
+        """The expansion for people: the text, or after feedback the heaviest words that the query lacks."""
+        if not self.relevance:
+            return self.text
+        known = set(words_of(self.query))
+        words = self._expansion(partial(_cut, without=stop_words(more=True), cjk=2))
+        return " ".join([word for word in words if word not in known][:most])
 
     def to_fts5(self, *, columns: Sequence[str] = (), trigram: bool = False) -> str:
         """A MATCH expression for SQLite FTS5; bind it as a parameter, and order by `rank`.
@@ -105,3 +116,9 @@ class ExpandedQuery:
     def to_text(self) -> str:
         """Words in a row, heavier ones repeated, for any engine that takes a plain text."""
         return " ".join(queries.repeated(self.words()))
+
+
+def _cut(text: str, without: frozenset[str], cjk: int) -> list[str]:
+    # Tantivy refuses a word that its tokenizer leaves nothing of, such as an underscore.
+    words = (word for word in words_of(text, cjk=cjk) if any(map(str.isalnum, word)))
+    return [word for word in words if word not in without]

@@ -7,7 +7,7 @@ as one given the repeated string, for less work.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -51,15 +51,21 @@ class Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             rules = "; ".join(f"{name}:N, N = {meaning}" for name, meaning in _MEANING.items())
             raise BadArgument(f"can't read the join {text!r}. Write one of: {rules}") from None
 
-    def __call__(self, query_terms: Sequence[str], expansion_terms: Sequence[str]) -> dict[str, float]:
-        """Weights of the unique terms. Without expansion terms: the plain query, each term counted."""
-        of_query, of_expansion = self.scales(len(query_terms), len(expansion_terms))
+    def __call__(
+        self, query_terms: Sequence[str], expansion_terms: Sequence[str] | Mapping[str, float]
+    ) -> dict[str, float]:
+        """Weights of the unique terms. Without expansion terms: the plain query, each term counted.
+
+        Expansion terms in a row count once each; of a mapping, as much as it says.
+        """
+        counts: Mapping[str, float] = Counter(expansion_terms)
+        of_query, of_expansion = self.scales(len(query_terms), sum(counts.values()))
         weights = {term: of_query * count for term, count in Counter(query_terms).items()}
-        for term, count in Counter(expansion_terms).items():
+        for term, count in counts.items():
             weights[term] = weights.get(term, 0.0) + of_expansion * count
         return weights
 
-    def scales(self, query_length: int, expansion_length: int) -> tuple[float, float]:
+    def scales(self, query_length: int, expansion_length: float) -> tuple[float, float]:
         """What one occurrence of a term weighs in the query and in the expansion; lengths are in terms."""
         if not query_length or not expansion_length:
             return 1.0, 1.0

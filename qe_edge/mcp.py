@@ -42,12 +42,18 @@ def create_mcp(expander: Expander, collections: Mapping[str, Collection]) -> MCP
             query: QueryText,
             index: Annotated[str, Field(description=f"One of: {', '.join(collections)}.")] = first,
             k: Annotated[int, Field(description="How many documents.", ge=1, le=100)] = 10,
+            feedback: Annotated[
+                bool,
+                Field(description="Expand by what the plain query finds, not by a text that is written."),
+            ] = False,
         ) -> list[dict[str, Any]]:
             """Search an index with the expanded query; the best documents with their texts, best first."""
             if index not in collections:
                 raise ToolError(f"no index {index!r}; there are: {', '.join(collections)}")
             try:
-                hits, _ = search_collection(query, collections[index], expander=expander, k=k)
+                hits, _ = search_collection(
+                    query, collections[index], expander=expander, feedback=feedback, k=k
+                )
             except BadInput as error:
                 raise ToolError(str(error)) from None
             return [

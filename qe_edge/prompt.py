@@ -86,16 +86,25 @@ class PromptSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def chat(self, system: str, user: str) -> Iterator[Piece]:
         """Any two messages in this prompt's chat format, as pieces: a local model can be a teacher too."""
+        yield from self.opening(system, user)
+        yield from self.closing()
+
+    def opening(self, system: str, user: str) -> Iterator[Piece]:
+        """The first message and what the second begins with."""
         yield Piece("<|im_start|>", True)
-        yield from _plain(f"system\n{system}")
+        yield from plain(f"system\n{system}")
         yield Piece("<|im_end|>", True)
-        yield from _plain("\n")
+        yield from plain("\n")
         yield Piece("<|im_start|>", True)
-        yield from _plain(f"user\n{user}")
+        yield from plain(f"user\n{user}")
+
+    def closing(self, user: str = "") -> Iterator[Piece]:
+        """What the second message ends with, and the answer's beginning."""
+        yield from plain(user)
         yield Piece("<|im_end|>", True)
-        yield from _plain("\n")
+        yield from plain("\n")
         yield Piece("<|im_start|>", True)
-        yield from _plain("assistant\n")
+        yield from plain("assistant\n")
         if self.answer_prefix:
             yield Piece(self.answer_prefix, True)
 
@@ -109,8 +118,7 @@ class PromptSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def encode_answer(self, text: str, tokenize: Tokenize) -> list[int]:
         """What the student is trained to write: the expansion's ids and one end token."""
-        answer = [t for piece in _plain(text.strip()) for t in tokenize(piece.text, piece.special)]
-        return answer + tokenize(self.end, True)
+        return encode(plain(text.strip()), tokenize) + tokenize(self.end, True)
 
 
 def encode(pieces: Iterable[Piece], tokenize: Tokenize) -> list[int]:
@@ -129,7 +137,7 @@ def hugging_face(tokenizer: Any) -> Tokenize:
     return tokenize
 
 
-def _plain(text: str) -> Iterator[Piece]:
+def plain(text: str) -> Iterator[Piece]:
     """Cut text after each `<`, so that no tokenizer can see a whole special token in it.
 
     llama.cpp and transformers both parse some added tokens (`</think>`) even when told to parse none;

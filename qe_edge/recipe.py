@@ -65,6 +65,7 @@ class BenchPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     datasets: tuple[str, ...]
     teachers: tuple[str, ...] = ()
     teacher_models: tuple[str, ...] = ()
+    feedback: bool = False
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -176,6 +177,7 @@ def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
         joins=(str(join),),
         teachers=b.teachers,
         teacher_models=b.teacher_models,
+        feedback=b.feedback,
     )
     inputs = [*(data.fingerprint() for data in benched), *map(sha256, b.teachers)]
     inputs += [sha256(stages.out[f"export {trained}"]) for trained in ("sft", "dpo")]

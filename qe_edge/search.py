@@ -64,18 +64,28 @@ class Collection:
             for rank, (place, score) in enumerate(self.index.rank(weights, k), 1)
         ]
 
+    def passages(self, plain: dict[int, float]) -> list[str]:
+        """The texts of what `plain` found."""
+        return [self.texts[place] for place in plain]
+
     def terms(self, expanded: ExpandedQuery) -> dict[str, float]:
         """The weighted terms of a query in this index."""
         return expanded.terms(self.index.meta.analyzer)
 
 
 def search(
-    query: str, collection: Collection, *, expander: Expander | None, k: int = 5
+    query: str, collection: Collection, *, expander: Expander | None, feedback: bool = False, k: int = 5
 ) -> tuple[list[Hit], ExpandedQuery]:
-    """The k best documents for the expanded query; for the plain one without an expander."""
+    """The k best documents for the expanded query; for the plain one without an expander.
+
+    With `feedback` the query is expanded by what the plain one finds, instead of by what the student writes.
+    """
     plain = collection.plain(query)
-    if expander:
-        expanded = expander.expand(query, scores=list(plain.values()))
+    scores = list(plain.values())
+    if expander and feedback:
+        expanded = expander.feedback(query, collection.passages(plain), scores=scores)
+    elif expander:
+        expanded = expander.expand(query, scores=scores)
     else:
         expanded = ExpandedQuery(query, "", DEFAULT_JOIN)
     return collection.hits(collection.terms(expanded), plain, k), expanded

@@ -10,7 +10,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
@@ -57,7 +57,10 @@ class ExpandRequest(BaseModel, extra="forbid"):
 
 
 class Expanded(BaseModel):
-    """A query and its expansion; `fallback` says why `text` is empty and the query is searched as it is."""
+    """A query and its expansion; `fallback` says why `text` is empty and the query is searched as it is.
+
+    After feedback, `text` is the heaviest words.
+    """
 
     query: str
     text: str
@@ -74,7 +77,7 @@ class Expanded(BaseModel):
     def of(cls, expanded: ExpandedQuery) -> Self:
         return cls(
             query=expanded.query,
-            text=expanded.text,
+            text=expanded.summary(),
             words=expanded.words(),
             terms=expanded.terms(),
             tokens=expanded.tokens,
@@ -91,12 +94,16 @@ class ExpandReply(BaseModel):
 
 
 class SearchRequest(BaseModel, extra="forbid"):
-    """A query over a named index, as it is with `expand` false."""
+    """A query over a named index, as it is with `expand` false.
+
+    With `feedback` it is expanded by what it finds as it is, instead of by what the student writes.
+    """
 
     query: QueryText
     index: str = ""
     k: Annotated[int, Field(ge=1, le=1000)] = 10
     expand: bool = True
+    feedback: bool = False
     deadline_ms: Deadline = None
 
 
@@ -176,12 +183,22 @@ class Service:
         return min(wanted or self.limits.deadline_ms, self.limits.deadline_ms)
 
     async def expand(
-        self, query: str, deadline_ms: float | None, scores: list[float] | None = None
+        self,
+        query: str,
+        deadline_ms: float | None,
+        scores: Sequence[float] = (),
+        passages: list[str] | None = None,
     ) -> ExpandedQuery:
+        """By what the student writes, or by the passages if there are any."""
         start = time.perf_counter()
         deadline = self.deadline(deadline_ms)
         try:
-            expanded = await self.expander.aexpand(query, deadline_ms=deadline, scores=scores or ())
+            if passages is None:
+                expanded = await self.expander.aexpand(query, deadline_ms=deadline, scores=scores)
+            else:
+                expanded = await run_in_threadpool(
+                    self.expander.feedback, query, passages, deadline_ms=deadline, scores=scores
+                )
         except QeEdgeError as error:  # the query is searched as it is
             expanded = ExpandedQuery(query, "", DEFAULT_JOIN, fallback=str(error))
         self.note(expanded, time.perf_counter() - start)
@@ -278,7 +295,10 @@ def create_app(
             plain = await run_in_threadpool(collection.plain, request.query)
             expanded = ExpandedQuery(request.query, "", DEFAULT_JOIN)
             if request.expand:
-                expanded = await service.expand(request.query, request.deadline_ms, list(plain.values()))
+                passages = collection.passages(plain) if request.feedback else None
+                expanded = await service.expand(
+                    request.query, request.deadline_ms, list(plain.values()), passages
+                )
             hits = await run_in_threadpool(collection.hits, collection.terms(expanded), plain, request.k)
         return SearchReply(
             index=name,

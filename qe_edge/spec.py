@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from qe_edge.errors import BadInput
+from qe_edge.feedback import Feedback
 from qe_edge.gate import Gate
 from qe_edge.join import Join
 from qe_edge.prompt import PromptSpec
@@ -37,6 +38,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stage: str = "base"
     license: str = ""
     gate: Gate = Gate()
+    feedback: Feedback = Feedback()
     schema_version: int = 1
 
     def to_json(self) -> str:

@@ -12,13 +12,15 @@ import ir_measures
 import msgspec
 import pytest
 
+from qe_edge import Expander
 from qe_edge.bench.config import BenchConfig
-from qe_edge.bench.feedback import rm3
+from qe_edge.bench.feedback import found_texts, rm3
 from qe_edge.bench.harness import bench
 from qe_edge.bench.inputs import default_teachers, parse_model
 from qe_edge.bench.quality import retrieve, values_of
 from qe_edge.bench.result import read_result
 from qe_edge.bench.speed import Generated, Request, generate
+from qe_edge.bench.table import markdown_table
 from qe_edge.datasets import Dataset, load_dataset
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.export.gguf import convert_gguf
@@ -205,7 +207,7 @@ def test_rm3_takes_the_terms_of_the_best_documents():
     }
     expected = {term: 0.5 * weight / (s1 + s2) for term, weight in weights.items()}
     expected["moon"] += 0.5
-    found = rm3(data, index, plain, 10)["q"]
+    found = rm3(data, index, plain, found_texts(data, plain, 10), 10)["q"]
     assert dict(found) == pytest.approx(dict(index.search(expected, k=10)))
     assert [doc_id for doc_id, _ in found] == ["d2", "d1", "d4"]
 
@@ -219,14 +221,44 @@ def test_rm3_prunes_documents_terms_and_common_terms():
     data = Dataset("x", "", {"q": "moon"}, {"q": {"d1": 1}}, lambda: iter(documents))
     plain = {"q": index.search({"moon": 1.0}, k=100)}
     assert plain["q"][-1][0] == "d0" and len(plain["q"]) == 12
-    again = dict(rm3(data, index, {"q": plain["q"][-1:]}, 100)["q"])  # d0 alone is the feedback
+
+    def feedback(run):
+        return rm3(data, index, run, found_texts(data, run, 11), 100)["q"]
+
+    again = dict(feedback({"q": plain["q"][-1:]}))  # d0 alone is the feedback
     score = plain["q"][-1][1]
     assert score > 0
     # Ten terms of d0: the t's, which occur twice; `moon` once, `rare` once and `common` come too late.
     weights = {f"t{i}": 0.05 for i in range(10)} | {"moon": 0.5}
     assert again == pytest.approx(dict(index.search(weights, k=100)))
-    ten = rm3(data, index, {"q": plain["q"][:10]}, 100)
-    assert rm3(data, index, {"q": plain["q"][:11]}, 100) == ten
+    assert feedback({"q": plain["q"][:11]}) == feedback({"q": plain["q"][:10]})
+
+
+def test_a_model_that_reads_has_a_row_of_its_own(done, student, tmp_path):
+    _, _, config = done
+    config = msgspec.structs.replace(config, joins=(), teachers=(), feedback=True)
+    folder = bench(config, workdir=Workdir(tmp_path / "work"))
+    (data,) = read_result(folder).datasets
+    systems = {system.name: system for system in data.systems}
+    assert list(systems) == ["BM25", "BM25 + RM3", "tiny", "tiny + feedback"]
+    row = systems["tiny + feedback"]
+    assert (row.kind, row.join, row.failed) == ("model", "mass:3", 0)
+    assert row.speed.decode_tokens_per_s is None
+    assert row.speed.mean_tokens == 0
+    assert row.speed.prefill_tokens_per_s > 0
+    # What an Expander finds with the same passages.
+    loaded = load_dataset("demo-en")
+    index = Index.for_dataset(loaded, tmp_path / "index")
+    plain = retrieve(loaded, index, {}, Join())
+    texts = found_texts(loaded, plain, 20)
+    with Expander.load(student) as expander:
+        run = {
+            query_id: index.search(expander.feedback(query, texts[query_id]).terms(), k=1000)
+            for query_id, query in loaded.queries.items()
+        }
+    assert values_of(loaded, run) == pytest.approx(row.per_query)
+    line = next(line for line in markdown_table(data).splitlines() if "tiny + feedback" in line)
+    assert line.split("|")[8].strip() == "–"  # tokens/s: it writes none
 
 
 def test_an_interrupted_bench_keeps_what_was_generated(done, student, tmp_path):

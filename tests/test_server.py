@@ -63,6 +63,10 @@ def test_it_searches_a_named_index(server: Server) -> None:
     expanded = server.post("/search", query="what makes bread rise").json
     assert expanded["expansion"]["query"] == "what makes bread rise"
     assert len(expanded["hits"]) == 10
+    read = server.post("/search", query="what makes bread rise", feedback=True).json
+    assert read["expansion"]["tokens"] == 0 and read["expansion"]["fallback"] == ""
+    heaviest = read["expansion"]["text"].split()
+    assert len(heaviest) == 12 and set(heaviest) < set(read["expansion"]["words"])
     chinese = server.post("/search", query="糖尿病患者可以吃什么", index="zh").json
     assert re.search("[一-龥]", chinese["hits"][0]["text"])
     missing = server.post("/search", query="x", index="nothing")

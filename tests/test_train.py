@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from qe_edge.errors import BadArgument, BadInput
+from qe_edge.feedback import Feedback
 from qe_edge.manifest import read_record
 from qe_edge.prompt import hugging_face, prompt_for
 from qe_edge.records import Expansion, Pair, encode_jsonl
@@ -94,6 +95,21 @@ def test_the_ids_trained_on_are_prompt_expansion_and_one_end_token(tiny_qwen3):
     assert tokenizer.decode(trained_on) == TEXTS[0] + " case 0<|im_end|>"
     assert row["labels"][-len(trained_on) :] == trained_on == row["input_ids"][-len(trained_on) :]
     assert not dropped
+
+
+def test_to_read_is_trained_with_the_query_as_the_answer_to_the_expansions_beginning(tiny_qwen3):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen3)
+    tokenize, spec = hugging_face(tokenizer), read_spec(tiny_qwen3)
+    spec = msgspec.structs.replace(spec, feedback=Feedback(tokens=5))
+    written, read = encode_rows(rows(1), spec, tokenize, 512, ("write", "read"))[0]
+    assert written == encode_rows(rows(1), spec, tokenize, 512)[0][0]
+    beginning = tokenizer.decode(tokenize(TEXTS[0], False)[:5])
+    text = spec.feedback.texts["en"]
+    prompt = "".join(p.text for p in spec.prompt.chat(text.system, text.user.format(passage=beginning)))
+    assert tokenizer.decode(read["input_ids"]) == prompt + "query number 0<|im_end|>"
+    assert tokenizer.decode([t for t in read["labels"] if t != -100]) == "query number 0<|im_end|>"
 
 
 def test_rows_that_cannot_be_used_are_counted_not_cut(tiny_qwen3):

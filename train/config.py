@@ -13,6 +13,7 @@ from qe_edge.records import Mode, Problem
 Device = Literal["auto", "cuda", "cpu"]
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 Loss = Literal["sigmoid", "sigmoid_norm", "ipo", "sft"]
+Task = Literal["write", "read"]
 Size = Meta(ge=1)
 Share = Meta(gt=0, lt=1e9)
 
@@ -60,8 +61,9 @@ class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     `models` and `modes` select teacher rows, empty meaning all; rows that `teach` marked with a problem
     are left out, but for the problems in `accept`. Of what is left, `max_rows` are drawn at random, 0
-    meaning all. `packing` puts several rows into one of `max_length` tokens, apart from each other for the
-    attention: nothing is padded.
+    meaning all. Of each the student learns to `write` the query's expansion, to `read` (to find the query
+    likely after the expansion's beginning, which is what corpus feedback asks of it), or both. `packing` puts
+    several rows into one of `max_length` tokens, apart from each other for the attention: nothing is padded.
     """
 
     student: Annotated[str, Meta(description="Hub id, folder, GGUF file or builtin:NAME.")] = DEFAULT_STUDENT
@@ -72,6 +74,14 @@ class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         tuple[Mode, ...], Meta(description="Take only zero-shot or few-shot rows.", extra={"flag": "--mode"})
     ] = ()
     max_rows: Annotated[int, Meta(ge=0), Meta(description="Rows drawn at random; 0 takes all.")] = 0
+    tasks: Annotated[
+        tuple[Task, ...],
+        Meta(min_length=1),
+        Meta(
+            description="write, read (for feedback), or both: each makes a row of its own.",
+            extra={"flag": "--task"},
+        ),
+    ] = ("write",)
     accept: Annotated[
         tuple[Problem, ...],
         Meta(description="Let in rows that `teach` marked so, such as cut (others need its --keep-bad)."),

@@ -15,7 +15,7 @@ from qe_edge.errors import BadInput, require
 from qe_edge.prompt import Tokenize, hugging_face
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.spec import ModelSpec
-from qe_edge.train.config import SftConfig
+from qe_edge.train.config import SftConfig, Task
 from qe_edge.train.dev import load_dev
 from qe_edge.train.estimate import announce, estimate
 from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware
@@ -59,7 +59,7 @@ def sft(
     tokenizer, shape = load_tokenizer(source), load_config(source)
     check_vocabulary(source, shape, tokenizer)
     check_texts(spec, tokenizer, [(r.query, r.text) for r in rows if r.query.strip()][:CHECKED])
-    encoded, dropped = encode_rows(rows, spec, hugging_face(tokenizer), config.max_length)
+    encoded, dropped = encode_rows(rows, spec, hugging_face(tokenizer), config.max_length, config.tasks)
     note(f"sft: {len(encoded)} rows from {len({r.query_id for r in rows})} queries{counted(dropped)}")
     lengths = [len(row["input_ids"]) for row in encoded]
     full = config.tuning == "full"
@@ -117,7 +117,7 @@ def example(expansions: Sequence[Path | str], config: SftConfig, *, workdir: Wor
     rows = select_rows(expansions, config)
     source, spec = prepare_student(config.student, workdir)
     tokenizer = load_tokenizer(source)
-    encoded, _ = encode_rows(rows[:32], spec, hugging_face(tokenizer), config.max_length)
+    encoded, _ = encode_rows(rows[:32], spec, hugging_face(tokenizer), config.max_length, config.tasks)
     return _row(encoded[0]).describe(tokenizer)
 
 
@@ -148,11 +148,16 @@ def select_rows(paths: Iterable[Path | str], config: SftConfig) -> list[Expansio
 
 
 def encode_rows(
-    rows: Iterable[Expansion], spec: ModelSpec, tokenize: Tokenize, max_length: int
+    rows: Iterable[Expansion],
+    spec: ModelSpec,
+    tokenize: Tokenize,
+    max_length: int,
+    tasks: Sequence[Task] = ("write",),
 ) -> tuple[list[dict[str, list[int]]], Counter[str]]:
-    """Rows -> {"input_ids", "labels"}: prompt, expansion, one end token; the prompt's labels are -100.
+    """Rows -> {"input_ids", "labels"}: prompt, answer, one end token; the prompt's labels are -100.
 
-    Also returns how many rows were dropped, by reason.
+    One for each task: the answer to a query is its expansion, that to an expansion its query. Also returns
+    how many were dropped, by reason.
     """
     encoded, dropped, seen = [], Counter[str](), set()
     for row in rows:
@@ -163,12 +168,17 @@ def encode_rows(
             dropped["duplicate"] += 1
             continue
         seen.add((row.query, row.text))
-        prompt = spec.prompt.encode(row.query, tokenize)
-        answer = spec.prompt.encode_answer(row.text, tokenize)
-        if len(prompt) + len(answer) > max_length:
-            dropped["too long"] += 1
-            continue
-        encoded.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+        for task in tasks:
+            if task == "write":
+                prompt = spec.prompt.encode(row.query, tokenize)
+                answer = spec.prompt.encode_answer(row.text, tokenize)
+            else:
+                (prompt,), answer, _ = spec.feedback.encode(row.query, [row.text], spec.prompt, tokenize)
+                answer += tokenize(spec.prompt.end, True)
+            if len(prompt) + len(answer) > max_length:
+                dropped["too long"] += 1
+                continue
+            encoded.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     if not encoded:
         raise BadInput(f"no expansion left to train on; dropped: {dict(dropped)}")
     return encoded, dropped

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
-from qe_edge.errors import BadArgument, QeEdgeError
+from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.manifest import usable_cores
 from qe_edge.models import Engine, ModelRef
 from qe_edge.prompt import prompt_for
@@ -30,6 +30,28 @@ class Backend(Protocol):
 
     def batch(self, slots: int) -> Batch:
         """Room for so many sequences, at most `parallel`."""
+        ...
+
+    def reader(self) -> Reader:
+        """What tells how likely an answer is, without writing one."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Reader(Protocol):
+    """Reads prompts with an answer that is given. For several threads."""
+
+    def log_likelihoods(
+        self, prompts: Sequence[list[int]], answer: list[int], *, prefix: int
+    ) -> Iterator[float]:
+        """ln P(answer | prompt) for each prompt in its turn, computed a few prompts at a time.
+
+        The first `prefix` tokens are those of all prompts.
+
+        Raises:
+            BadInput: a prompt and the answer are longer than what is computed at a time.
+        """
         ...
 
     def close(self) -> None: ...
@@ -113,6 +135,30 @@ class OneByOne:
 
     def close(self) -> None:
         self.clear()
+
+
+READ = 512  # tokens that are computed at a time where prompts are read only
+READ_TOGETHER = 64  # of them at most
+
+
+def groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+    """Prompts in their order, as many together as READ has room for.
+
+    Raises:
+        BadInput: one alone is longer.
+    """
+    group: list[list[int]] = []
+    size = 0
+    for prompt in prompts:
+        if len(prompt) > READ:
+            raise BadInput(f"a passage and its query take {len(prompt)} tokens, over {READ}: shorten it")
+        if group and (size + len(prompt) > READ or len(group) == READ_TOGETHER):
+            yield group
+            group, size = [], 0
+        group.append(prompt)
+        size += len(prompt)
+    if group:
+        yield group
 
 
 def default_spec(ref: ModelRef, chat_template: str | None) -> ModelSpec:

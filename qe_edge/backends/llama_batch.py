@@ -66,7 +66,7 @@ class LlamaBatch:
         if not self.context:
             raise QeEdgeError(f"llama.cpp can't make a cache of {cells} tokens: memory is short")
         self._batch = lib.llama_batch_init(BATCH, 0, 1)
-        self._free = weakref.finalize(self, _free, lib, self._batch, self.context)
+        self._free = weakref.finalize(self, free, lib, self._batch, self.context)
         self._memory = lib.llama_get_memory(self.context)
         self._numbers = 0  # of all that ever ran
         self._running: dict[int, _Running] = {}
@@ -104,9 +104,8 @@ class LlamaBatch:
             if not tokens:
                 continue
             del sequence.pending[: len(tokens)]
-            self._fill(size, tokens, sequence.seen, sequence.place)
+            size = put(self._batch, size, tokens, sequence.seen, sequence.place)
             sequence.seen += len(tokens)
-            size += len(tokens)
             if not sequence.pending:
                 self._batch.logits[size - 1] = True
                 asked[number] = size - 1
@@ -163,21 +162,12 @@ class LlamaBatch:
             self._drop(number)
             for at in range(0, len(prefix), BATCH):
                 part = prefix[at : at + BATCH]
-                self._fill(0, part, at, number)
-                self._decode(len(part))
+                self._decode(put(self._batch, 0, part, at, number))
         self._prefixes[prefix] = number
         return number
 
     def _drop(self, number: int) -> None:
         self._lib.llama_memory_seq_rm(self._memory, number, -1, -1)
-
-    def _fill(self, at: int, tokens: Sequence[int], position: int, number: int) -> None:
-        batch = self._batch
-        for i, token in enumerate(tokens):
-            place = at + i
-            batch.token[place], batch.pos[place] = token, position + i
-            batch.n_seq_id[place], batch.seq_id[place][0] = 1, number
-            batch.logits[place] = False
 
     def _decode(self, size: int) -> None:
         self._batch.n_tokens = size
@@ -190,6 +180,16 @@ class LlamaBatch:
         return np.ctypeslib.as_array(row, (self.vocabulary,))
 
 
+def put(batch: Any, at: int, tokens: Sequence[int], position: int, number: int) -> int:
+    """Write a sequence's next tokens into a batch of llama.cpp, from place `at`; returns the place after."""
+    for i, token in enumerate(tokens):
+        place = at + i
+        batch.token[place], batch.pos[place] = token, position + i
+        batch.n_seq_id[place], batch.seq_id[place][0] = 1, number
+        batch.logits[place] = False
+    return at + len(tokens)
+
+
 def picker(temperature: float, seed: int) -> Pick:
     """Greedy, or a draw from the full distribution."""
     if temperature == 0:
@@ -199,6 +199,6 @@ def picker(temperature: float, seed: int) -> Pick:
     return lambda logits: int((logits / temperature + draw.gumbel(size=logits.shape)).argmax())
 
 
-def _free(lib: Any, batch: Any, context: Any) -> None:
+def free(lib: Any, batch: Any, context: Any) -> None:
     lib.llama_batch_free(batch)
     lib.llama_free(context)

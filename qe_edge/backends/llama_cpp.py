@@ -8,6 +8,7 @@ import weakref
 
 from qe_edge.backends import default_spec
 from qe_edge.backends.llama_batch import CONTEXT, KEPT, LlamaBatch
+from qe_edge.backends.llama_reader import LlamaReader
 from qe_edge.errors import BadInput, QeEdgeError, require
 from qe_edge.models import Engine, ModelRef
 from qe_edge.spec import GGUF_KEY, parse_spec
@@ -27,7 +28,7 @@ class LlamaCppBackend:
         if not self.model:
             raise BadInput(_why_unloadable(ref), path=ref.path)
         self._free = weakref.finalize(self, lib.llama_model_free, self.model)
-        self._batches: weakref.WeakSet[LlamaBatch] = weakref.WeakSet()
+        self._contexts: weakref.WeakSet[LlamaBatch | LlamaReader] = weakref.WeakSet()
         self._vocab = lib.llama_model_get_vocab(self.model)
         self.vocabulary: int = lib.llama_vocab_n_tokens(self._vocab)
         self.threads = threads
@@ -75,12 +76,17 @@ class LlamaCppBackend:
 
     def batch(self, slots: int) -> LlamaBatch:
         made = LlamaBatch(self, slots)
-        self._batches.add(made)
+        self._contexts.add(made)
+        return made
+
+    def reader(self) -> LlamaReader:
+        made = LlamaReader(self)
+        self._contexts.add(made)
         return made
 
     def close(self) -> None:
-        for batch in list(self._batches):
-            batch.close()
+        for context in list(self._contexts):
+            context.close()
         self._free()
 
     def _check_open(self) -> None:

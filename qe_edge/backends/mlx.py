@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from qe_edge.backends import Batch, default_spec
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from qe_edge.backends import Batch, default_spec, groups
 from qe_edge.backends.mlx_batch import MlxBatch
 from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.models import Engine, ModelRef
@@ -37,5 +41,35 @@ class MlxBackend:
     def batch(self, slots: int) -> Batch:
         return MlxBatch(self._model, slots, self.context)
 
+    def reader(self) -> _Reader:
+        return _Reader(self._model)
+
     def close(self) -> None:
         del self._model
+
+
+class _Reader:
+    """A loaded model that reads, in one thread of its own, to which MLX's streams belong."""
+
+    def __init__(self, model: Any):
+        self._mx, self._model, self._thread = require("mlx.core", "mlx"), model, ThreadPoolExecutor(1)
+
+    def log_likelihoods(
+        self, prompts: Sequence[list[int]], answer: list[int], *, prefix: int
+    ) -> Iterator[float]:
+        for group in groups([prompt + answer for prompt in prompts]):
+            yield from self._thread.submit(self._read, group, answer).result()
+
+    def _read(self, group: list[list[int]], answer: list[int]) -> list[float]:
+        mx, longest = self._mx, max(map(len, group))
+        # What follows a sequence is seen by nothing before it.
+        logits = self._model(mx.array([row + [0] * (longest - len(row)) for row in group]))
+        found = []
+        for row, tokens in zip(logits, group, strict=True):
+            foretold = row[len(tokens) - len(answer) - 1 : len(tokens) - 1].astype(mx.float32)
+            chosen = mx.take_along_axis(foretold, mx.array(answer)[:, None], axis=-1)[:, 0]
+            found.append(float((chosen - mx.logsumexp(foretold, axis=-1)).sum()))
+        return found
+
+    def close(self) -> None:
+        self._thread.shutdown()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from qe_edge.backends import Batch, OneByOne, default_spec
+from qe_edge.backends import Batch, OneByOne, default_spec, groups
 from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.models import Engine, ModelRef
@@ -69,5 +70,33 @@ class TransformersBackend:
                 step = logits.argmax(-1, keepdim=True)
             yield int(step)
 
+    def reader(self) -> _Reader:
+        return _Reader(self._model)
+
     def close(self) -> None:
         del self._model
+
+
+class _Reader:
+    """A loaded model that reads."""
+
+    def __init__(self, model: Any):
+        self._torch, self._model = require("torch", "train"), model
+
+    def log_likelihoods(
+        self, prompts: Sequence[list[int]], answer: list[int], *, prefix: int
+    ) -> Iterator[float]:
+        torch, device = self._torch, self._model.device
+        wanted = torch.tensor(answer, device=device)[:, None]
+        for group in groups([prompt + answer for prompt in prompts]):
+            longest = max(map(len, group))
+            # What follows a sequence is seen by nothing before it.
+            ids = torch.tensor([row + [0] * (longest - len(row)) for row in group], device=device)
+            with torch.inference_mode():
+                logits = self._model(ids, use_cache=False).logits
+                for row, tokens in zip(logits, group, strict=True):
+                    foretold = row[len(tokens) - len(answer) - 1 : len(tokens) - 1].float().log_softmax(-1)
+                    yield float(foretold.gather(1, wanted).sum())
+
+    def close(self) -> None:
+        """It is the backend's model."""

@@ -178,6 +178,9 @@ def bench(
     teacher_join: str = "repeat:5",
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: the engine's choice).")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Instead of the models' own token budget.")] = None,
+    feedback: Annotated[
+        bool, typer.Option("--feedback", help="Also have each model read what the plain query finds.")
+    ] = False,
     analyzer: AnalyzerOption = "",
     retriever: RetrieverOption = "",
     hardware_label: Annotated[str, typer.Option(help="What to call this machine in reports.")] = "",
@@ -220,6 +223,7 @@ def bench(
         teacher_join=teacher_join,
         threads=threads,
         max_tokens=max_tokens,
+        feedback=feedback,
         analyzer=analyzer,
         retriever=retriever,
         label=hardware_label,

@@ -18,7 +18,7 @@ from qe_edge.commands.common import (
     took,
 )
 from qe_edge.console import note
-from qe_edge.errors import BadInput, PartlyDone
+from qe_edge.errors import BadArgument, BadInput, PartlyDone
 from qe_edge.expander import Expander
 from qe_edge.expansion import ExpandedQuery
 from qe_edge.workdir import Workdir
@@ -103,6 +103,10 @@ def search(
     ] = "demo-en",
     model: ModelOption = None,
     plain: Annotated[bool, typer.Option("--plain", help="Without expansion.")] = False,
+    feedback: Annotated[
+        bool,
+        typer.Option("--feedback", help="Expand by what the plain query finds, as the student weighs it."),
+    ] = False,
     k: Annotated[int, typer.Option("-k", min=1, help="Results to show.")] = 5,
     analyzer: AnalyzerOption = "",
     workdir: WorkdirOption = WORKDIR,
@@ -114,16 +118,22 @@ def search(
     from qe_edge.search import CANDIDATES, Collection
     from qe_edge.search import search as verb
 
+    if plain and feedback:
+        raise BadArgument("give either --plain or --feedback")
     collection = Collection.open(dataset, workdir / "index", analyzer=analyzer)
     expander = None if plain else load_expander(model, workdir)
-    hits, expanded = verb(query, collection, expander=expander, k=k)
+    hits, expanded = verb(query, collection, expander=expander, feedback=feedback, k=k)
     lines = []
     if expander:
         expander.close()
-        lines.append(f"expansion: {expanded.text or f'none, since {expanded.fallback}'}\n")
+        lines.append(f"expansion: {expanded.summary() or f'none, since {expanded.fallback}'}\n")
     for hit in hits:
         before = "" if plain else f"  (plain: {hit.plain_rank or f'not in the first {CANDIDATES}'})"
         lines.append(f"{hit.rank:>2}. {hit.doc_id}{before}\n    {hit.text[:200]}")
     text = "\n".join(lines) if hits else "nothing found"
-    metrics = {"hits": msgspec.to_builtins(hits), "expansion": expanded.text, "fallback": expanded.fallback}
+    metrics = {
+        "hits": msgspec.to_builtins(hits),
+        "expansion": expanded.summary(),
+        "fallback": expanded.fallback,
+    }
     emit(json, "search", text, inputs={"query": query}, metrics=metrics)

@@ -1,0 +1,99 @@
+"""How likely one answer is after each of several prompts, on llama.cpp: they are read, nothing is written."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qe_edge.backends import READ, READ_TOGETHER, groups
+from qe_edge.backends.llama_batch import PREFIX_CELLS, free, put
+from qe_edge.errors import BadInput, QeEdgeError
+
+if TYPE_CHECKING:
+    from qe_edge.backends.llama_cpp import LlamaCppBackend
+
+PREFIX = 0  # the sequence of what all prompts begin with
+
+
+class LlamaReader:
+    """A context of its own over a loaded model, whose cache holds one group of prompts and their prefix.
+
+    Raises:
+        QeEdgeError: there is no memory for the cache.
+    """
+
+    def __init__(self, backend: LlamaCppBackend):
+        self._backend = backend  # keeps the model loaded
+        self._lib = lib = backend.lib
+        params = lib.llama_context_default_params()
+        params.n_ctx = PREFIX_CELLS + READ
+        params.n_batch = params.n_ubatch = READ
+        params.n_seq_max = 1 + READ_TOGETHER
+        params.n_threads = params.n_threads_batch = backend.threads
+        params.kv_unified = True
+        self._context = lib.llama_init_from_model(backend.model, params)
+        if not self._context:
+            raise QeEdgeError(f"llama.cpp can't make a cache of {params.n_ctx} tokens: memory is short")
+        self._batch = lib.llama_batch_init(READ, 0, 1)
+        self._free = weakref.finalize(self, free, lib, self._batch, self._context)
+        self._memory = lib.llama_get_memory(self._context)
+        self._prefix: list[int] = []
+        self._lock = Lock()
+
+    def log_likelihoods(
+        self, prompts: Sequence[list[int]], answer: list[int], *, prefix: int
+    ) -> Iterator[float]:
+        """See `Reader.log_likelihoods`."""
+        if prefix > PREFIX_CELLS:
+            raise BadInput(f"{prefix} tokens before the passage are over {PREFIX_CELLS}")
+        for group in groups([prompt[prefix:] + answer for prompt in prompts]):
+            with self._lock:
+                self._keep(prompts[0][:prefix])
+                values = self._read(group, answer)
+            yield from values
+
+    def _keep(self, prefix: list[int]) -> None:
+        """Compute what all prompts begin with, unless it is there."""
+        if not self._free.alive:
+            raise QeEdgeError("the model was closed")
+        if prefix != self._prefix:
+            self._lib.llama_memory_clear(self._memory, True)
+            self._prefix = []
+            self._decode(put(self._batch, 0, prefix, 0, PREFIX))
+            self._prefix = prefix
+
+    def _read(self, group: Sequence[list[int]], answer: list[int]) -> list[float]:
+        lib, size, rows = self._lib, 0, []
+        for number, tokens in enumerate(group, PREFIX + 1):
+            lib.llama_memory_seq_rm(self._memory, number, -1, -1)  # what an interrupted call left
+            lib.llama_memory_seq_cp(self._memory, PREFIX, number, -1, -1)
+            size = put(self._batch, size, tokens, len(self._prefix), number)
+            # Each token of the answer is foretold by the one before it.
+            rows.append(range(size - len(answer) - 1, size - 1))
+            for row in rows[-1]:
+                self._batch.logits[row] = True
+        self._decode(size)
+        values = [sum(map(self._log_probability, places, answer)) for places in rows]
+        for number in range(PREFIX + 1, PREFIX + 1 + len(group)):
+            lib.llama_memory_seq_rm(self._memory, number, -1, -1)
+        return values
+
+    def _log_probability(self, row: int, token: int) -> float:
+        pointer = self._lib.llama_get_logits_ith(self._context, row)
+        logits = np.ctypeslib.as_array(pointer, (self._backend.vocabulary,))
+        top = logits.max()
+        return float(logits[token] - top - np.log(np.exp(logits - top).sum(dtype=np.float64)))
+
+    def _decode(self, size: int) -> None:
+        self._batch.n_tokens = size
+        if code := self._lib.llama_decode(self._context, self._batch):
+            self._prefix = []
+            raise QeEdgeError(f"llama.cpp could not read {size} tokens (code {code})")
+
+    def close(self) -> None:
+        with self._lock:
+            self._free()

@@ -1,0 +1,95 @@
+"""Corpus feedback: what the plain query found expands it, as far as the student believes that it answers.
+
+A relevance model (Lavrenko & Croft, SIGIR 2001): P(term | query) is the sum over passages of
+P(query | passage) P(term | passage). The first is the student's, who reads the passage and writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+import msgspec
+
+from qe_edge.join import Join
+from qe_edge.prompt import PromptSpec, Tokenize, clean_query, encode, plain
+from qe_edge.records import Count, Lang, Positive
+
+DEFAULT_TEXTS = "feedback-v1"
+
+
+class FeedbackText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The words around a passage in one language; `user` holds `{passage}` once."""
+
+    system: str
+    user: str
+
+    def __post_init__(self) -> None:
+        if self.user.count("{passage}") != 1:
+            raise ValueError("the user text must hold {passage} exactly once")
+
+
+def default_texts() -> dict[Lang, FeedbackText]:
+    """The texts that ship with the package."""
+    file = resources.files("qe_edge") / "prompts" / f"{DEFAULT_TEXTS}.toml"
+    return msgspec.convert(tomllib.loads(file.read_text(encoding="utf-8")), dict[Lang, FeedbackText])
+
+
+class Feedback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How passages expand a query. It travels inside the exported model.
+
+    Of the best `passages` of the plain query the student reads the first `tokens` tokens each. Its
+    log-likelihoods of the query, in nats, are divided by `temperature` before they become weights, since
+    they differ by more than relevance does. The `terms` heaviest terms of the mixture are joined with the
+    query by `join`.
+    """
+
+    texts: dict[Lang, FeedbackText] = msgspec.field(default_factory=default_texts)
+    passages: Count = 10
+    tokens: Count = 64
+    temperature: Positive = 2.0
+    terms: Count = 60
+    join: Join = Join("mass", 3)
+
+    def encode(
+        self, query: str, passages: Sequence[str], prompt: PromptSpec, tokenize: Tokenize
+    ) -> tuple[list[list[int]], list[int], int]:
+        """A prompt for each passage, the query as the answer to them, and how many tokens all begin with.
+
+        Raises:
+            BadInput: the query is blank.
+        """
+        text = self.texts.get(prompt.language_of(query)) or next(iter(self.texts.values()))
+        before, after = text.user.split("{passage}")
+        start = encode(prompt.opening(text.system, before), tokenize)
+        end = encode(prompt.closing(after), tokenize)
+        read = [encode(plain(passage), tokenize)[: self.tokens] for passage in passages]
+        return [start + ids + end for ids in read], encode(plain(clean_query(query)), tokenize), len(start)
+
+    def weigh(self, log_likelihoods: Sequence[float]) -> tuple[float, ...]:
+        """The passages' weights, whose sum is 1."""
+        best = max(log_likelihoods)
+        weights = [math.exp((value - best) / self.temperature) for value in log_likelihoods]
+        return tuple(weight / sum(weights) for weight in weights)
+
+
+@dataclass(frozen=True)
+class RelevanceModel:
+    """Passages with their weights, of whose mixture the `most` heaviest terms expand a query."""
+
+    passages: tuple[str, ...]
+    weights: tuple[float, ...]
+    most: int
+
+    def terms(self, analyze: Callable[[str], list[str]]) -> dict[str, float]:
+        """P(term | query) of the heaviest terms, heaviest first; of equal ones, in the text's order."""
+        mixture: dict[str, float] = defaultdict(float)
+        for passage, weight in zip(self.passages, self.weights, strict=True):
+            terms = analyze(passage)
+            for term, count in Counter(terms).items():
+                mixture[term] += weight * count / len(terms)
+        return dict(sorted(mixture.items(), key=lambda item: -item[1])[: self.most])
