@@ -20,6 +20,7 @@ from qe_edge.prompt import PromptSpec, Tokenize, clean_query, encode, plain
 from qe_edge.records import Count, Lang, Positive
 
 DEFAULT_TEXTS = "feedback-v1"
+CHARACTERS = 16  # of a token, at most: four is usual
 
 
 class FeedbackText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,7 +68,9 @@ class Feedback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         before, after = text.user.split("{passage}")
         start = encode(prompt.opening(text.system, before), tokenize)
         end = encode(prompt.closing(after), tokenize)
-        read = [encode(plain(passage), tokenize)[: self.tokens] for passage in passages]
+        # Of a long document no more is tokenized than the beginning needs.
+        heads = (passage[: CHARACTERS * self.tokens] for passage in passages)
+        read = [encode(plain(head), tokenize)[: self.tokens] for head in heads]
         return [start + ids + end for ids in read], encode(plain(clean_query(query)), tokenize), len(start)
 
     def weigh(self, log_likelihoods: Sequence[float]) -> tuple[float, ...]:

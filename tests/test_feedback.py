@@ -15,7 +15,7 @@ import pytest
 
 from qe_edge import Expander
 from qe_edge.analysis import get_analyzer
-from qe_edge.backends import READ, READ_TOGETHER, groups, open_backend
+from qe_edge.backends import PROMPTS, READ, TOGETHER, groups, open_backend
 from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.feedback import Feedback, RelevanceModel
 from qe_edge.gate import OPEN
@@ -96,13 +96,11 @@ def test_mlx_gives_the_same(tiny_qwen3: Path, reference: list[float], tmp_path: 
     assert log_likelihoods(folder, "mlx") == pytest.approx(reference, abs=0.5)  # bf16, sums of 40 nats
 
 
-def test_prompts_are_read_in_their_order_as_many_as_there_is_room_for() -> None:
-    prompts = [[0] * (READ - 1), [1], [2], *([3],) * READ_TOGETHER]
-    assert list(groups(prompts)) == [
-        prompts[:2],
-        prompts[2 : 2 + READ_TOGETHER],
-        prompts[2 + READ_TOGETHER :],
-    ]
+def test_prompts_are_read_in_their_order_a_few_at_a_time() -> None:
+    prompts = [[0] * (TOGETHER - 1), [1], [2], [0] * READ, *([3],) * (PROMPTS + 1)]
+    sizes = [len(group) for group in groups(prompts)]
+    assert sizes == [2, 1, 1, PROMPTS, 1]
+    assert [prompt for group in groups(prompts) for prompt in group] == prompts
     assert list(groups([])) == []
     with pytest.raises(BadInput, match=f"take {READ + 1} tokens"):
         list(groups([[0], [0] * (READ + 1)]))

@@ -137,22 +137,23 @@ class OneByOne:
         self.clear()
 
 
-READ = 512  # tokens that are computed at a time where prompts are read only
-READ_TOGETHER = 64  # of them at most
+READ = 512  # tokens that a prompt may have where it is only read
+# Prompts, and tokens of several, that are computed at a time: a deadline is looked at in between.
+PROMPTS, TOGETHER = 32, 256
 
 
 def groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """Prompts in their order, as many together as READ has room for.
+    """Prompts in their order, several together up to TOGETHER tokens and PROMPTS; a longer one is alone.
 
     Raises:
-        BadInput: one alone is longer.
+        BadInput: one has more than READ tokens.
     """
     group: list[list[int]] = []
     size = 0
     for prompt in prompts:
         if len(prompt) > READ:
             raise BadInput(f"a passage and its query take {len(prompt)} tokens, over {READ}: shorten it")
-        if group and (size + len(prompt) > READ or len(group) == READ_TOGETHER):
+        if group and (size + len(prompt) > TOGETHER or len(group) == PROMPTS):
             yield group
             group, size = [], 0
         group.append(prompt)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qe_edge.backends import READ, READ_TOGETHER, groups
+from qe_edge.backends import PROMPTS, READ, groups
 from qe_edge.backends.llama_batch import PREFIX_CELLS, free, put
 from qe_edge.errors import BadInput, QeEdgeError
 
@@ -32,7 +32,7 @@ class LlamaReader:
         params = lib.llama_context_default_params()
         params.n_ctx = PREFIX_CELLS + READ
         params.n_batch = params.n_ubatch = READ
-        params.n_seq_max = 1 + READ_TOGETHER
+        params.n_seq_max = 1 + PROMPTS
         params.n_threads = params.n_threads_batch = backend.threads
         params.kv_unified = True
         self._context = lib.llama_init_from_model(backend.model, params)
