@@ -29,7 +29,7 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     names another data set, on whose queries each model's join is chosen among `tune_joins`. `measures` are
     ir_measures to report beside nDCG@10.
     `max_tokens` replaces the models' own token budget, `analyzer` the one of the collection's language.
-    With `feedback` each model also gets a row for what it reads, see `Expander.feedback`.
+    With `feedback` each model also gets a row for what it reads, by a join of its own (`Expander.feedback`).
     `retriever` is the address of an OpenSearch index, which is searched instead of our own.
     `label` names the machine in reports.
     """

@@ -30,7 +30,9 @@ def generate_once(
     if digest is None:
         return generate(request)
     settings = [request.lang, request.queries, request.engine, request.threads, request.max_tokens]
-    key = [digest, *settings, request.passages, cpu_name(), usable_cores(), versions(), *_engines()]
+    key = [digest, *settings, cpu_name(), usable_cores(), versions(), *_engines()]
+    if request.passages is not None:
+        key.append(request.passages)
     kept = cache / f"{hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:24]}.jsonl"
     own = Path(request.out)
     if kept.exists() and not own.exists():

@@ -59,6 +59,11 @@ class Section:
         return list({(row.label, row.system.name): row for row in rows if row.tokens_per_s}.values())
 
     @property
+    def has_joins(self) -> bool:
+        """Whether a model that writes has several rows."""
+        return len(self.drawn) < sum(row.tokens_per_s > 0 for row in self.of_kind("model"))
+
+    @property
     def references(self) -> list[Row]:
         """What has no speed of writing: BM25 with and without feedback, and the teachers."""
         reading = [row for _, row in self.distinct_models() if row.system.speed and not row.tokens_per_s]

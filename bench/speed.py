@@ -117,7 +117,7 @@ def generate(request: Request) -> tuple[list[Generated], Speed, ModelSpec]:
 
 def _speed(rows: list[Generated], reply: Reply, request: Request) -> Speed:
     ref = resolve(request.model)
-    done = [row for row in rows if row.finish_reason != "failed"]
+    done = [row for row in rows if row.finish_reason not in ("failed", "skipped")]
     if not done:
         raise BadInput(f"{request.model} failed on every query")
     times = sorted((row.prefill_s + row.decode_s) * 1000 for row in done)

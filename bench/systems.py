@@ -18,7 +18,8 @@ from qe_edge.bench.speed import BUDGETS, Generated, Request, WrongLanguage
 from qe_edge.console import note
 from qe_edge.datasets import Dataset, describe
 from qe_edge.errors import QeEdgeError
-from qe_edge.feedback import RelevanceModel
+from qe_edge.expansion import ExpandedQuery
+from qe_edge.feedback import MOST_PASSAGES, RelevanceModel
 from qe_edge.index import Index, Ranking, Retriever
 from qe_edge.join import DEFAULT_JOIN, Join
 from qe_edge.measures import Interval, depth, evaluate, mean_interval, write_run
@@ -26,8 +27,6 @@ from qe_edge.opensearch import OpenSearchIndex
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.spec import ModelSpec
 from qe_edge.workdir import Workdir
-
-FOUND = 20  # documents of the plain query whose texts are at hand for feedback
 
 
 class Systems:
@@ -62,7 +61,7 @@ class Systems:
         self.add("BM25", "bm25", "", plain)
         texts = {}
         if isinstance(self.index, Index):  # feedback needs the postings
-            texts = found_texts(self.data, plain, FOUND)
+            texts = found_texts(self.data, plain, MOST_PASSAGES)
             self.add("BM25 + RM3", "feedback", "", rm3(self.data, self.index, plain, texts, self.depth))
         elif self.config.feedback:
             warnings.append(f"no feedback on {self.data}: it needs our own index")
@@ -169,14 +168,15 @@ class Systems:
             rows, speed, spec = self.generate(name, model, digest, texts)
         except WrongLanguage:  # it was said when it was to write
             return
-        settings, run = spec.feedback, {}
+        settings, run, expansions = spec.feedback, {}, {}
         for row in rows:
-            passages = tuple(texts[row.query_id][: len(row.weights)])
-            expansion = RelevanceModel(passages, row.weights, settings.terms).terms(self.index.analyze)
-            query = self.index.analyze(self.data.queries[row.query_id])
-            run[row.query_id] = self.index.search(settings.join(query, expansion), self.depth)
-        failed = sum(not row.weights for row in rows)
-        self.add(name, "model", str(settings.join), run, failed=failed, sha256=digest, speed=speed)
+            heads = map(settings.beginning, texts[row.query_id][: len(row.weights)])
+            model = RelevanceModel(tuple(heads), row.weights, settings.terms)
+            expanded = ExpandedQuery(self.data.queries[row.query_id], "", settings.join, relevance=model)
+            run[row.query_id] = self.index.search(expanded.terms(self.index.meta.analyzer), self.depth)
+            expansions[row.query_id] = expanded.summary()
+        more: dict[str, Any] = {"failed": sum(not row.weights for row in rows), "expansions": expansions}
+        self.add(name, "model", str(settings.join), run, sha256=digest, speed=speed, **more)
         note(f"bench: {name} on {self.data}: {speed.prefill_tokens_per_s:.0f} tokens read/s")
 
     def add_model(

@@ -40,7 +40,7 @@ class Importance(NamedTuple):
 def calibration_rows(
     expansions: Sequence[Path], selection: SftConfig, spec: ModelSpec, tokenizer: Any
 ) -> list[tuple[list[int], int]]:
-    """Token ids of prompt and answer, and where the answer starts, of ROWS rows drawn from the files.
+    """Token ids of prompt and expansion, and where the expansion starts, of ROWS rows drawn from the files.
 
     `selection` says which rows may be drawn, as it does for a training.
 
@@ -53,7 +53,8 @@ def calibration_rows(
     rows = select_rows(expansions, selection)
     rows = [row for row in rows if row.lang in spec.prompt.languages]
     rows = random.Random(0).sample(rows, min(ROWS, len(rows)))
-    encoded, _ = encode_rows(rows, spec, hugging_face(tokenizer), selection.max_length, selection.tasks)
+    # To write, whatever it was trained to: answers of a few tokens are too little to compare types by.
+    encoded, _ = encode_rows(rows, spec, hugging_face(tokenizer), selection.max_length)
     return [(row["input_ids"], row["labels"].count(-100)) for row in encoded]
 
 

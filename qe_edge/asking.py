@@ -7,18 +7,16 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
-from threading import Lock
 from typing import NamedTuple
 
 from qe_edge.analysis import words_of
-from qe_edge.backends import Backend, Reader
+from qe_edge.backends import Backend
 from qe_edge.cache import ExpansionCache
 from qe_edge.decoding import Answer, Decoder
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.expansion import ExpandedQuery, FinishReason
-from qe_edge.feedback import RelevanceModel
 from qe_edge.gate import OPEN, Gate
 from qe_edge.prompt import clean_query
 
@@ -74,8 +72,6 @@ class Asker:
             for pair in (("a", "7"), ("水", "火"))
         ]
         self._dry, self._cache = stop_when_dry, cache
-        self._made_reader: Reader | None = None
-        self._lock = Lock()
         self._settings = f"{digest} {self.spec.to_json()} {budget_tokens} {stop_when_dry}"
 
     def ask(
@@ -169,50 +165,6 @@ class Asker:
             rejected=text if reason else "",
             cached=cached,
         )
-
-    def feedback(
-        self, query: str, passages: Sequence[str], *, deadline_ms: float | None, scores: Sequence[float]
-    ) -> ExpandedQuery:
-        """See `Expander.feedback`."""
-        begin = time.perf_counter()
-        deadline = math.inf if deadline_ms is None else begin + deadline_ms / 1000
-        settings = self.spec.feedback
-        plain = ExpandedQuery(query, "", settings.join)
-        if reason := self.gate.before(clean_query(query), scores, languages=self.spec.prompt.languages):
-            return replace(plain, fallback=reason)
-        best = passages[: settings.passages]
-        prompts, answer, prefix = settings.encode(query, best, self.spec.prompt, self.backend.tokenize)
-        read: list[float] = []
-        try:
-            for value in self._reader().log_likelihoods(prompts, answer, prefix=prefix) if prompts else ():
-                read.append(value)
-                if time.perf_counter() >= deadline:
-                    break
-        except BadInput as error:
-            if self.gate == OPEN:
-                raise
-            return replace(plain, fallback=str(error))
-        if not read:
-            return replace(plain, fallback="the plain query found no passage")
-        return replace(
-            plain,
-            prompt_tokens=prefix + sum(len(prompt) - prefix + len(answer) for prompt in prompts[: len(read)]),
-            finish_reason="stop" if len(read) == len(prompts) else "deadline",
-            prefill_s=time.perf_counter() - begin,
-            relevance=RelevanceModel(tuple(best[: len(read)]), settings.weigh(read), settings.terms),
-        )
-
-    def _reader(self) -> Reader:
-        """Made when it is wanted for the first time: it has a cache of its own."""
-        with self._lock:
-            self._made_reader = self._made_reader or self.backend.reader()
-            return self._made_reader
-
-    def close(self) -> None:
-        """Give the memory of the caches back."""
-        self.decoder.close()
-        if self._made_reader:
-            self._made_reader.close()
 
     def abandon(self, asked: Asked) -> None:
         """Nobody waits for it any more."""

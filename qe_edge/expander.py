@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from qe_edge.errors import BadArgument
 from qe_edge.expansion import ExpandedQuery
 from qe_edge.gate import Gate
 from qe_edge.models import Engine, resolve
+from qe_edge.reading import PassageReader
 from qe_edge.spec import ModelSpec
 
 T = TypeVar("T")
@@ -54,6 +57,7 @@ class Expander:
             cache=cache,
             digest=digest,
         )
+        self._passages = PassageReader(backend)
         self._threads: ThreadPoolExecutor | None = None
         self._room(parallel)
 
@@ -145,13 +149,15 @@ class Expander:
         """Expand a query with the passages that the plain one found, best first; the student writes nothing.
 
         It reads the beginnings of a few of them, and each counts as far as the query is likely after it (see
-        `qe_edge.feedback`). At `deadline_ms` those count that were read by then, at least a few. `scores` are
-        plain BM25's, for the gate.
+        `qe_edge.feedback`). At `deadline_ms` those count that were read by then, three or so at a time.
+        `scores` are plain BM25's, for the gate.
 
         Raises:
             BadInput: the query is blank or, with an open gate, too long.
         """
-        return self._asker.feedback(query, passages, deadline_ms=deadline_ms, scores=scores)
+        return self._passages.feedback(
+            query, passages, gate=self.gate, deadline=_deadline(deadline_ms), scores=scores
+        )
 
     def stream(self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()) -> Stream:
         """As `expand`, but the text can be read while it is written."""
@@ -226,6 +232,19 @@ class Expander:
             for asked in waiting:
                 self._asker.abandon(asked)
 
+    async def afeedback(
+        self,
+        query: str,
+        passages: Sequence[str],
+        *,
+        deadline_ms: float | None = None,
+        scores: Sequence[float] = (),
+    ) -> ExpandedQuery:
+        """`feedback` for asyncio; the deadline counts from here."""
+        deadline, gate = _deadline(deadline_ms), self.gate
+        work = partial(self._passages.feedback, query, passages, gate=gate, deadline=deadline, scores=scores)
+        return await self._in_thread(None, work)
+
     async def astream(
         self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()
     ) -> AsyncIterator[str | ExpandedQuery]:
@@ -240,14 +259,15 @@ class Expander:
         finally:
             self._asker.abandon(asked)
 
-    async def _in_thread(self, asked: Asked, work: Callable[[], T]) -> T:
+    async def _in_thread(self, asked: Asked | None, work: Callable[[], T]) -> T:
         """Wait for it in a thread of our own: asyncio has too few for many that wait."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(WAITING, thread_name_prefix="qe-edge")
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except asyncio.CancelledError:
-            self._asker.abandon(asked)
+            if asked:
+                self._asker.abandon(asked)
             raise
 
     def complete(
@@ -273,10 +293,12 @@ class Expander:
     def forget(self) -> None:
         """Drop what is kept of earlier prompts, so that the next one is computed whole."""
         self._asker.decoder.forget()
+        self._passages.forget()
 
     def close(self) -> None:
         """Give the memory back. Whoever still waits for an expansion gets an error."""
-        self._asker.close()
+        self._passages.close()
+        self._asker.decoder.close()
         if self._threads:
             self._threads.shutdown()
         self.backend.close()
@@ -286,3 +308,8 @@ class Expander:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _deadline(milliseconds: float | None) -> float:
+    """So long from now, on `time.perf_counter`'s clock."""
+    return math.inf if milliseconds is None else time.perf_counter() + milliseconds / 1000

@@ -43,7 +43,7 @@ class ExpandedQuery:
     relevance: RelevanceModel | None = None
 
     def __str__(self) -> str:
-        return self.text
+        return self.summary()
 
     @property
     def tokens(self) -> int:

@@ -12,15 +12,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import Annotated
 
 import msgspec
 
 from qe_edge.join import Join
-from qe_edge.prompt import PromptSpec, Tokenize, clean_query, encode, plain
+from qe_edge.prompt import PromptSpec, Tokenize, clean_query, clean_text, encode, plain
 from qe_edge.records import Count, Lang, Positive
 
 DEFAULT_TEXTS = "feedback-v1"
+MOST_PASSAGES = 20
 CHARACTERS = 16  # of a token, at most: four is usual
+LEAST = 0.01  # of the heaviest term's weight: engines without weights would count a lighter one as a word
 
 
 class FeedbackText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,11 +53,20 @@ class Feedback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     texts: dict[Lang, FeedbackText] = msgspec.field(default_factory=default_texts)
-    passages: Count = 10
-    tokens: Count = 64
+    passages: Annotated[int, msgspec.Meta(ge=1, le=MOST_PASSAGES)] = 10
+    tokens: Annotated[int, msgspec.Meta(ge=1, le=256)] = 64
     temperature: Positive = 2.0
     terms: Count = 60
     join: Join = Join("mass", 3)
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise ValueError("feedback needs a text in at least one language")
+
+    def beginning(self, passage: str) -> str:
+        """The part of a passage that counts: of a whole document, what may be read and a little more."""
+        most = CHARACTERS * self.tokens
+        return clean_text(passage[: 2 * most])[:most]
 
     def encode(
         self, query: str, passages: Sequence[str], prompt: PromptSpec, tokenize: Tokenize
@@ -68,9 +80,7 @@ class Feedback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         before, after = text.user.split("{passage}")
         start = encode(prompt.opening(text.system, before), tokenize)
         end = encode(prompt.closing(after), tokenize)
-        # Of a long document no more is tokenized than the beginning needs.
-        heads = (passage[: CHARACTERS * self.tokens] for passage in passages)
-        read = [encode(plain(head), tokenize)[: self.tokens] for head in heads]
+        read = [encode(plain(self.beginning(passage)), tokenize)[: self.tokens] for passage in passages]
         return [start + ids + end for ids in read], encode(plain(clean_query(query)), tokenize), len(start)
 
     def weigh(self, log_likelihoods: Sequence[float]) -> tuple[float, ...]:
@@ -95,4 +105,5 @@ class RelevanceModel:
             terms = analyze(passage)
             for term, count in Counter(terms).items():
                 mixture[term] += weight * count / len(terms)
-        return dict(sorted(mixture.items(), key=lambda item: -item[1])[: self.most])
+        heaviest = sorted(mixture.items(), key=lambda item: -item[1])[: self.most]
+        return {term: weight for term, weight in heaviest if weight > LEAST * heaviest[0][1]}

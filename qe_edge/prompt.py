@@ -148,16 +148,22 @@ def plain(text: str) -> Iterator[Piece]:
             yield Piece(part, False)
 
 
-def clean_query(query: str) -> str:
-    """The query on one line, without surrounding blanks or control characters, in Unicode form NFC.
+def clean_text(text: str) -> str:
+    """A text on one line, without surrounding blanks or control characters, in Unicode form NFC.
 
     Qwen's tokenizer normalizes to NFC, llama.cpp's copy of it doesn't; with NFC given, both agree.
+    """
+    cleaned = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return unicodedata.normalize("NFC", cleaned)
+
+
+def clean_query(query: str) -> str:
+    """The query as a clean text.
 
     Raises:
         BadInput: nothing is left of it.
     """
-    cleaned = " ".join("".join(c if c.isprintable() else " " for c in query).split())
-    cleaned = unicodedata.normalize("NFC", cleaned)
+    cleaned = clean_text(query)
     if not cleaned:
         raise BadInput("the query is empty; give at least one word")
     return cleaned

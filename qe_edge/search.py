@@ -64,9 +64,9 @@ class Collection:
             for rank, (place, score) in enumerate(self.index.rank(weights, k), 1)
         ]
 
-    def passages(self, plain: dict[int, float]) -> list[str]:
-        """The texts of what `plain` found."""
-        return [self.texts[place] for place in plain]
+    def passages(self, plain: dict[int, float], most: int) -> list[str]:
+        """The texts of the best of what `plain` found."""
+        return [self.texts[place] for place in list(plain)[:most]]
 
     def terms(self, expanded: ExpandedQuery) -> dict[str, float]:
         """The weighted terms of a query in this index."""
@@ -83,7 +83,8 @@ def search(
     plain = collection.plain(query)
     scores = list(plain.values())
     if expander and feedback:
-        expanded = expander.feedback(query, collection.passages(plain), scores=scores)
+        passages = collection.passages(plain, expander.spec.feedback.passages)
+        expanded = expander.feedback(query, passages, scores=scores)
     elif expander:
         expanded = expander.expand(query, scores=scores)
     else:

@@ -96,7 +96,8 @@ class ExpandReply(BaseModel):
 class SearchRequest(BaseModel, extra="forbid"):
     """A query over a named index, as it is with `expand` false.
 
-    With `feedback` it is expanded by what it finds as it is, instead of by what the student writes.
+    With `feedback` it is expanded by what it finds as it is, instead of by what the student writes; that
+    needs `expand`.
     """
 
     query: QueryText
@@ -196,9 +197,7 @@ class Service:
             if passages is None:
                 expanded = await self.expander.aexpand(query, deadline_ms=deadline, scores=scores)
             else:
-                expanded = await run_in_threadpool(
-                    self.expander.feedback, query, passages, deadline_ms=deadline, scores=scores
-                )
+                expanded = await self.expander.afeedback(query, passages, deadline_ms=deadline, scores=scores)
         except QeEdgeError as error:  # the query is searched as it is
             expanded = ExpandedQuery(query, "", DEFAULT_JOIN, fallback=str(error))
         self.note(expanded, time.perf_counter() - start)
@@ -295,7 +294,8 @@ def create_app(
             plain = await run_in_threadpool(collection.plain, request.query)
             expanded = ExpandedQuery(request.query, "", DEFAULT_JOIN)
             if request.expand:
-                passages = collection.passages(plain) if request.feedback else None
+                most = expander.spec.feedback.passages
+                passages = collection.passages(plain, most) if request.feedback else None
                 expanded = await service.expand(
                     request.query, request.deadline_ms, list(plain.values()), passages
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Iterator
@@ -55,7 +56,10 @@ def log_likelihoods(model: Path, engine: Any = None) -> list[float]:
     spec = backend.spec
     prompts, answer, prefix = spec.feedback.encode(QUERY, PASSAGES, spec.prompt, backend.tokenize)
     reader = backend.reader()
-    found = list(reader.log_likelihoods(prompts, answer, prefix=prefix))
+    found = [value for values in reader.log_likelihoods(prompts, answer, prefix=prefix) for value in values]
+    reader.forget()
+    again = next(reader.log_likelihoods(prompts, answer, prefix=prefix))
+    assert again == pytest.approx(found[: len(again)], abs=1e-3)
     reader.close()
     backend.close()
     return found
@@ -97,13 +101,15 @@ def test_mlx_gives_the_same(tiny_qwen3: Path, reference: list[float], tmp_path: 
 
 
 def test_prompts_are_read_in_their_order_a_few_at_a_time() -> None:
-    prompts = [[0] * (TOGETHER - 1), [1], [2], [0] * READ, *([3],) * (PROMPTS + 1)]
-    sizes = [len(group) for group in groups(prompts)]
-    assert sizes == [2, 1, 1, PROMPTS, 1]
-    assert [prompt for group in groups(prompts) for prompt in group] == prompts
-    assert list(groups([])) == []
+    prefix, answer = [7] * 9, [8]
+    sizes = [TOGETHER - 1, 1, 1, READ - 1, *(2,) * (PROMPTS + 1)]  # with the answer one more
+    prompts = [prefix + [number] * size for number, size in enumerate(sizes)]
+    found = list(groups(prompts, answer, len(prefix)))
+    assert [len(group) for group in found] == [1, 2, 1, PROMPTS, 1]
+    assert [prompt for group in found for prompt in group] == [prompt + answer for prompt in prompts]
+    assert list(groups([], answer, 0)) == []
     with pytest.raises(BadInput, match=f"take {READ + 1} tokens"):
-        list(groups([[0], [0] * (READ + 1)]))
+        next(groups([[0], [0] * READ], answer, 0))
 
 
 def test_the_prompt_is_the_passages_beginning_and_the_answer_the_query(expander: Expander) -> None:
@@ -149,7 +155,8 @@ def test_feedback_gives_weighted_terms_and_writes_nothing(expander: Expander) ->
     expanded = expander.feedback(QUERY, PASSAGES)
     assert (expanded.text, expanded.tokens, expanded.fallback) == ("", 0, "")
     assert expanded.relevance
-    assert expanded.relevance.passages == tuple(PASSAGES)
+    assert expanded.relevance.passages == tuple(" ".join(passage.split()) for passage in PASSAGES)
+    assert str(expanded) == expanded.summary()
     assert sum(expanded.relevance.weights) == pytest.approx(1)
     mass = expander.spec.feedback.join.value
     terms = expanded.terms()
@@ -172,7 +179,8 @@ def test_only_the_first_passages_are_read(expander: Expander) -> None:
 
 def test_without_passages_it_is_the_plain_query(expander: Expander) -> None:
     expanded = expander.feedback(QUERY, [])
-    assert expanded.fallback == "the plain query found no passage"
+    assert expanded.fallback == "the plain query found nothing to read"
+    assert expander.feedback(QUERY, ["", " \n"]).fallback == expanded.fallback
     assert expanded.terms() == {"what": 1, "caus": 1, "tide": 1}
 
 
@@ -194,20 +202,40 @@ def test_what_is_too_long_or_blank_is_refused_without_a_gate(expander: Expander)
 
 
 def test_a_deadline_keeps_what_was_read_by_then(expander: Expander, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Slow:
-        def log_likelihoods(self, prompts: list[list[int]], *_: Any, **__: Any) -> Iterator[float]:
-            for _ in prompts:
-                time.sleep(0.05)
-                yield -1.0
-
-        def close(self) -> None: ...
-
     monkeypatch.setattr(type(expander.backend), "reader", lambda _: Slow())
-    expanded = expander.feedback(QUERY, ["moon", "sun", "sea", "sky"], deadline_ms=70)
+    expanded = expander.feedback(QUERY, ["moon", "sun", "sea", "sky", "rain"], deadline_ms=70)
     assert expanded.relevance
-    assert expanded.relevance.passages == ("moon", "sun")
-    assert expanded.relevance.weights == (0.5, 0.5)
+    assert expanded.relevance.passages == ("moon", "sun", "sea", "sky")
+    assert expanded.relevance.weights == (0.25,) * 4
     assert expanded.finish_reason == "deadline"
+
+
+def test_whoever_waits_for_another_reader_is_not_late_either(
+    expander: Expander, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(expander.backend), "reader", lambda _: Slow(0.5))
+    with ThreadPoolExecutor(2) as threads:
+        long = threads.submit(expander.feedback, QUERY, ["moon", "sun"])
+        time.sleep(0.1)
+        begin = time.perf_counter()
+        expanded = expander.feedback(QUERY, ["moon"], deadline_ms=100)
+        assert time.perf_counter() - begin < 0.3
+        assert expanded.fallback == "the deadline passed before the first passage was read"
+        assert long.result().relevance
+
+
+class Slow:
+    """A reader that takes its time for every two prompts."""
+
+    def __init__(self, seconds: float = 0.05):
+        self.seconds = seconds
+
+    def log_likelihoods(self, prompts: list[list[int]], *_: Any, **__: Any) -> Iterator[list[float]]:
+        for at in range(0, len(prompts), 2):
+            time.sleep(self.seconds)
+            yield [-1.0] * len(prompts[at : at + 2])
+
+    def close(self) -> None: ...
 
 
 def test_several_threads_get_what_one_gets(expander: Expander) -> None:
@@ -220,12 +248,51 @@ def test_several_threads_get_what_one_gets(expander: Expander) -> None:
         assert one.weights == pytest.approx(other.weights, rel=1e-3)
 
 
-def test_a_closed_expander_says_so(gguf: Path) -> None:
-    expander = Expander.load(gguf)
-    expander.feedback(QUERY, PASSAGES)
-    expander.close()
-    with pytest.raises(QeEdgeError, match="closed"):
+@pytest.mark.parametrize("engine", ["llama.cpp", "transformers"])
+@pytest.mark.parametrize("asked_before", [True, False])
+def test_a_closed_expander_says_so(gguf: Path, tiny_qwen3: Path, engine: Any, asked_before: bool) -> None:
+    expander = Expander.load(gguf if engine == "llama.cpp" else tiny_qwen3, engine=engine, gate=OPEN)
+    if asked_before:
         expander.feedback(QUERY, PASSAGES)
+    prompts = Feedback().encode(QUERY, PASSAGES, expander.spec.prompt, expander.backend.tokenize)
+    expander._passages.close()
+    with pytest.raises(QeEdgeError, match="closed"):
+        list(expander._passages._in_turns(*prompts, deadline=math.inf))
+    expander.close()
+
+
+def test_what_adds_no_word_is_not_used(gguf: Path) -> None:
+    from qe_edge.gate import Gate
+
+    with Expander.load(gguf, gate=Gate()) as expander:
+        expanded = expander.feedback("high tides", ["High tides!", "tides"])
+    assert expanded.fallback == "what the plain query found adds nothing to it"
+    assert expanded.terms() == {"high": 1, "tide": 1}
+
+
+def test_a_passage_is_read_as_clean_text_from_its_beginning() -> None:
+    settings = Feedback(tokens=1)  # of at most 16 characters
+    assert settings.beginning(" \n\x00 cafe\u0301 \ud800 by the sea, and more of it") == "café by the sea,"
+    assert settings.beginning("x" * 1000) == "x" * 16
+
+
+def test_terms_of_passages_that_hardly_count_are_left_out() -> None:
+    analyze = get_analyzer("english")
+    model = RelevanceModel(("moon tide", "bread yeast"), (0.999, 0.001), most=60)
+    assert list(model.terms(analyze)) == ["moon", "tide"]
+
+
+def test_it_can_be_awaited(expander: Expander) -> None:
+    found = asyncio.run(expander.afeedback(QUERY, PASSAGES))
+    alone = expander.feedback(QUERY, PASSAGES)
+    assert found.relevance and alone.relevance
+    assert found.relevance.weights == pytest.approx(alone.relevance.weights, rel=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [{"texts": {}}, {"tokens": 1000}, {"passages": 0}, {"temperature": 0}])
+def test_settings_out_of_bounds_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(wrong, Feedback)
 
 
 def test_settings_travel_in_the_spec(tiny_qwen3: Path, tmp_path: Path) -> None:
@@ -252,10 +319,11 @@ def test_search_is_by_the_terms_of_what_the_plain_query_found(gguf: Path, tmp_pa
     plain = collection.plain(query)
     with Expander.load(gguf) as expander:
         hits, expanded = search(query, collection, expander=expander, feedback=True, k=3)
-        passages = [collection.texts[place] for place in plain]
+        passages = collection.passages(plain, 10)
+        assert passages == [collection.texts[place] for place in list(plain)[:10]]
         weights = expander.feedback(query, passages).terms("english")
     assert expanded.relevance
-    assert expanded.relevance.passages == tuple(passages[:10])
+    assert len(expanded.relevance.passages) == 10
     expected = collection.index.search(weights, k=3)
     assert [(hit.doc_id, hit.score) for hit in hits] == [
         (doc_id, pytest.approx(score, abs=0.01)) for doc_id, score in expected

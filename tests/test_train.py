@@ -112,6 +112,14 @@ def test_to_read_is_trained_with_the_query_as_the_answer_to_the_expansions_begin
     assert tokenizer.decode([t for t in read["labels"] if t != -100]) == "query number 0<|im_end|>"
 
 
+def test_a_student_that_only_reads_has_no_texts_to_choose_a_checkpoint_by(files, tmp_path):
+    config = SftConfig(tasks=("read",), eval_dataset="demo-en")
+    with pytest.raises(BadArgument, match="--task write"):
+        sft([files / "expansions.jsonl"], config, workdir=Workdir(tmp_path))
+    with pytest.raises(ValueError, match="twice"):
+        SftConfig(tasks=("read", "read"))
+
+
 def test_rows_that_cannot_be_used_are_counted_not_cut(tiny_qwen3):
     spec = read_spec(tiny_qwen3)
     short, *_ = rows(1)

@@ -94,6 +94,10 @@ class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     packing: Annotated[bool, Meta(description="Several short rows in one; for a GPU.")] = False
     learning_rate: Annotated[float, Share, Meta(description="Peak; a cosine takes it to zero.")] = 3e-4
 
+    def __post_init__(self) -> None:
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("a task is there twice")
+
 
 class DpoConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """DPO settings (Rafailov et al., arXiv 2305.18290). `beta` weighs the pull towards the SFT model.

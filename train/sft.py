@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from qe_edge.console import note
-from qe_edge.errors import BadInput, require
+from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.prompt import Tokenize, hugging_face
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.spec import ModelSpec
@@ -49,6 +49,8 @@ def sft(
     """
     require("trl", "train")
     config = config or SftConfig()
+    if config.eval_dataset and "write" not in config.tasks:
+        raise BadArgument("--eval-dataset measures what a student writes; train it to --task write, too")
     on = hardware(config)
     rows = select_rows(expansions, config)
     out = out or workdir.new("sft")

@@ -40,18 +40,22 @@ class Backend(Protocol):
 
 
 class Reader(Protocol):
-    """Reads prompts with an answer that is given. For several threads."""
+    """Reads prompts with an answer that is given. One thread uses it at a time, not always the same one."""
 
     def log_likelihoods(
         self, prompts: Sequence[list[int]], answer: list[int], *, prefix: int
-    ) -> Iterator[float]:
-        """ln P(answer | prompt) for each prompt in its turn, computed a few prompts at a time.
+    ) -> Iterator[list[float]]:
+        """ln P(answer | prompt) of a few prompts after the other, in their order; see `groups`.
 
         The first `prefix` tokens are those of all prompts.
 
         Raises:
-            BadInput: a prompt and the answer are longer than what is computed at a time.
+            BadInput: a prompt is too long.
         """
+        ...
+
+    def forget(self) -> None:
+        """Drop what is kept of earlier prompts."""
         ...
 
     def close(self) -> None: ...
@@ -142,22 +146,26 @@ READ = 512  # tokens that a prompt may have where it is only read
 PROMPTS, TOGETHER = 32, 256
 
 
-def groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """Prompts in their order, several together up to TOGETHER tokens and PROMPTS; a longer one is alone.
+def groups(prompts: Sequence[list[int]], answer: list[int], prefix: int) -> Iterator[list[list[int]]]:
+    """Prompts with the answer, several together up to TOGETHER tokens and PROMPTS; a longer one is alone.
+
+    The first `prefix` tokens, which all begin with, are not counted.
 
     Raises:
         BadInput: one has more than READ tokens.
     """
+    longest = max((len(prompt) for prompt in prompts), default=0) - prefix + len(answer)
+    if longest > READ:
+        raise BadInput(f"a passage and its query take {longest} tokens, over {READ}: shorten the query")
     group: list[list[int]] = []
     size = 0
     for prompt in prompts:
-        if len(prompt) > READ:
-            raise BadInput(f"a passage and its query take {len(prompt)} tokens, over {READ}: shorten it")
-        if group and (size + len(prompt) > TOGETHER or len(group) == PROMPTS):
+        own = len(prompt) - prefix + len(answer)
+        if group and (size + own > TOGETHER or len(group) == PROMPTS):
             yield group
             group, size = [], 0
-        group.append(prompt)
-        size += len(prompt)
+        group.append(prompt + answer)
+        size += own
     if group:
         yield group
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,24 +41,21 @@ class LlamaReader:
         self._free = weakref.finalize(self, free, lib, self._batch, self._context)
         self._memory = lib.llama_get_memory(self._context)
         self._prefix: list[int] = []
-        self._lock = Lock()
 
     def log_likelihoods(
         self, prompts: Sequence[list[int]], answer: list[int], *, prefix: int
-    ) -> Iterator[float]:
-        """See `Reader.log_likelihoods`."""
+    ) -> Iterator[list[float]]:
         if prefix > PREFIX_CELLS:
             raise BadInput(f"{prefix} tokens before the passage are over {PREFIX_CELLS}")
-        for group in groups([prompt[prefix:] + answer for prompt in prompts]):
-            with self._lock:
-                self._keep(prompts[0][:prefix])
-                values = self._read(group, answer)
-            yield from values
+        for group in groups(prompts, answer, prefix):
+            self._keep(group[0][:prefix])
+            yield self._read([tokens[prefix:] for tokens in group], answer)
+
+    def forget(self) -> None:
+        self._prefix = []
 
     def _keep(self, prefix: list[int]) -> None:
         """Compute what all prompts begin with, unless it is there."""
-        if not self._free.alive:
-            raise QeEdgeError("the model was closed")
         if prefix != self._prefix:
             self._lib.llama_memory_clear(self._memory, True)
             self._prefix = []
@@ -95,5 +91,4 @@ class LlamaReader:
             raise QeEdgeError(f"llama.cpp could not read {size} tokens (code {code})")
 
     def close(self) -> None:
-        with self._lock:
-            self._free()
+        self._free()

@@ -56,9 +56,9 @@ class _Reader:
 
     def log_likelihoods(
         self, prompts: Sequence[list[int]], answer: list[int], *, prefix: int
-    ) -> Iterator[float]:
-        for group in groups([prompt + answer for prompt in prompts]):
-            yield from self._thread.submit(self._read, group, answer).result()
+    ) -> Iterator[list[float]]:
+        for group in groups(prompts, answer, prefix):
+            yield self._thread.submit(self._read, group, answer).result()
 
     def _read(self, group: list[list[int]], answer: list[int]) -> list[float]:
         mx, longest = self._mx, max(map(len, group))
@@ -70,6 +70,9 @@ class _Reader:
             chosen = mx.take_along_axis(foretold, mx.array(answer)[:, None], axis=-1)[:, 0]
             found.append(float((chosen - mx.logsumexp(foretold, axis=-1)).sum()))
         return found
+
+    def forget(self) -> None:
+        """Nothing is kept."""
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -85,18 +85,23 @@ class _Reader:
 
     def log_likelihoods(
         self, prompts: Sequence[list[int]], answer: list[int], *, prefix: int
-    ) -> Iterator[float]:
+    ) -> Iterator[list[float]]:
         torch, device = self._torch, self._model.device
         wanted = torch.tensor(answer, device=device)[:, None]
-        for group in groups([prompt + answer for prompt in prompts]):
+        for group in groups(prompts, answer, prefix):
             longest = max(map(len, group))
             # What follows a sequence is seen by nothing before it.
             ids = torch.tensor([row + [0] * (longest - len(row)) for row in group], device=device)
+            found = []
             with torch.inference_mode():
                 logits = self._model(ids, use_cache=False).logits
                 for row, tokens in zip(logits, group, strict=True):
                     foretold = row[len(tokens) - len(answer) - 1 : len(tokens) - 1].float().log_softmax(-1)
-                    yield float(foretold.gather(1, wanted).sum())
+                    found.append(float(foretold.gather(1, wanted).sum()))
+            yield found
+
+    def forget(self) -> None:
+        """Nothing is kept."""
 
     def close(self) -> None:
         """It is the backend's model."""

@@ -1,0 +1,92 @@
+"""The student reads what the plain query found: a few passages at a time, and one caller at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from threading import TIMEOUT_MAX, Lock
+
+from qe_edge.analysis import words_of
+from qe_edge.backends import Backend, Reader
+from qe_edge.errors import BadInput, QeEdgeError
+from qe_edge.expansion import ExpandedQuery
+from qe_edge.feedback import RelevanceModel
+from qe_edge.gate import OPEN, Gate
+from qe_edge.prompt import clean_query
+
+
+class PassageReader:
+    """A student that weighs passages, in as many threads as you like; see `Expander.feedback`."""
+
+    def __init__(self, backend: Backend):
+        self._backend, self._lock, self._closed = backend, Lock(), False
+        self._reader: Reader | None = None  # made when it is wanted: it has a cache of its own
+
+    def feedback(
+        self, query: str, passages: Sequence[str], *, gate: Gate, deadline: float, scores: Sequence[float]
+    ) -> ExpandedQuery:
+        """`deadline` is on `time.perf_counter`'s clock."""
+        begin, spec = time.perf_counter(), self._backend.spec
+        settings = spec.feedback
+        plain = ExpandedQuery(query, "", settings.join)
+        if reason := gate.before(clean_query(query), scores, languages=spec.prompt.languages):
+            return replace(plain, fallback=reason)
+        heads = [settings.beginning(passage) for passage in passages[: settings.passages]]
+        new = {word for head in heads for word in words_of(head)} - set(words_of(query))
+        if not any(heads):
+            return replace(plain, fallback="the plain query found nothing to read")
+        if gate.min_new_words is not None and len(new) < gate.min_new_words:
+            return replace(plain, fallback="what the plain query found adds nothing to it")
+        prompts, answer, prefix = settings.encode(query, heads, spec.prompt, self._backend.tokenize)
+        read: list[float] = []
+        try:
+            for values in self._in_turns(prompts, answer, prefix, deadline):
+                read += values
+        except BadInput as error:
+            if gate == OPEN:
+                raise
+            return replace(plain, fallback=str(error))
+        if not read:
+            return replace(plain, fallback="the deadline passed before the first passage was read")
+        return replace(
+            plain,
+            prompt_tokens=prefix + sum(len(prompt) - prefix + len(answer) for prompt in prompts[: len(read)]),
+            finish_reason="stop" if len(read) == len(prompts) else "deadline",
+            prefill_s=time.perf_counter() - begin,
+            relevance=RelevanceModel(tuple(heads[: len(read)]), settings.weigh(read), settings.terms),
+        )
+
+    def _in_turns(
+        self, prompts: list[list[int]], answer: list[int], prefix: int, deadline: float
+    ) -> Iterator[list[float]]:
+        """The log-likelihoods of a few prompts after the other, up to the deadline; others' in between."""
+        reading: Iterator[list[float]] | None = None
+        while (left := deadline - time.perf_counter()) > 0:
+            if not self._lock.acquire(timeout=-1 if left == math.inf else min(left, TIMEOUT_MAX)):
+                return
+            try:
+                if self._closed:
+                    raise QeEdgeError("the model was closed")
+                self._reader = self._reader or self._backend.reader()
+                reading = reading or self._reader.log_likelihoods(prompts, answer, prefix=prefix)
+                values = next(reading, None)
+            finally:
+                self._lock.release()
+            if values is None:
+                return
+            yield values
+
+    def forget(self) -> None:
+        """Drop what is kept of earlier prompts."""
+        with self._lock:
+            if self._reader:
+                self._reader.forget()
+
+    def close(self) -> None:
+        """Give the memory back; whoever still reads gets an error."""
+        with self._lock:
+            self._closed = True
+            if self._reader:
+                self._reader.close()
