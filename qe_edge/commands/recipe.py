@@ -61,7 +61,7 @@ def run(
         print(
             f"model:  {student}\n\nNow try:\n"
             f"  {program} expand {question} --model {student}\n"
-            f"  {program} search {question} --dataset demo-en --model {student}"
+            f"  {program} search {question} --feedback --dataset demo-en --model {student}"
         )
 
 
