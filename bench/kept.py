@@ -8,6 +8,7 @@ import shutil
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -30,7 +31,7 @@ def generate_once(
     if digest is None:
         return generate(request)
     settings = [request.lang, request.queries, request.engine, request.threads, request.max_tokens]
-    key = [digest, *settings, cpu_name(), usable_cores(), versions(), *_engines()]
+    key: list[Any] = [digest, *settings, cpu_name(), usable_cores(), versions(), *_engines()]
     if request.passages is not None:
         key.append(request.passages)
     kept = cache / f"{hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:24]}.jsonl"

@@ -171,8 +171,8 @@ class Systems:
         settings, run, expansions = spec.feedback, {}, {}
         for row in rows:
             heads = map(settings.beginning, texts[row.query_id][: len(row.weights)])
-            model = RelevanceModel(tuple(heads), row.weights, settings.terms)
-            expanded = ExpandedQuery(self.data.queries[row.query_id], "", settings.join, relevance=model)
+            found = RelevanceModel(tuple(heads), row.weights, settings.terms)
+            expanded = ExpandedQuery(self.data.queries[row.query_id], "", settings.join, relevance=found)
             run[row.query_id] = self.index.search(expanded.terms(self.index.meta.analyzer), self.depth)
             expansions[row.query_id] = expanded.summary()
         more: dict[str, Any] = {"failed": sum(not row.weights for row in rows), "expansions": expansions}

@@ -3,7 +3,8 @@
 It starts from the largest of llama.cpp's own mixtures that fits the budget. Each group is then put into every
 other type alone, on top of that mixture, and the change of the KL divergence from the source is measured.
 These changes are taken to add up, and the choice is a knapsack: the least sum whose sizes stay within the
-budget. If the whole, measured at last, isn't better than the mixture it started from, that one is kept.
+budget. If the whole isn't better than the mixture it started from, on answers that it wasn't chosen on, the
+mixture is kept.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MIXTURES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M")
 # Types of ggml, the smallest first. Where a matrix is too narrow for one, llama.cpp takes another, which is
 # then what was measured.
 CANDIDATES = ("Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-ROWS = 8  # of the calibration rows, to measure on
+ROWS = 8  # of the calibration rows, to measure on; as many others decide
 BLOCKS = 4  # of layers, told apart
 
 Groups = dict[str, dict[str, str]]
@@ -62,23 +63,25 @@ def choose_types(
     Raises:
         BadArgument: the budget is too small for any choice.
     """
-    groups, rows = group(source), rows[:ROWS]
+    groups = group(source)
     smallest = sizes(_uniform(base, CANDIDATES[0], groups, importance, scratch), groups)
     least = smallest.fixed + sum(smallest.groups.values())
     if least > budget:
         raise BadArgument(f"the budget of {budget / 1e6:.2f} MB is below the least, {least / 1e6:.2f} MB")
     start = start_from(base, groups, importance, budget, scratch)
-    student = Student(source, rows)
+    student = Student(source, rows[:ROWS])
     student.take(start, groups)
-    before = student.divergence()
     effects = measure_effects(student, start, base, groups, importance, scratch)
+    del student  # and the answers that it holds
     chosen = cheapest(effects, budget - smallest.fixed)
     assert chosen is not None  # the smallest of each fits
     types = {name: kind for effect in chosen.values() for name, kind in effect.types.items()}
-    student.take(
-        quantize_gguf(base, scratch / "chosen.gguf", MIXED, importance=importance, types=types), groups
-    )
-    return types if student.divergence() < before else types_of(start)
+    whole = quantize_gguf(base, scratch / "chosen.gguf", MIXED, importance=importance, types=types)
+    judge, divergences = Student(source, rows[ROWS : 2 * ROWS] or rows[:ROWS]), []
+    for file in (start, whole):
+        judge.take(file, groups)
+        divergences.append(judge.divergence())
+    return types if divergences[1] < divergences[0] else types_of(start)
 
 
 def start_from(base: Path, groups: Groups, importance: Importance, budget: int, scratch: Path) -> Path:

@@ -44,7 +44,8 @@ def launch(work, *command):
     start += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--no_python"]
     start += [Path(sys.executable).with_name("qe-edge"), "train", *command]
     start += ["--batch-size", 1, "--accumulate", 1, "--logging-steps", 1, "--save-steps", 2]
-    start += ["--device", "cpu", "--json", "--workdir", work]
+    # In float32, or the losses would agree to three digits only, where the processor has bf16.
+    start += ["--device", "cpu", "--precision", "float32", "--json", "--workdir", work]
     return subprocess.run(
         list(map(str, start)),
         capture_output=True,
@@ -57,7 +58,8 @@ def launch(work, *command):
 def test_two_processes_train_like_one_with_twice_the_batches(tiny_qwen3, data, tmp_path):
     from qe_edge.train.dpo import dpo
 
-    expansions, settings = data / "expansions.jsonl", {"batch_size": 1, "accumulate": 2}
+    expansions = data / "expansions.jsonl"
+    settings = {"batch_size": 1, "accumulate": 2, "precision": "float32"}
     alone = run_sft(tiny_qwen3, data, tmp_path / "alone", **settings)
     evaluated = ("--eval-dataset", DEV, "--eval-queries", 4, "--eval-steps", 2)
     student = ("--student", tiny_qwen3, "--rank", 4, "--alpha", 8)

@@ -48,7 +48,7 @@ def test_flags_override_a_recipe_which_overrides_the_defaults(monkeypatch, capsy
     assert code == 0
     config = msgspec.convert(tomllib.loads(shown.out)["sft"], SftConfig)
     recipe = read_recipe("qwen3-4b-24gb")["sft"]
-    assert config == SftConfig(**recipe, rank=8, modes=("few-shot",))
+    assert config == msgspec.convert(recipe | {"rank": 8, "modes": ["few-shot"]}, SftConfig)
     assert config.student == "Qwen/Qwen3-4B"
 
 
@@ -84,12 +84,15 @@ def test_settings_out_of_bounds_are_named(monkeypatch, capsys, flags, code, mess
     assert message in " ".join(shown.err.replace("│", " ").split())
 
 
+FLAGS = {"models": "teacher-model", "modes": "mode", "tasks": "task", "loss_weights": "loss-weight"}
+
+
 def test_every_setting_has_a_flag_with_help(monkeypatch, capsys):
     for verb, kind in (("sft", SftConfig), ("dpo", DpoConfig)):
         monkeypatch.setenv("COLUMNS", "200")
         _, shown = cli(monkeypatch, capsys, "train", verb, "--help")
         for name in kind.__struct_fields__:
-            flag = {"models": "teacher-model", "modes": "mode", "loss_weights": "loss-weight"}.get(name, name)
+            flag = FLAGS.get(name, name)
             assert f"--{flag.replace('_', '-')} " in shown.out
 
 
