@@ -22,8 +22,8 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Rates are totals over totals after one warm-up query; a cold start is `load_s` apart.
     `mean_tokens` counts what the model wrote per query, and `decode_tokens_per_s` is None where it only read
-    (feedback). `threads` is None where the engine takes no such
-    setting (MLX), `joules_per_query` where the machine doesn't tell what it uses (see `EnergyMeter`).
+    (feedback). `threads` is None where the engine takes no such setting (MLX), `joules_per_query` where the
+    machine doesn't tell what it uses (see `EnergyMeter`).
     """
 
     engine: str

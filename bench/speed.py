@@ -119,7 +119,7 @@ def _speed(rows: list[Generated], reply: Reply, request: Request) -> Speed:
     ref = resolve(request.model)
     done = [row for row in rows if row.finish_reason not in ("failed", "skipped")]
     if not done:
-        raise BadInput(f"{request.model} failed on every query")
+        raise BadInput(f"{request.model} failed on every query, or found nothing to read for any")
     times = sorted((row.prefill_s + row.decode_s) * 1000 for row in done)
     # The first token comes out of the prefill, so decoding makes one token less than was written,
     # or exactly as many where the end token was decoded too.
