@@ -38,7 +38,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stage: str = "base"
     license: str = ""
     gate: Gate = Gate()
-    feedback: Feedback = Feedback()
+    feedback: Feedback = msgspec.field(default_factory=Feedback)  # its texts are read from a file
     schema_version: int = 1
 
     def to_json(self) -> str:
