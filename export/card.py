@@ -56,11 +56,12 @@ def write_card(
         *("", "## Join", ""),
         f"`{spec.join}`, at most {spec.prompt.max_tokens} tokens an expansion.",
         *("", "## Checked against the model it was made from", ""),
-        "On the probes of `qe-edge verify`: the same token ids, and logits as close as this. Greedy is how",
-        "much of the source's greedy answers a file writes before it differs.",
+        "On the probes of `qe-edge verify`: the same token ids, and logits as close as this, in prompts and",
+        "answers or in answers alone. Greedy is how much of the source's greedy answers a file writes before",
+        "it differs.",
         "",
-        "| file | MB | logit cosine | KL divergence | top-1 | greedy |",
-        "| :-- | --: | --: | --: | --: | --: |",
+        "| file | MB | logit cosine | KL divergence | of answers | top-1 | greedy |",
+        "| :-- | --: | --: | --: | --: | --: | --: |",
         *(_row(name, size, checks.get(name)) for name, size in files.items()),
         *_calibrated(importance),
     ]
@@ -108,9 +109,10 @@ def _listed(key: str, values: Sequence[str]) -> list[str]:
 
 def _row(name: str, size: int, check: dict[str, Any] | None) -> str:
     if not check:
-        return f"| {name} | {size / 1e6:.1f} | not checked | – | – | – |"
-    figures = f"{check['logit_cosine']:.4f} | {check['kl_divergence']:.4f} | {check['top1_agreement']:.0%}"
-    return f"| {name} | {size / 1e6:.1f} | {figures} | {check['greedy_agreement']:.0%} |"
+        return f"| {name} | {size / 1e6:.1f} | not checked | – | – | – | – |"
+    close = [f"{check[key]:.4f}" for key in ("logit_cosine", "kl_divergence", "answer_divergence")]
+    same = [f"{check[key]:.0%}" for key in ("top1_agreement", "greedy_agreement")]
+    return f"| {' | '.join([name, f'{size / 1e6:.1f}', *close, *same])} |"
 
 
 def _calibrated(importance: Importance | None) -> list[str]:

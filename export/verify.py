@@ -133,7 +133,9 @@ def verify_gguf(file: Path, source: Path | Reference, *, adapter: Path | None = 
         `token_ids` ("identical"), `probes` (how many texts were tokenized), `queries` (how many of them
         were answered), `positions` (tokens of prompts and answers), and over these `logit_cosine` (the mean),
         `lowest_cosine`, `kl_divergence` (the mean, of the export's next-token distribution from the
-        source's, in nats), `top1_agreement` (the share whose likeliest next token is the same); last,
+        source's, in nats), `answer_divergence` (the same where an answer's tokens and its end are predicted:
+        within the prompt nothing uses what a student predicts),
+        `top1_agreement` (the share whose likeliest next token is the same); last,
         `greedy_agreement`, how much of the source's greedy answer the export writes before it differs.
 
     Raises:
@@ -224,6 +226,7 @@ class Closeness:
         self.queries = 0
         self.cosines: list[np.ndarray] = []
         self.divergences: list[np.ndarray] = []
+        self.of_answers: list[np.ndarray] = []
         self.same_top: list[np.ndarray] = []
         self.greedy: list[float] = []
 
@@ -234,12 +237,14 @@ class Closeness:
         expected = self.reference.logits[self.queries]
         found = np.array(found, np.float32)
         log_p, log_q = log_softmax(expected, axis=1), log_softmax(found, axis=1)
-        self.divergences.append((np.exp(log_p) * (log_p - log_q)).sum(1))
+        divergences = (np.exp(log_p) * (log_p - log_q)).sum(1)
+        self.divergences.append(divergences)
         same = found.argmax(1) == expected.argmax(1)
         self.same_top.append(same)
+        answer = len(self.reference.answers[self.queries])
+        self.of_answers.append(divergences[-answer - 1 :])
         # Given the source's answer so far, is the next token the same? Up to the first that isn't, this is
         # what the export would write by itself.
-        answer = len(self.reference.answers[self.queries])
         asked = same[-answer - 1 : -1]
         self.greedy.append(float(np.argmin(asked)) / answer if not asked.all() else 1.0)
         # Adding a constant to all logits changes no probability, and a large common part hides differences.
@@ -271,6 +276,7 @@ class Closeness:
             "logit_cosine": round(cosine, 6),
             "lowest_cosine": round(float(np.concatenate(self.cosines).min()), 6),
             "kl_divergence": round(divergence, 6),
+            "answer_divergence": round(float(np.concatenate(self.of_answers).mean()), 6),
             "top1_agreement": round(float(np.concatenate(self.same_top).mean()), 4),
             "greedy_agreement": round(float(np.mean(self.greedy)), 4),
         }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from tiny import first_tokens, save_tiny_qwen3
 
@@ -23,7 +24,7 @@ from qe_edge.export.mlx import convert_mlx
 from qe_edge.export.probes import HOSTILE, load_reference
 from qe_edge.export.quantize import bits_of, quantize_gguf
 from qe_edge.export.retrieval import compare_retrieval
-from qe_edge.export.verify import source_of, verify_export, verify_gguf, verify_mlx
+from qe_edge.export.verify import Closeness, Limits, source_of, verify_export, verify_gguf, verify_mlx
 from qe_edge.models import resolve
 from qe_edge.spec import read_spec
 from qe_edge.workdir import Workdir
@@ -298,6 +299,22 @@ def test_verify_catches_other_weights_and_another_spec(tiny_qwen3: Path, tmp_pat
     bare.write_bytes(bare.read_bytes()[:-1000])
     with pytest.raises(QeEdgeError, match=r"can't load .*bounds"):
         verify_gguf(bare, reference)
+
+
+def test_divergence_within_the_prompt_is_told_from_that_of_answers(tiny_qwen3: Path) -> None:
+    """Of answers: from the prompt's last position, which decides the first token, to the last."""
+    reference = load_reference(tiny_qwen3)
+    found = []
+    for changed in (slice(0, -1), slice(-1, None)):  # of the prompt
+        closeness = Closeness(reference)
+        for prompt, logits in zip(reference.prompts, reference.logits, strict=False):
+            other = logits.copy()
+            positions = np.arange(len(prompt))[changed]
+            other[positions, 0] += 9.0  # one token becomes likelier
+            closeness.add(other)
+        found.append(closeness.check(Limits(-1.0, 99.0), tiny_qwen3))
+    assert found[0]["kl_divergence"] > 0 == found[0]["answer_divergence"]
+    assert found[1]["answer_divergence"] > found[1]["kl_divergence"] > 0
 
 
 def test_bits_come_from_the_name_of_a_kind() -> None:

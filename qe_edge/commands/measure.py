@@ -120,7 +120,8 @@ def verify(
     text = (
         f"{exported} answers as its source does: {found['checksums']} checksums right, token ids of "
         f"{found['probes']} texts identical, logit cosine {found['logit_cosine']:.4f}, "
-        f"KL divergence {found['kl_divergence']:.4f}, top-1 agreement {found['top1_agreement']:.0%}, "
+        f"KL divergence {found['kl_divergence']:.4f} ({found['answer_divergence']:.4f} of answers), "
+        f"top-1 agreement {found['top1_agreement']:.0%}, "
         f"greedy agreement {found['greedy_agreement']:.0%}"
     )
     if dataset:
