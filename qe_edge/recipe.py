@@ -3,7 +3,8 @@
     pairs ─────────────┐
     expansions → SFT → DPO → merge → export → bench → report
 
-Run again after an interruption, finished stages are skipped and the interrupted one goes on.
+Without pairs there is no DPO. Run again after an interruption, finished stages are skipped and the
+interrupted one goes on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from qe_edge.console import note
 from qe_edge.datasets import builtin_folder, load_dataset
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.export import check_choices, export_model
-from qe_edge.join import Join
+from qe_edge.join import DEFAULT_JOIN, Join
 from qe_edge.manifest import read_json, sha256, write_json
 from qe_edge.models import resolve
 from qe_edge.train.config import DpoConfig, SftConfig
@@ -73,11 +74,15 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     title: str
     join: str = ""
-    pairs: PairsPart
+    pairs: PairsPart | None = None
     sft: SftPart
-    dpo: DpoConfig = DpoConfig()
+    dpo: DpoConfig | None = None
     export: ExportPart = ExportPart()
     bench: BenchPart
+
+    def __post_init__(self) -> None:
+        if self.dpo and not self.pairs:
+            raise ValueError("DPO needs a [pairs] section with a dataset and expansions")
 
 
 def read_recipe(path: Path | str, *, data: Path | None = None) -> dict[str, Any]:
@@ -135,42 +140,44 @@ def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
     Everything that can be wrong with a recipe is looked for before the first stage.
     """
     _check_installed(recipe)
-    p, s, e, b = recipe.pairs, recipe.sft, recipe.export, recipe.bench
-    join = Join.parse(recipe.join or p.join)
+    p, s, d, e, b = recipe.pairs, recipe.sft, recipe.dpo or DpoConfig(), recipe.export, recipe.bench
+    join = Join.parse(recipe.join or (p.join if p else str(DEFAULT_JOIN)))
     check_choices(e.kinds, e.formats)
     student = resolve(s.student)
-    judged = load_dataset(p.dataset)
+    judged = load_dataset(p.dataset) if p else None
     benched = [load_dataset(name) for name in b.datasets]
-    for path in (*p.expansions, *s.expansions, *b.teachers):
+    for path in (*(p.expansions if p else ()), *s.expansions, *b.teachers):
         if not Path(path).is_file():
             raise NotFound(f"{path}: no such file; the recipe names it")
 
     if s.eval_dataset and not s.eval_join:
         s = msgspec.structs.replace(s, eval_join=str(join))
-    d = recipe.dpo
     if d.eval_dataset and not d.eval_join:
         d = msgspec.structs.replace(d, eval_join=str(join))
     stages = _Stages(workdir)
     note(f"recipe: {recipe.title}")
     for name in {s.eval_dataset, d.eval_dataset} & set(b.datasets):
         note(f"{name} chooses the checkpoint that is kept, so the student's figure on it is no test")
-    inputs = [judged.fingerprint(), *map(sha256, p.expansions)]
-    stages.run(
-        "pairs", p, inputs, lambda: pairs(p.dataset, p.expansions, _as(PairsConfig, p), workdir=workdir)
-    )
+    if p and judged:
+        inputs = [judged.fingerprint(), *map(sha256, p.expansions)]
+        make = partial(pairs, p.dataset, p.expansions, _as(PairsConfig, p), workdir=workdir)
+        stages.run("pairs", p, inputs, make)
     inputs = [sha256(student.path) if student.path else student.name, *map(sha256, s.expansions)]
     stages.run("sft", s, inputs, lambda: sft(s.expansions, _as(SftConfig, s), workdir=workdir))
-    pair_file, adapter = stages.out["pairs"] / PAIRS, stages.out["sft"]
-    inputs = [sha256(pair_file), sha256(adapter)]
-    stages.run("dpo", d, inputs, lambda: dpo(pair_file, adapter, d, workdir=workdir))
-    # SFT alone is exported for comparison only, so one small file is enough.
-    for trained, part in (("sft", ExportPart(kinds=e.kinds[:1], formats=("gguf",))), ("dpo", e)):
+    exports = {"sft": e}
+    if p:
+        pair_file, adapter = stages.out["pairs"] / PAIRS, stages.out["sft"]
+        inputs = [sha256(pair_file), sha256(adapter)]
+        stages.run("dpo", d, inputs, lambda: dpo(pair_file, adapter, d, workdir=workdir))
+        # SFT alone is then exported for comparison only, so one small file is enough.
+        exports = {"sft": ExportPart(kinds=e.kinds[:1], formats=("gguf",)), "dpo": e}
+    for trained, part in exports.items():
         folder = stages.out[trained]
         made = partial(merge, folder, join=join, workdir=workdir)
         stages.run(f"merge {trained}", join, [sha256(folder)], made)
         model = stages.out[f"merge {trained}"]
         stages.run(f"export {trained}", part, [sha256(model)], partial(_export, model, part, workdir))
-    files = [*_ggufs(stages.out, "sft"), *_ggufs(stages.out, "dpo")]
+    files = [file for trained in exports for file in _ggufs(stages.out, trained)]
     config = BenchConfig(
         datasets=b.datasets,
         models=(f"untrained={s.student}", *files),
@@ -180,7 +187,7 @@ def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
         feedback=b.feedback,
     )
     inputs = [*(data.fingerprint() for data in benched), *map(sha256, b.teachers)]
-    inputs += [sha256(stages.out[f"export {trained}"]) for trained in ("sft", "dpo")]
+    inputs += [sha256(stages.out[f"export {trained}"]) for trained in exports]
     stages.run("bench", b, inputs, lambda: bench(config, workdir=workdir))
     if read_result(stages.out["bench"]).failures:
         stages.forget("bench")  # so that the next run tries the failed models again

@@ -62,6 +62,14 @@ def test_a_recipe_that_does_not_fit_is_named(tmp_path):
         load_recipe("nothing")
 
 
+def test_dpo_needs_pairs(tmp_path):
+    file = tmp_path / "recipe.toml"
+    start, rest = TINY.format(student="s", rate=1e-4).split("[pairs]")
+    file.write_text(f"{start}[sft]{rest.split('[sft]')[1]}")
+    with pytest.raises(BadInput, match=r"DPO needs a \[pairs\] section"):
+        load_recipe(file)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -113,3 +121,13 @@ def test_a_recipe_runs_to_a_benchmarked_student_and_skips_what_is_done(tiny_qwen
     again = run_recipe(load_recipe(file), workdir=work)
     changed = {stage for stage in out if again[stage] != out[stage]}
     assert changed == {"dpo", "merge dpo", "export dpo", "bench"}
+
+    start, rest = file.read_text().split("[pairs]")
+    parts = rest.split("[sft]")[1].replace("[dpo]\nlearning_rate = 2e-4\n", "")
+    file.write_text(f'{start}join = "mass:2"\n[sft]{parts}')
+    alone = run_recipe(load_recipe(file), workdir=work)
+    assert list(alone) == ["sft", "merge sft", "export sft", "bench"]
+    assert all(alone[stage] == out[stage] for stage in list(alone)[:3])
+    (data,) = read_result(alone["bench"]).datasets
+    models = [system.name for system in data.systems if system.kind == "model"]
+    assert [name for name in models if not name.endswith(" + gate")] == ["untrained", "SFT Q4_K_M"]

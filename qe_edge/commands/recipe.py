@@ -50,12 +50,15 @@ def run(
         "sft": {"expansions": files},
         "bench": {"datasets": test, "teachers": [str(file) for file in teacher or ()]},
     }
-    chosen = {name: {key: value for key, value in part.items() if value} for name, part in given.items()}
+    # A part that nothing was given for must not make a section.
+    parts = {name: {key: value for key, value in part.items() if value} for name, part in given.items()}
+    chosen = {name: part for name, part in parts.items() if part}
     out = run_recipe(load_recipe(recipe, data=data, given=chosen), workdir=work)
     html = draw([out["bench"]], out["bench"] / "report.html")
     emit_bench(json, "run", out["bench"], report=html)
     if not json:
-        student = min(out["export dpo"].glob("*.gguf"), key=lambda file: file.stat().st_size)
+        exported = out.get("export dpo", out["export sft"])
+        student = min(exported.glob("*.gguf"), key=lambda file: file.stat().st_size)
         program = "qe-edge" if shutil.which("qe-edge") else sys.argv[0]
         question = '"why do my ears pop on a plane"'
         print(
