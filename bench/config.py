@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from qe_edge.feedback import Passages
 from qe_edge.join import TEACHER_JOIN
 from qe_edge.records import Count
 
@@ -29,7 +30,8 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     names another data set, on whose queries each model's join is chosen among `tune_joins`. `measures` are
     ir_measures to report beside nDCG@10.
     `max_tokens` replaces the models' own token budget, `analyzer` the one of the collection's language.
-    With `feedback` each model also gets a row for what it reads, by a join of its own (`Expander.feedback`).
+    With `feedback` each model also gets a row for what it reads, by a join of its own (`Expander.feedback`);
+    `passages` replaces its own number of them.
     `retriever` is the address of an OpenSearch index, which is searched instead of our own.
     `label` names the machine in reports.
     """
@@ -46,6 +48,11 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     threads: Count | None = None
     max_tokens: Count | None = None
     feedback: bool = False
+    passages: Passages | None = None
     analyzer: str = ""
     retriever: str = ""
     label: str = ""
+
+    def __post_init__(self) -> None:
+        if self.passages and not self.feedback:
+            raise ValueError("passages are read with feedback only")

@@ -33,7 +33,7 @@ def generate_once(
     settings = [request.lang, request.queries, request.engine, request.threads, request.max_tokens]
     key: list[Any] = [digest, *settings, cpu_name(), usable_cores(), versions(), *_engines()]
     if request.passages is not None:
-        key.append(request.passages)
+        key += [request.passages, request.most]
     kept = cache / f"{hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:24]}.jsonl"
     own = Path(request.out)
     if kept.exists() and not own.exists():

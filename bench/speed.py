@@ -60,7 +60,8 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Request(msgspec.Struct, frozen=True):
     """What the child process is asked to do; `out` is a Generated file that it appends to.
 
-    With `passages` of each query, these are read and nothing is written.
+    With `passages` of each query, these are read and nothing is written: the first `most`, or the model's own
+    number.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Request(msgspec.Struct, frozen=True):
     threads: int | None = None
     max_tokens: int | None = None
     passages: dict[str, list[str]] | None = None
+    most: int | None = None
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -157,6 +159,7 @@ def _work(request: Request) -> Reply:
         engine=request.engine,
         threads=request.threads,
         budget_tokens=request.max_tokens,
+        passages=request.most,
         gate=OPEN,
     )
     load_s = time.perf_counter() - start

@@ -157,13 +157,15 @@ class Systems:
             threads=self.config.threads,
             max_tokens=self.config.max_tokens,
             passages=passages,
+            most=self.config.passages,
         )
         return generate_once(request, digest, self.cache)
 
     def add_feedback(self, label: str, model: str, digest: str | None, texts: dict[str, list[str]]) -> None:
         """A row for reading the passages that the plain queries found."""
         assert isinstance(self.index, Index)
-        name = f"{label} + feedback"
+        most = self.config.passages
+        name = f"{label} + feedback" + (f" {most}" if most else "")
         try:
             rows, speed, spec = self.generate(name, model, digest, texts)
         except WrongLanguage:  # it was said when it was to write

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 
 from qe_edge.asking import Asked, Asker, Completion, Stream
@@ -41,6 +42,7 @@ class Expander:
         backend: Backend,
         *,
         budget_tokens: int | None = None,
+        passages: int | None = None,
         parallel: int = 1,
         stop_when_dry: int | None = None,
         gate: Gate | None = None,
@@ -49,6 +51,7 @@ class Expander:
     ):
         self.backend = backend
         self.budget_tokens = backend.spec.prompt.max_tokens if budget_tokens is None else budget_tokens
+        self.passages = backend.spec.feedback.passages if passages is None else passages
         self._asker = Asker(
             backend,
             budget_tokens=self.budget_tokens,
@@ -57,7 +60,7 @@ class Expander:
             cache=cache,
             digest=digest,
         )
-        self._passages = PassageReader(backend)
+        self._passages = PassageReader(backend, self.passages)
         self._threads: ThreadPoolExecutor | None = None
         self._room(parallel)
 
@@ -69,6 +72,7 @@ class Expander:
         engine: Engine | None = None,
         threads: int | None = None,
         budget_tokens: int | None = None,
+        passages: int | None = None,
         parallel: int = 1,
         stop_when_dry: int | None = None,
         gate: Gate | None = None,
@@ -81,6 +85,7 @@ class Expander:
         Args:
             threads: that compute; all cores by default.
             budget_tokens: of an expansion, instead of the model's own.
+            passages: that `feedback` reads at most, instead of the model's own number; 1 to 50.
             parallel: queries from several threads or tasks that are decoded together, on llama.cpp and MLX.
             stop_when_dry: end an expansion after so many tokens that brought no new word.
             gate: when the plain query is searched instead; `qe_edge.gate.OPEN` for never.
@@ -95,6 +100,7 @@ class Expander:
         return cls(
             open_backend(ref, engine=engine, threads=threads),
             budget_tokens=budget_tokens,
+            passages=passages,
             parallel=parallel,
             stop_when_dry=stop_when_dry,
             gate=gate,
@@ -148,9 +154,9 @@ class Expander:
     ) -> ExpandedQuery:
         """Expand a query with the passages that the plain one found, best first; the student writes nothing.
 
-        It reads the beginnings of a few of them, and each counts as far as the query is likely after it (see
-        `qe_edge.feedback`). At `deadline_ms` those count that were read by then, three or so at a time.
-        `scores` are plain BM25's, for the gate.
+        It reads the beginnings of the first few, at most the expander's `passages`, and each counts as far as
+        the query is likely after it (see `qe_edge.feedback`). At `deadline_ms` those count that were read by
+        then, three or so at a time. `scores` are plain BM25's, for the gate.
 
         Raises:
             BadInput: the query is blank or, with an open gate, too long.
@@ -240,10 +246,21 @@ class Expander:
         deadline_ms: float | None = None,
         scores: Sequence[float] = (),
     ) -> ExpandedQuery:
-        """`feedback` for asyncio; the deadline counts from here."""
-        deadline, gate = _deadline(deadline_ms), self.gate
-        work = partial(self._passages.feedback, query, passages, gate=gate, deadline=deadline, scores=scores)
-        return await self._in_thread(None, work)
+        """`feedback` for asyncio; the deadline counts from here, and a cancelled one reads no further."""
+        over = Event()
+        work = partial(
+            self._passages.feedback,
+            query,
+            passages,
+            gate=self.gate,
+            deadline=_deadline(deadline_ms),
+            scores=scores,
+            over=over,
+        )
+        try:
+            return await self._in_thread(None, work)
+        finally:
+            over.set()
 
     async def astream(
         self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()

@@ -21,7 +21,8 @@ from qe_edge.prompt import PromptSpec, Tokenize, clean_query, clean_text, encode
 from qe_edge.records import Count, Lang, Positive
 
 DEFAULT_TEXTS = "feedback-v1"
-MOST_PASSAGES = 20
+MOST_PASSAGES = 50
+Passages = Annotated[int, msgspec.Meta(ge=1, le=MOST_PASSAGES)]
 CHARACTERS = 16  # of a token, at most: four is usual
 LEAST = 0.01  # of the heaviest term's weight: engines without weights would count a lighter one as a word
 
@@ -53,7 +54,7 @@ class Feedback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     texts: dict[Lang, FeedbackText] = msgspec.field(default_factory=default_texts)
-    passages: Annotated[int, msgspec.Meta(ge=1, le=MOST_PASSAGES)] = 10
+    passages: Passages = 10
     tokens: Annotated[int, msgspec.Meta(ge=1, le=256)] = 64
     temperature: Positive = 2.0
     terms: Count = 60

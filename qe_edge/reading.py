@@ -6,34 +6,47 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from threading import TIMEOUT_MAX, Lock
+from threading import TIMEOUT_MAX, Event, Lock
 
 from qe_edge.analysis import words_of
 from qe_edge.backends import Backend, Reader
-from qe_edge.errors import BadInput, QeEdgeError
+from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.expansion import ExpandedQuery
-from qe_edge.feedback import RelevanceModel
+from qe_edge.feedback import MOST_PASSAGES, RelevanceModel
 from qe_edge.gate import OPEN, Gate
 from qe_edge.prompt import clean_query
 
 
 class PassageReader:
-    """A student that weighs passages, in as many threads as you like; see `Expander.feedback`."""
+    """A student that weighs `most` passages, in as many threads as you like; see `Expander.feedback`.
 
-    def __init__(self, backend: Backend):
-        self._backend, self._lock, self._closed = backend, Lock(), False
+    Raises:
+        BadArgument: none is to be read, or over MOST_PASSAGES.
+    """
+
+    def __init__(self, backend: Backend, most: int):
+        if not 1 <= most <= MOST_PASSAGES:
+            raise BadArgument(f"{most} passages can't be read, but 1 to {MOST_PASSAGES}")
+        self._backend, self._most, self._lock, self._closed = backend, most, Lock(), False
         self._reader: Reader | None = None  # made when it is wanted: it has a cache of its own
 
     def feedback(
-        self, query: str, passages: Sequence[str], *, gate: Gate, deadline: float, scores: Sequence[float]
+        self,
+        query: str,
+        passages: Sequence[str],
+        *,
+        gate: Gate,
+        deadline: float,
+        scores: Sequence[float],
+        over: Event | None = None,
     ) -> ExpandedQuery:
-        """`deadline` is on `time.perf_counter`'s clock."""
+        """`deadline` is on `time.perf_counter`'s clock; it also ends when `over` is set by another thread."""
         begin, spec = time.perf_counter(), self._backend.spec
         settings = spec.feedback
         plain = ExpandedQuery(query, "", settings.join)
         if reason := gate.before(clean_query(query), scores, languages=spec.prompt.languages):
             return replace(plain, fallback=reason)
-        heads = [settings.beginning(passage) for passage in passages[: settings.passages]]
+        heads = [settings.beginning(passage) for passage in passages[: self._most]]
         new = {word for head in heads for word in words_of(head)} - set(words_of(query))
         if not any(heads):
             return replace(plain, fallback="the plain query found nothing to read")
@@ -44,6 +57,8 @@ class PassageReader:
         try:
             for values in self._in_turns(prompts, answer, prefix, deadline):
                 read += values
+                if over and over.is_set():
+                    break
         except BadInput as error:
             if gate == OPEN:
                 raise

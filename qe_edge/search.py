@@ -83,7 +83,7 @@ def search(
     plain = collection.plain(query)
     scores = list(plain.values())
     if expander and feedback:
-        passages = collection.passages(plain, expander.spec.feedback.passages)
+        passages = collection.passages(plain, expander.passages)
         expanded = expander.feedback(query, passages, scores=scores)
     elif expander:
         expanded = expander.expand(query, scores=scores)

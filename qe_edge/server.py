@@ -294,8 +294,7 @@ def create_app(
             plain = await run_in_threadpool(collection.plain, request.query)
             expanded = ExpandedQuery(request.query, "", DEFAULT_JOIN)
             if request.expand:
-                most = expander.spec.feedback.passages
-                passages = collection.passages(plain, most) if request.feedback else None
+                passages = collection.passages(plain, expander.passages) if request.feedback else None
                 expanded = await service.expand(
                     request.query, request.deadline_ms, list(plain.values()), passages
                 )

@@ -260,6 +260,17 @@ def test_a_model_that_reads_has_a_row_of_its_own(done, student, tmp_path):
     line = next(line for line in markdown_table(data).splitlines() if "tiny + feedback" in line)
     assert line.split("|")[8].strip() == "–"  # tokens/s: it writes none
 
+    fewer = msgspec.structs.replace(config, passages=3)
+    (data,) = read_result(bench(fewer, workdir=Workdir(tmp_path / "work"))).datasets
+    (row,) = [system for system in data.systems if system.name == "tiny + feedback 3"]
+    with Expander.load(student, passages=3) as expander:
+        run = {
+            query_id: index.search(expander.feedback(query, texts[query_id]).terms(), k=1000)
+            for query_id, query in loaded.queries.items()
+        }
+    assert values_of(loaded, run) == pytest.approx(row.per_query)
+    assert row.per_query != systems["tiny + feedback"].per_query
+
 
 def test_an_interrupted_bench_keeps_what_was_generated(done, student, tmp_path):
     folder, _, _ = done

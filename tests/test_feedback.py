@@ -17,8 +17,8 @@ import pytest
 from qe_edge import Expander
 from qe_edge.analysis import get_analyzer
 from qe_edge.backends import PROMPTS, READ, TOGETHER, groups, open_backend
-from qe_edge.errors import BadInput, QeEdgeError
-from qe_edge.feedback import Feedback, RelevanceModel
+from qe_edge.errors import BadArgument, BadInput, QeEdgeError
+from qe_edge.feedback import MOST_PASSAGES, Feedback, RelevanceModel
 from qe_edge.gate import OPEN
 from qe_edge.join import Join
 from qe_edge.models import resolve
@@ -177,6 +177,18 @@ def test_only_the_first_passages_are_read(expander: Expander) -> None:
     assert len(expanded.relevance.passages) == Feedback().passages
 
 
+def test_more_or_fewer_can_be_read(gguf: Path) -> None:
+    passages = [f"moon {i}" for i in range(60)]
+    for most in (1, 3, MOST_PASSAGES):
+        with Expander.load(gguf, passages=most) as expander:
+            expanded = expander.feedback(QUERY, passages)
+        assert expanded.relevance
+        assert len(expanded.relevance.passages) == most
+    for wrong in (0, MOST_PASSAGES + 1):
+        with pytest.raises(BadArgument, match=f"{wrong} passages can't be read, but 1 to 50"):
+            Expander.load(gguf, passages=wrong)
+
+
 def test_without_passages_it_is_the_plain_query(expander: Expander) -> None:
     expanded = expander.feedback(QUERY, [])
     assert expanded.fallback == "the plain query found nothing to read"
@@ -228,11 +240,12 @@ class Slow:
     """A reader that takes its time for every two prompts."""
 
     def __init__(self, seconds: float = 0.05):
-        self.seconds = seconds
+        self.seconds, self.read = seconds, 0
 
     def log_likelihoods(self, prompts: list[list[int]], *_: Any, **__: Any) -> Iterator[list[float]]:
         for at in range(0, len(prompts), 2):
             time.sleep(self.seconds)
+            self.read += len(prompts[at : at + 2])
             yield [-1.0] * len(prompts[at : at + 2])
 
     def close(self) -> None: ...
@@ -289,6 +302,28 @@ def test_it_can_be_awaited(expander: Expander) -> None:
     assert found.relevance.weights == pytest.approx(alone.relevance.weights, rel=1e-3)
 
 
+def test_a_cancelled_one_reads_no_further(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qe_edge.backends.llama_cpp import LlamaCppBackend
+
+    reader = Slow()
+    monkeypatch.setattr(LlamaCppBackend, "reader", lambda _: reader)
+    with Expander.load(gguf, passages=MOST_PASSAGES, gate=OPEN) as expander:
+
+        async def cancelled() -> None:
+            task = asyncio.create_task(expander.afeedback(QUERY, PASSAGES * MOST_PASSAGES))
+            while not reader.read:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(cancelled())
+        time.sleep(3 * reader.seconds)
+        read = reader.read
+        time.sleep(3 * reader.seconds)
+        assert read == reader.read < MOST_PASSAGES
+
+
 @pytest.mark.parametrize("wrong", [{"texts": {}}, {"tokens": 1000}, {"passages": 0}, {"temperature": 0}])
 def test_settings_out_of_bounds_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(msgspec.ValidationError):
@@ -328,6 +363,10 @@ def test_search_is_by_the_terms_of_what_the_plain_query_found(gguf: Path, tmp_pa
     assert [(hit.doc_id, hit.score) for hit in hits] == [
         (doc_id, pytest.approx(score, abs=0.01)) for doc_id, score in expected
     ]
+    with Expander.load(gguf, passages=20) as expander:
+        _, expanded = search(query, collection, expander=expander, feedback=True)
+    assert expanded.relevance
+    assert len(expanded.relevance.passages) == 20
 
 
 def test_the_command_line_searches_with_feedback(

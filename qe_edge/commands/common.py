@@ -44,6 +44,10 @@ AcceptOption = Annotated[
         help="Let in rows that `teach` marked with this problem, such as cut (others need its --keep-bad).",
     ),
 ]
+PassagesOption = Annotated[
+    int | None,
+    typer.Option("--passages", help="That feedback reads of each query (default: the model's own number)."),
+]
 WORKDIR = Path(DEFAULT_WORKDIR)
 
 

@@ -12,6 +12,7 @@ from qe_edge.commands.common import (
     AnalyzerOption,
     JsonOption,
     OutOption,
+    PassagesOption,
     RetrieverOption,
     WorkdirOption,
     emit,
@@ -182,6 +183,7 @@ def bench(
     feedback: Annotated[
         bool, typer.Option("--feedback", help="Also have each model read what the plain query finds.")
     ] = False,
+    passages: PassagesOption = None,
     analyzer: AnalyzerOption = "",
     retriever: RetrieverOption = "",
     hardware_label: Annotated[str, typer.Option(help="What to call this machine in reports.")] = "",
@@ -225,6 +227,7 @@ def bench(
         threads=threads,
         max_tokens=max_tokens,
         feedback=feedback,
+        passages=passages,
         analyzer=analyzer,
         retriever=retriever,
         label=hardware_label,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, ModelOption, WorkdirOption
+from qe_edge.commands.common import WORKDIR, ModelOption, PassagesOption, WorkdirOption
 from qe_edge.commands.use import load_expander
 from qe_edge.console import note
 from qe_edge.errors import BadArgument, require
@@ -40,6 +40,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, max=192, help="Queries that may wait beside them.")] = 64,
     deadline_ms: Annotated[float, typer.Option(min=1, help="The most that a query may take.")] = 10_000,
     budget_tokens: BudgetOption = None,
+    passages: PassagesOption = None,
     threads: ThreadsOption = None,
     cache: CacheOption = None,
     workdir: WorkdirOption = WORKDIR,
@@ -55,9 +56,8 @@ def serve(
     from qe_edge.server import Limits, create_app
 
     collections = open_collections(index, workdir)
-    expander = load_expander(
-        model, workdir, budget_tokens=budget_tokens, threads=threads, parallel=parallel, cache=cache
-    )
+    settings = {"budget_tokens": budget_tokens, "passages": passages, "threads": threads, "cache": cache}
+    expander = load_expander(model, workdir, parallel=parallel, **settings)
     expander.expand("what causes tides")  # what the first query would wait for
     hosts = ["localhost", "127.0.0.1", "[::1]", host] if loopback else None
     limits = Limits(parallel + queue, deadline_ms)
@@ -96,6 +96,7 @@ def mcp(
     model: ModelOption = None,
     index: IndexOption = None,
     budget_tokens: BudgetOption = None,
+    passages: PassagesOption = None,
     threads: ThreadsOption = None,
     cache: CacheOption = None,
     workdir: WorkdirOption = WORKDIR,
@@ -105,5 +106,6 @@ def mcp(
     from qe_edge.mcp import create_mcp
 
     collections = open_collections(index, workdir)
-    with load_expander(model, workdir, budget_tokens=budget_tokens, threads=threads, cache=cache) as expander:
+    settings = {"budget_tokens": budget_tokens, "passages": passages, "threads": threads, "cache": cache}
+    with load_expander(model, workdir, **settings) as expander:
         create_mcp(expander, collections).run("stdio")

@@ -13,6 +13,7 @@ from qe_edge.commands.common import (
     AnalyzerOption,
     JsonOption,
     ModelOption,
+    PassagesOption,
     WorkdirOption,
     emit,
     took,
@@ -107,6 +108,7 @@ def search(
         bool,
         typer.Option("--feedback", help="Expand by what the plain query finds, as the student weighs it."),
     ] = False,
+    passages: PassagesOption = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Results to show.")] = 5,
     analyzer: AnalyzerOption = "",
     workdir: WorkdirOption = WORKDIR,
@@ -120,8 +122,10 @@ def search(
 
     if plain and feedback:
         raise BadArgument("give either --plain or --feedback")
+    if passages is not None and not feedback:
+        raise BadArgument("--passages says how many feedback reads; give --feedback too")
     collection = Collection.open(dataset, workdir / "index", analyzer=analyzer)
-    expander = None if plain else load_expander(model, workdir)
+    expander = None if plain else load_expander(model, workdir, passages=passages)
     hits, expanded = verb(query, collection, expander=expander, feedback=feedback, k=k)
     lines = []
     if expander:
