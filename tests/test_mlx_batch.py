@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import get_ident
 
 import pytest
 
@@ -94,3 +95,21 @@ def test_an_answer_that_is_given_up_leaves_its_place(expander: Expander) -> None
     assert expander.expand("tides", deadline_ms=0.01).tokens == 0
     assert expander.expand("moon").text == alone
     assert len(list(expander.expand_many(QUERIES, parallel=2))) == len(QUERIES)
+
+
+def test_reading_and_writing_share_one_thread(expander: Expander, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metal's command buffers belong to all threads, so that two of them at once crash."""
+    model, threads = type(expander.backend._model), set()  # type: ignore[attr-defined]
+    call = model.__call__
+
+    def noted(self: object, *arguments: object, **settings: object) -> object:
+        threads.add(get_ident())
+        return call(self, *arguments, **settings)
+
+    monkeypatch.setattr(model, "__call__", noted)
+    with ThreadPoolExecutor(4) as pool:
+        written = [pool.submit(expander.expand, query) for query in QUERIES[:2]]
+        read = [pool.submit(expander.feedback, query, ["sea and moon"]) for query in QUERIES[:2]]
+        assert all(answer.result().tokens for answer in written)
+        assert all(answer.result().relevance for answer in read)
+    assert len(threads) == 1

@@ -29,6 +29,8 @@ class MlxBackend:
             raise BadInput(f"mlx-lm can't load this folder: {error}", path=ref.path) from None
         self._tokenizer = tokenizer._tokenizer
         self._encode = hugging_face(self._tokenizer)
+        # MLX may be used by one thread at a time: Metal's command buffers are shared by all.
+        self._thread = ThreadPoolExecutor(1)
         self.context = self._model.args.max_position_embeddings
         self.spec = read_spec(ref.path) or default_spec(ref, self._tokenizer.chat_template)
 
@@ -39,20 +41,21 @@ class MlxBackend:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def batch(self, slots: int) -> Batch:
-        return MlxBatch(self._model, slots, self.context)
+        return MlxBatch(self._model, slots, self.context, self._thread)
 
     def reader(self) -> _Reader:
-        return _Reader(self._model)
+        return _Reader(self._model, self._thread)
 
     def close(self) -> None:
+        self._thread.shutdown()
         del self._model
 
 
 class _Reader:
-    """A loaded model that reads, in one thread of its own, to which MLX's streams belong."""
+    """A loaded model that reads, in the thread where it also writes."""
 
-    def __init__(self, model: Any):
-        self._mx, self._model, self._thread = require("mlx.core", "mlx"), model, ThreadPoolExecutor(1)
+    def __init__(self, model: Any, thread: ThreadPoolExecutor):
+        self._mx, self._model, self._thread = require("mlx.core", "mlx"), model, thread
 
     def log_likelihoods(
         self, prompts: Sequence[list[int]], answer: list[int], *, prefix: int
@@ -75,4 +78,4 @@ class _Reader:
         """Nothing is kept."""
 
     def close(self) -> None:
-        self._thread.shutdown()
+        """Nothing is held."""

@@ -15,15 +15,15 @@ KEPT = 2  # prefixes: a student's prompt in each of its languages
 class MlxBatch:
     """Up to `slots` sequences over a loaded model, on mlx-lm's `BatchGenerator`.
 
-    All of it happens in one thread of its own, to which MLX's streams belong.
+    All of it happens in the one `thread` to which MLX's streams belong.
     """
 
-    def __init__(self, model: Any, slots: int, longest: int):
+    def __init__(self, model: Any, slots: int, longest: int, thread: ThreadPoolExecutor):
         self.longest = longest
         self._mx, self._model, self._slots = require("mlx.core", "mlx"), model, slots
         self._running: set[int] = set()
         self._prefixes: dict[tuple[int, ...], Any] = {}  # the one used last at the end
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = thread
         self._generator: Any = self._in_thread(self._new_generator)
 
     def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -98,4 +98,3 @@ class MlxBatch:
 
     def close(self) -> None:
         self._in_thread(self._generator.close)
-        self._thread.shutdown()
