@@ -133,8 +133,8 @@ def verify_gguf(file: Path, source: Path | Reference, *, adapter: Path | None = 
         `token_ids` ("identical"), `probes` (how many texts were tokenized), `queries` (how many of them
         were answered), `positions` (tokens of prompts and answers), and over these `logit_cosine` (the mean),
         `lowest_cosine`, `kl_divergence` (the mean, of the export's next-token distribution from the
-        source's, in nats), `answer_divergence` (the same where an answer's tokens and its end are predicted:
-        within the prompt nothing uses what a student predicts),
+        source's, in nats), `answer_divergence` (the same where an answer's tokens and what follows
+        them are predicted: within the prompt nothing uses what a student predicts),
         `top1_agreement` (the share whose likeliest next token is the same); last,
         `greedy_agreement`, how much of the source's greedy answer the export writes before it differs.
 

@@ -22,7 +22,7 @@ from qe_edge.errors import BadArgument
 from qe_edge.expansion import ExpandedQuery
 from qe_edge.gate import Gate
 from qe_edge.models import Engine, resolve
-from qe_edge.reading import PassageReader
+from qe_edge.reading import PassageReader, check_passages
 from qe_edge.spec import ModelSpec
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class Expander:
     ):
         self.backend = backend
         self.budget_tokens = backend.spec.prompt.max_tokens if budget_tokens is None else budget_tokens
-        self.passages = backend.spec.feedback.passages if passages is None else passages
+
         self._asker = Asker(
             backend,
             budget_tokens=self.budget_tokens,
@@ -60,7 +60,9 @@ class Expander:
             cache=cache,
             digest=digest,
         )
-        self._passages = PassageReader(backend, self.passages)
+        self._passages = PassageReader(
+            backend, backend.spec.feedback.passages if passages is None else passages
+        )
         self._threads: ThreadPoolExecutor | None = None
         self._room(parallel)
 
@@ -95,6 +97,8 @@ class Expander:
         Raises:
             NotFound, BadInput, NotInstalled: see `qe_edge.models.resolve` and the backends.
         """
+        if passages is not None:
+            check_passages(passages)  # before a large model is loaded
         ref = resolve(model)
         kept = ExpansionCache(cache) if isinstance(cache, str | Path) else cache
         return cls(
@@ -111,6 +115,11 @@ class Expander:
     @property
     def spec(self) -> ModelSpec:
         return self.backend.spec
+
+    @property
+    def passages(self) -> int:
+        """How many passages `feedback` reads at most."""
+        return self._passages.most
 
     @property
     def gate(self) -> Gate:

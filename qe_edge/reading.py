@@ -17,6 +17,12 @@ from qe_edge.gate import OPEN, Gate
 from qe_edge.prompt import clean_query
 
 
+def check_passages(most: int) -> None:
+    """Refuse a number of passages that can't be read."""
+    if not 1 <= most <= MOST_PASSAGES:
+        raise BadArgument(f"{most} passages can't be read, but 1 to {MOST_PASSAGES}")
+
+
 class PassageReader:
     """A student that weighs `most` passages, in as many threads as you like; see `Expander.feedback`.
 
@@ -25,9 +31,8 @@ class PassageReader:
     """
 
     def __init__(self, backend: Backend, most: int):
-        if not 1 <= most <= MOST_PASSAGES:
-            raise BadArgument(f"{most} passages can't be read, but 1 to {MOST_PASSAGES}")
-        self._backend, self._most, self._lock, self._closed = backend, most, Lock(), False
+        check_passages(most)
+        self._backend, self.most, self._lock, self._closed = backend, most, Lock(), False
         self._reader: Reader | None = None  # made when it is wanted: it has a cache of its own
 
     def feedback(
@@ -46,7 +51,7 @@ class PassageReader:
         plain = ExpandedQuery(query, "", settings.join)
         if reason := gate.before(clean_query(query), scores, languages=spec.prompt.languages):
             return replace(plain, fallback=reason)
-        heads = [settings.beginning(passage) for passage in passages[: self._most]]
+        heads = [settings.beginning(passage) for passage in passages[: self.most]]
         new = {word for head in heads for word in words_of(head)} - set(words_of(query))
         if not any(heads):
             return replace(plain, fallback="the plain query found nothing to read")
@@ -55,10 +60,8 @@ class PassageReader:
         prompts, answer, prefix = settings.encode(query, heads, spec.prompt, self._backend.tokenize)
         read: list[float] = []
         try:
-            for values in self._in_turns(prompts, answer, prefix, deadline):
+            for values in self._in_turns(prompts, answer, prefix, deadline, over or Event()):
                 read += values
-                if over and over.is_set():
-                    break
         except BadInput as error:
             if gate == OPEN:
                 raise
@@ -74,14 +77,16 @@ class PassageReader:
         )
 
     def _in_turns(
-        self, prompts: list[list[int]], answer: list[int], prefix: int, deadline: float
+        self, prompts: list[list[int]], answer: list[int], prefix: int, deadline: float, over: Event
     ) -> Iterator[list[float]]:
-        """The log-likelihoods of a few prompts after the other, up to the deadline; others' in between."""
+        """The log-likelihoods of a few prompts after the other, until it is over; others' in between."""
         reading: Iterator[list[float]] | None = None
         while (left := deadline - time.perf_counter()) > 0:
             if not self._lock.acquire(timeout=-1 if left == math.inf else min(left, TIMEOUT_MAX)):
                 return
             try:
+                if over.is_set():
+                    return
                 if self._closed:
                     raise QeEdgeError("the model was closed")
                 self._reader = self._reader or self._backend.reader()

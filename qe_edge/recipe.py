@@ -119,12 +119,15 @@ def load_recipe(
 ) -> Recipe:
     """A whole recipe; `given` has settings by section, which override the file's.
 
+    Expansions alone make no pairs where the file has none: that takes a dataset.
+
     Raises:
         NotFound, BadInput: there is none, or it doesn't fit.
     """
     content = read_recipe(path, data=data)
     for section, settings in (given or {}).items():
-        content[section] = content.get(section, {}) | settings
+        if section != "pairs" or "pairs" in content or "dataset" in settings:
+            content[section] = content.get(section, {}) | settings
     try:
         return msgspec.convert(content, Recipe)
     except msgspec.ValidationError as error:

@@ -304,17 +304,24 @@ def test_verify_catches_other_weights_and_another_spec(tiny_qwen3: Path, tmp_pat
 def test_divergence_within_the_prompt_is_told_from_that_of_answers(tiny_qwen3: Path) -> None:
     """Of answers: from the prompt's last position, which decides the first token, to the last."""
     reference = load_reference(tiny_qwen3)
-    found = []
-    for changed in (slice(0, -1), slice(-1, None)):  # of the prompt
+
+    def check(first: int, last: int) -> dict[str, Any]:
+        """With changed logits at these positions, counted from the prompt's last."""
         closeness = Closeness(reference)
-        for prompt, logits in zip(reference.prompts, reference.logits, strict=False):
+        for prompt, answer, logits in zip(
+            reference.prompts, reference.answers, reference.logits, strict=False
+        ):
             other = logits.copy()
-            positions = np.arange(len(prompt))[changed]
-            other[positions, 0] += 9.0  # one token becomes likelier
+            places = np.arange(len(logits)) - (len(prompt) - 1)
+            changed = (places >= min(first, len(answer))) & (places <= min(last, len(answer)))
+            other[changed, 0] += 9.0  # one token becomes likelier
             closeness.add(other)
-        found.append(closeness.check(Limits(-1.0, 99.0), tiny_qwen3))
-    assert found[0]["kl_divergence"] > 0 == found[0]["answer_divergence"]
-    assert found[1]["answer_divergence"] > found[1]["kl_divergence"] > 0
+        return closeness.check(Limits(-1.0, 99.0), tiny_qwen3)
+
+    within = check(-100, -1)
+    assert within["kl_divergence"] > 0 == within["answer_divergence"]
+    for one in (check(0, 0), check(1, 1), check(100, 100)):
+        assert one["answer_divergence"] > one["kl_divergence"] > 0
 
 
 def test_bits_come_from_the_name_of_a_kind() -> None:

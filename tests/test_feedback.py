@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import msgspec
@@ -240,12 +241,12 @@ class Slow:
     """A reader that takes its time for every two prompts."""
 
     def __init__(self, seconds: float = 0.05):
-        self.seconds, self.read = seconds, 0
+        self.seconds = seconds
 
     def log_likelihoods(self, prompts: list[list[int]], *_: Any, **__: Any) -> Iterator[list[float]]:
         for at in range(0, len(prompts), 2):
             time.sleep(self.seconds)
-            self.read += len(prompts[at : at + 2])
+
             yield [-1.0] * len(prompts[at : at + 2])
 
     def close(self) -> None: ...
@@ -270,7 +271,7 @@ def test_a_closed_expander_says_so(gguf: Path, tiny_qwen3: Path, engine: Any, as
     prompts = Feedback().encode(QUERY, PASSAGES, expander.spec.prompt, expander.backend.tokenize)
     expander._passages.close()
     with pytest.raises(QeEdgeError, match="closed"):
-        list(expander._passages._in_turns(*prompts, deadline=math.inf))
+        list(expander._passages._in_turns(*prompts, deadline=math.inf, over=Event()))
     expander.close()
 
 
@@ -305,23 +306,39 @@ def test_it_can_be_awaited(expander: Expander) -> None:
 def test_a_cancelled_one_reads_no_further(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qe_edge.backends.llama_cpp import LlamaCppBackend
 
-    reader = Slow()
-    monkeypatch.setattr(LlamaCppBackend, "reader", lambda _: reader)
-    with Expander.load(gguf, passages=MOST_PASSAGES, gate=OPEN) as expander:
+    reading, go_on = Event(), Event()
+    groups = []
 
-        async def cancelled() -> None:
-            task = asyncio.create_task(expander.afeedback(QUERY, PASSAGES * MOST_PASSAGES))
-            while not reader.read:
-                await asyncio.sleep(0.01)
+    class Held:
+        """A reader that is held in its first two prompts."""
+
+        def log_likelihoods(self, prompts: list[list[int]], *_: Any, **__: Any) -> Iterator[list[float]]:
+            for at in range(0, len(prompts), 2):
+                groups.append(at)
+                reading.set()
+                go_on.wait(60)
+                yield [-1.0] * len(prompts[at : at + 2])
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(LlamaCppBackend, "reader", lambda _: Held())
+
+    async def cancelled(expander: Expander) -> None:
+        # The second waits for its turn when it is cancelled.
+        tasks = [asyncio.create_task(expander.afeedback(QUERY, PASSAGES)) for _ in range(2)]
+        await asyncio.to_thread(reading.wait, 60)
+        for task in tasks:
             task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+        assert [type(found) for found in await asyncio.gather(*tasks, return_exceptions=True)] == [
+            asyncio.CancelledError
+        ] * 2
 
-        asyncio.run(cancelled())
-        time.sleep(3 * reader.seconds)
-        read = reader.read
-        time.sleep(3 * reader.seconds)
-        assert read == reader.read < MOST_PASSAGES
+    with Expander.load(gguf, gate=OPEN) as expander:
+        asyncio.run(cancelled(expander))
+        go_on.set()
+        assert expander._threads
+        expander._threads.shutdown()  # both have ended
+    assert groups == [0]
 
 
 @pytest.mark.parametrize("wrong", [{"texts": {}}, {"tokens": 1000}, {"passages": 0}, {"temperature": 0}])

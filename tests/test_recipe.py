@@ -70,6 +70,17 @@ def test_dpo_needs_pairs(tmp_path):
         load_recipe(file)
 
 
+def test_expansions_alone_make_no_pairs(tmp_path):
+    (recipe,) = (ROOT / "recipes").glob("*.toml")
+    given = {"pairs": {"expansions": ["own.jsonl"]}, "sft": {"expansions": ["own.jsonl"]}, "bench": {}}
+    loaded = load_recipe(recipe, data=tmp_path, given=given)
+    assert (loaded.pairs, loaded.sft.expansions) == (None, ("own.jsonl",))
+    given["pairs"]["dataset"] = "demo-en@train"
+    assert load_recipe(recipe, data=tmp_path, given=given).pairs.dataset == "demo-en@train"
+    with pytest.raises(BadInput, match=r"dataset.*name your data with --dataset"):
+        load_recipe("qwen3-0.6b-24gb", given={"pairs": {"expansions": ["own.jsonl"]}})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

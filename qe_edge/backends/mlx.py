@@ -13,6 +13,10 @@ from qe_edge.models import Engine, ModelRef
 from qe_edge.prompt import hugging_face
 from qe_edge.spec import read_spec
 
+# All of MLX happens here, whatever the number of models: Metal's command buffers are shared by all threads,
+# and two that evaluate at once crash.
+THREAD = ThreadPoolExecutor(1, thread_name_prefix="mlx")
+
 
 class MlxBackend:
     engine: Engine = "mlx"
@@ -24,13 +28,12 @@ class MlxBackend:
             raise BadArgument(f"{ref.name} is a hub id; export it first, then give the MLX folder")
         try:
             # Our renderer makes the prompt: only the inner tokenizer is used.
-            self._model, tokenizer = mlx_lm.load(str(ref.path))
+            self._model, tokenizer = THREAD.submit(mlx_lm.load, str(ref.path)).result()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise BadInput(f"mlx-lm can't load this folder: {error}", path=ref.path) from None
         self._tokenizer = tokenizer._tokenizer
         self._encode = hugging_face(self._tokenizer)
-        # MLX may be used by one thread at a time: Metal's command buffers are shared by all.
-        self._thread = ThreadPoolExecutor(1)
+
         self.context = self._model.args.max_position_embeddings
         self.spec = read_spec(ref.path) or default_spec(ref, self._tokenizer.chat_template)
 
@@ -41,27 +44,26 @@ class MlxBackend:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def batch(self, slots: int) -> Batch:
-        return MlxBatch(self._model, slots, self.context, self._thread)
+        return MlxBatch(self._model, slots, self.context, THREAD)
 
     def reader(self) -> _Reader:
-        return _Reader(self._model, self._thread)
+        return _Reader(self._model)
 
     def close(self) -> None:
-        self._thread.shutdown()
         del self._model
 
 
 class _Reader:
     """A loaded model that reads, in the thread where it also writes."""
 
-    def __init__(self, model: Any, thread: ThreadPoolExecutor):
-        self._mx, self._model, self._thread = require("mlx.core", "mlx"), model, thread
+    def __init__(self, model: Any):
+        self._mx, self._model = require("mlx.core", "mlx"), model
 
     def log_likelihoods(
         self, prompts: Sequence[list[int]], answer: list[int], *, prefix: int
     ) -> Iterator[list[float]]:
         for group in groups(prompts, answer, prefix):
-            yield self._thread.submit(self._read, group, answer).result()
+            yield THREAD.submit(self._read, group, answer).result()
 
     def _read(self, group: list[list[int]], answer: list[int]) -> list[float]:
         mx, longest = self._mx, max(map(len, group))

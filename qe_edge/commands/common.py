@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qe_edge.console import note
+from qe_edge.feedback import MOST_PASSAGES
 from qe_edge.workdir import DEFAULT_WORKDIR
 
 WorkdirOption = Annotated[
@@ -46,7 +47,12 @@ AcceptOption = Annotated[
 ]
 PassagesOption = Annotated[
     int | None,
-    typer.Option("--passages", help="That feedback reads of each query (default: the model's own number)."),
+    typer.Option(
+        "--passages",
+        min=1,
+        max=MOST_PASSAGES,
+        help="That feedback reads for each query (default: the model's own number).",
+    ),
 ]
 WORKDIR = Path(DEFAULT_WORKDIR)
 

@@ -21,7 +21,7 @@ def run(
     data: Annotated[Path | None, typer.Option(help="What {data} stands for in the recipe's paths.")] = None,
     dataset: Annotated[
         str | None,
-        typer.Option("--dataset", "-d", help="Judged training queries instead of the recipe's, for pairs."),
+        typer.Option("--dataset", "-d", help="Judged training queries instead of the recipe's, for DPO."),
     ] = None,
     expansions: Annotated[
         list[Path] | None,
@@ -50,9 +50,7 @@ def run(
         "sft": {"expansions": files},
         "bench": {"datasets": test, "teachers": [str(file) for file in teacher or ()]},
     }
-    # A part that nothing was given for must not make a section.
-    parts = {name: {key: value for key, value in part.items() if value} for name, part in given.items()}
-    chosen = {name: part for name, part in parts.items() if part}
+    chosen = {name: {key: value for key, value in part.items() if value} for name, part in given.items()}
     out = run_recipe(load_recipe(recipe, data=data, given=chosen), workdir=work)
     html = draw([out["bench"]], out["bench"] / "report.html")
     emit_bench(json, "run", out["bench"], report=html)

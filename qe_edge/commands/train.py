@@ -20,7 +20,7 @@ from qe_edge.commands.common import (
 )
 from qe_edge.commands.settings import flags_of
 from qe_edge.console import is_main_process
-from qe_edge.errors import BadArgument
+from qe_edge.errors import BadArgument, BadInput
 from qe_edge.records import configured
 from qe_edge.train.config import DpoConfig, SftConfig
 from qe_edge.workdir import Workdir
@@ -182,10 +182,19 @@ def train_dpo(
 
 
 def recipe_section(recipe: str | None, name: str, data: Path | None) -> dict[str, Any]:
-    """A section of a recipe as it is written; empty without a recipe."""
+    """A section of a recipe as it is written; empty without a recipe.
+
+    Raises:
+        BadInput: the recipe has no such section.
+    """
     from qe_edge.recipe import read_recipe
 
-    return read_recipe(recipe, data=data).get(name, {}) if recipe else {}
+    if not recipe:
+        return {}
+    content = read_recipe(recipe, data=data)
+    if name not in content:
+        raise BadInput(f"has no [{name}] section", path=recipe)
+    return content[name]
 
 
 def print_toml(section: str, config: Any) -> None:
