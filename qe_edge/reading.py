@@ -73,7 +73,9 @@ class PassageReader:
             prompt_tokens=prefix + sum(len(prompt) - prefix + len(answer) for prompt in prompts[: len(read)]),
             finish_reason="stop" if len(read) == len(prompts) else "deadline",
             prefill_s=time.perf_counter() - begin,
-            relevance=RelevanceModel(tuple(heads[: len(read)]), settings.weigh(read), settings.terms),
+            relevance=RelevanceModel(
+                tuple(heads[: len(read)]), settings.weigh(read, len(answer)), settings.terms
+            ),
         )
 
     def _in_turns(
