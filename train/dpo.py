@@ -58,7 +58,7 @@ def dpo(
     spec, tokenizer, shape = trained.spec, load_tokenizer(trained.base), load_config(trained.base)
     check_texts(spec, tokenizer, [(r.query, r.chosen) for r in rows if r.query.strip()][:CHECKED])
     encoded, dropped = encode_pairs(rows, spec, hugging_face(tokenizer), config.max_length)
-    note(f"dpo: {len(encoded)} pairs from {len({r.query_id for r in rows})} queries{counted(dropped)}")
+    note(f"dpo: {len(encoded)} pairs from {len({r.query for r in rows})} queries{counted(dropped)}")
     lengths = [len(row.ids) for pair in encoded for row in _rows(pair)]
     rank = 0 if trained.full else rank_of(adapter)
     needs = estimate(shape, config, on, rank=rank, longest=max(lengths), tokens=sum(lengths))

@@ -62,7 +62,7 @@ def sft(
     check_vocabulary(source, shape, tokenizer)
     check_texts(spec, tokenizer, [(r.query, r.text) for r in rows if r.query.strip()][:CHECKED])
     encoded, dropped = encode_rows(rows, spec, hugging_face(tokenizer), config.max_length, config.tasks)
-    note(f"sft: {len(encoded)} rows from {len({r.query_id for r in rows})} queries{counted(dropped)}")
+    note(f"sft: {len(encoded)} rows from {len({r.query for r in rows})} queries{counted(dropped)}")
     lengths = [len(row["input_ids"]) for row in encoded]
     full = config.tuning == "full"
     needs = estimate(
