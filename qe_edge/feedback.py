@@ -48,16 +48,15 @@ class Feedback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How passages expand a query. It travels inside the exported model.
 
     Of the best `passages` of the plain query the student reads the first `tokens` tokens each. Its
-    log-likelihoods of the query, in nats, are divided by `temperature` times the square root of the query's
-    tokens before they become weights: they differ by more than relevance does, and as sums over the tokens
-    by more the longer the query is. The `terms` heaviest terms of the mixture are joined with the query by
-    `join`.
+    log-likelihoods of the query, in nats per token, are divided by `temperature` before they become
+    weights. (Per token: as sums, those of a long query would differ so much that a single passage decides.)
+    The `terms` heaviest terms of the mixture are joined with the query by `join`.
     """
 
     texts: dict[Lang, FeedbackText] = msgspec.field(default_factory=default_texts)
     passages: Passages = 10
     tokens: Annotated[int, msgspec.Meta(ge=1, le=256)] = 64
-    temperature: Positive = 0.9
+    temperature: Positive = 0.25
     terms: Count = 60
     join: Join = Join("mass", 3)
 
@@ -87,7 +86,7 @@ class Feedback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def weigh(self, log_likelihoods: Sequence[float], tokens: int) -> tuple[float, ...]:
         """The passages' weights, whose sum is 1, by their log-likelihoods of a query of so many tokens."""
-        best, temperature = max(log_likelihoods), self.temperature * math.sqrt(tokens)
+        best, temperature = max(log_likelihoods), self.temperature * tokens
         weights = [math.exp((value - best) / temperature) for value in log_likelihoods]
         return tuple(weight / sum(weights) for weight in weights)
 

@@ -141,7 +141,7 @@ def test_a_chinese_query_gets_the_chinese_prompt(expander: Expander) -> None:
 def test_weights_are_likelihoods_softened_by_the_temperature_and_the_length_of_the_query() -> None:
     soft = Feedback(temperature=2)
     assert soft.weigh([-10, -14], 1) == pytest.approx((1 / (1 + math.e**-2), 1 / (1 + math.e**2)))
-    assert soft.weigh([-20, -28], 4) == pytest.approx(soft.weigh([-10, -14], 1))
+    assert soft.weigh([-40, -56], 4) == pytest.approx(soft.weigh([-10, -14], 1))
     assert Feedback().weigh([-4000.0], 1) == (1,)
 
 
