@@ -51,7 +51,6 @@ class Expander:
     ):
         self.backend = backend
         self.budget_tokens = backend.spec.prompt.max_tokens if budget_tokens is None else budget_tokens
-
         self._asker = Asker(
             backend,
             budget_tokens=self.budget_tokens,

@@ -33,7 +33,6 @@ class MlxBackend:
             raise BadInput(f"mlx-lm can't load this folder: {error}", path=ref.path) from None
         self._tokenizer = tokenizer._tokenizer
         self._encode = hugging_face(self._tokenizer)
-
         self.context = self._model.args.max_position_embeddings
         self.spec = read_spec(ref.path) or default_spec(ref, self._tokenizer.chat_template)
 
