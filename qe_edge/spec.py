@@ -21,6 +21,8 @@ KIND_KEY = "qe_edge.quantization"  # the kind of a quantized file, which llama.c
 PROVENANCE_KEY = "qe_edge.provenance"
 SPEC_FILE = "qe_edge.json"
 PROVENANCE_FILE = "qe_edge_provenance.json"
+# Of a spec. In 1, feedback's temperature divided the sum over a query's tokens, not their mean.
+SCHEMA_VERSION = 2
 # A spec holds a few short texts; anything larger is not one of ours.
 MAX_BYTES = 64 * 1024
 
@@ -39,10 +41,14 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     license: str = ""
     gate: Gate = Gate()
     feedback: Feedback = msgspec.field(default_factory=Feedback)  # its texts are read from a file
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
         return msgspec.json.encode(self).decode()
+
+
+class _Version(msgspec.Struct):
+    schema_version: int = 1
 
 
 def is_hub_id(model: str) -> bool:
@@ -51,12 +57,20 @@ def is_hub_id(model: str) -> bool:
 
 
 def parse_spec(content: str | bytes, *, source: Path | str) -> ModelSpec:
-    """Decode a spec and check it; a malformed or oversized one is refused by name."""
+    """Decode a spec and check it; a malformed or oversized one, or another version's, is refused by name."""
     if len(content) > MAX_BYTES:
         raise BadInput(
             f"its qe-edge spec is {len(content)} bytes, over the limit of {MAX_BYTES}", path=source
         )
     try:
+        version = msgspec.json.decode(content, type=_Version).schema_version
+        if version != SCHEMA_VERSION:
+            remedy = "update qe-edge" if version > SCHEMA_VERSION else "train and export the student again"
+            raise BadInput(
+                f"its qe-edge spec is of version {version}, and this qe-edge reads version {SCHEMA_VERSION}: "
+                + remedy,
+                path=source,
+            )
         return msgspec.json.decode(content, type=ModelSpec)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadInput(f"its qe-edge spec is malformed: {error}", path=source) from None
