@@ -140,11 +140,21 @@ def test_an_engine_runs_only_its_own_files(gguf, tiny_qwen3):
         Expander.load(tiny_qwen3, engine="llama.cpp")
 
 
-@pytest.mark.parametrize("spec", ['{"prompt": 1}', "not json", "x" * 70_000])
-def test_a_malformed_spec_in_a_file_is_refused(tiny_qwen3, tmp_path, monkeypatch, spec):
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ('{"schema_version": 2, "prompt": 1}', "malformed"),
+        ("not json", "malformed"),
+        ("x" * 70_000, "over the limit"),
+        ('{"schema_version": 1}', "of version 1, .* reads version 2: train and export the student again"),
+        ("{}", "of version 1"),
+        ('{"schema_version": 3}', "of version 3, .* update qe-edge"),
+    ],
+)
+def test_a_malformed_or_old_spec_in_a_file_is_refused(tiny_qwen3, tmp_path, monkeypatch, spec, why):
     monkeypatch.setattr(ModelSpec, "to_json", lambda self: spec)
     path = convert_gguf(tiny_qwen3, tmp_path / "bad.gguf", dtype="f16", spec=read_spec(tiny_qwen3))
-    with pytest.raises(BadInput, match="spec is"):
+    with pytest.raises(BadInput, match=f"bad.gguf.*spec is .*{why}"):
         Expander.load(path)
 
 
@@ -192,6 +202,24 @@ def test_the_built_in_student_is_tokenized_as_llama_cpp_tokenizes_it(built_in):
     ):
         for text in texts:
             assert one.backend.tokenize(text, False) == other.backend.tokenize(text, False)
+
+
+@pytest.mark.parametrize(
+    ("features", "layouts"), [(b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", False), (b"CPU : AVX2 = 1 | ", True)]
+)
+def test_weights_stay_as_they_are_where_llama_cpp_would_multiply_on_amx(gguf, monkeypatch, features, layouts):
+    import llama_cpp
+
+    chosen = []
+    load = llama_cpp.llama_model_load_from_file
+    monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: features)
+    monkeypatch.setattr(
+        llama_cpp,
+        "llama_model_load_from_file",
+        lambda path, params: chosen.append(params.use_extra_bufts) or load(path, params),
+    )
+    Expander.load(gguf).close()
+    assert chosen == [layouts]
 
 
 @pytest.mark.slow
