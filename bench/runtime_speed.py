@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qe_edge.backends.llama_cpp import kept_off_amx
 from qe_edge.console import note
 from qe_edge.datasets import load_dataset
 from qe_edge.errors import require
@@ -88,9 +89,10 @@ def _first_tokens(expander: Expander, queries: list[str]) -> tuple[float, float]
 def _llama(model: Path, threads: int, expander: Expander) -> Way:
     """Its high-level call on our prompts' token ids, with its own prefix cache."""
     llama_cpp = require("llama_cpp", "llama")
-    llama = llama_cpp.Llama(
-        str(model), n_ctx=2048, n_gpu_layers=-1, n_threads=threads, n_threads_batch=threads, verbose=False
-    )
+    with kept_off_amx(llama_cpp):
+        llama = llama_cpp.Llama(
+            str(model), n_ctx=2048, n_gpu_layers=-1, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
     end = expander.spec.prompt.end
 
     def expand(queries: list[str]) -> int:

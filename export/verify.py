@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qe_edge.backends.llama_cpp import kept_off_amx
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.probes import QUERIES, Reference, load_reference
 from qe_edge.export.quantize import KINDS, MIXED, bits_of, captured_log
@@ -144,7 +145,7 @@ def verify_gguf(file: Path, source: Path | Reference, *, adapter: Path | None = 
     llama_cpp = require("llama_cpp", "llama")
     reference = source if isinstance(source, Reference) else load_reference(source)
     longest = max(len(reference.sequence(query)) for query in range(len(QUERIES)))
-    with captured_log() as log:
+    with captured_log() as log, kept_off_amx(llama_cpp):
         try:
             llama = llama_cpp.Llama(
                 str(file),

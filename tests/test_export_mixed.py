@@ -10,6 +10,7 @@ import pytest
 from tiny import save_tiny_qwen3
 from training import SMALL_DPO, run_sft, write_task
 
+from qe_edge.backends.llama_cpp import kept_off_amx
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.export import export_model
 from qe_edge.export.adapter import convert_adapter
@@ -101,7 +102,8 @@ def test_an_effect_is_what_the_quantized_group_alone_does(merged: Path, tmp_path
         )
 
     def answers(path: Path) -> list[np.ndarray]:
-        llama = llama_cpp.Llama(str(path), n_ctx=512, logits_all=True, verbose=False)
+        with kept_off_amx(llama_cpp):
+            llama = llama_cpp.Llama(str(path), n_ctx=512, logits_all=True, verbose=False)
         found = []
         for ids, begin in rows:
             llama.reset()

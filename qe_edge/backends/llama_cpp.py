@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from qe_edge.backends import default_spec
@@ -106,6 +108,23 @@ def has_amx(lib: Any) -> bool:
     Q4_0 reads at .7 of the speed of a build that knows no AMX; other kinds and writing don't change.)
     """
     return b"AMX_INT8 = 1" in lib.llama_print_system_info()
+
+
+@contextmanager
+def kept_off_amx(lib: Any) -> Iterator[None]:
+    """The same for a `llama_cpp.Llama` that is made within, which takes no such setting."""
+    functions, defaults = lib.llama_cpp, lib.llama_cpp.llama_model_default_params
+
+    def without() -> Any:
+        params = defaults()
+        params.use_extra_bufts = not has_amx(lib)
+        return params
+
+    functions.llama_model_default_params = without
+    try:
+        yield
+    finally:
+        functions.llama_model_default_params = defaults
 
 
 def _why_unloadable(ref: ModelRef) -> str:
