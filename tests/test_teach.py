@@ -337,6 +337,15 @@ def test_a_blank_query_is_named_before_anything_is_asked(tmp_path):
 # Real models
 
 
+LLAMA_CPP_SERVER = """
+import runpy
+import llama_cpp
+from qe_edge.backends.llama_cpp import kept_off_amx
+with kept_off_amx(llama_cpp):
+    runpy.run_module("llama_cpp.server", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_a_real_llama_cpp_server_is_a_teacher(three, tmp_path):
     """llama-cpp-python's own server on loopback, with the embedded student as the teacher."""
     pytest.importorskip("llama_cpp.server.app", reason="needs llama-cpp-python[server]")
@@ -345,7 +354,7 @@ def test_a_real_llama_cpp_server_is_a_teacher(three, tmp_path):
     model = resolve("builtin:smollm2-135m").path
     port = free_port()
     server = subprocess.Popen(
-        [sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--port", str(port)],
+        [sys.executable, "-c", LLAMA_CPP_SERVER, "--model", str(model), "--port", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

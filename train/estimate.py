@@ -14,8 +14,8 @@ from qe_edge.train.config import DpoConfig, SftConfig
 from qe_edge.train.hardware import Hardware
 from qe_edge.train.lora import lora_config
 
-# The share of the device's matrix product rate that training reaches at best, as measured on a CPU with AVX2. On
-# one with AMX, where matrix products are many times as fast and nothing else is, it was .07.
+# The share of the device's matrix product rate that training reaches at best, as measured on a CPU with AVX2.
+# On one with AMX, where matrix products are many times as fast and nothing else is, it was about .06.
 EFFICIENCY = 0.35
 # TRL computes the output layer in tiles of so many tokens by so many vocabulary entries, of which a fused
 # kernel holds two in float32 at a time; on a CPU, about eight were measured.
@@ -163,7 +163,7 @@ def matmul_rate(on: Hardware) -> float:
 def announce(label: str, needs: Estimate, on: Hardware) -> None:
     """Say what a training will need, and warn where the device hasn't got it."""
     minutes, has = needs.flops / matmul_rate(on) / EFFICIENCY / 60, on.memory_gb()
-    how_long = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    how_long = f"{max(minutes, 1):.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
     note(
         f"{label}: about {max(needs.memory_gb, 0.1):.1f} GB of memory and {how_long} or more "
         f"on {on.name} in {on.precision}"
