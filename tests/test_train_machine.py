@@ -37,22 +37,26 @@ def data(tmp_path_factory):
 # Processes
 
 
-def launch(work, *command):
+def on_two_processes(*command):
     """Run on two CPU processes, as `accelerate launch` starts them; on GPUs it is the same command."""
     accelerate = Path(sys.executable).with_name("accelerate")
     start = [accelerate, "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     start += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--no_python"]
-    start += [Path(sys.executable).with_name("qe-edge"), "train", *command]
-    start += ["--batch-size", 1, "--accumulate", 1, "--logging-steps", 1, "--save-steps", 2]
-    # In float32, or the losses would agree to three digits only, where the processor has bf16.
-    start += ["--device", "cpu", "--precision", "float32", "--json", "--workdir", work]
     return subprocess.run(
-        list(map(str, start)),
+        list(map(str, [*start, *command])),
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def launch(work, *command):
+    settings = ["--batch-size", 1, "--accumulate", 1, "--logging-steps", 1, "--save-steps", 2]
+    # In float32, or the losses would agree to three digits only, where the processor has bf16.
+    settings += ["--device", "cpu", "--precision", "float32", "--json", "--workdir", work]
+    qe_edge = Path(sys.executable).with_name("qe-edge")
+    return on_two_processes(qe_edge, "train", *command, *settings)
 
 
 def test_two_processes_train_like_one_with_twice_the_batches(tiny_qwen3, data, tmp_path):
@@ -84,6 +88,32 @@ def test_two_processes_train_like_one_with_twice_the_batches(tiny_qwen3, data, t
     done = launch(tmp_path / "two", "dpo", "--pairs", pairs, "--adapter", folder, "--precompute")
     assert done.returncode != 0
     assert "leave out --precompute, or train on one" in " ".join(done.stderr.split())
+
+
+LEAVING = """
+from pathlib import Path
+from qe_edge.train.hardware import Hardware, leave_group
+
+def threads():
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum("gloo" in name for name in names)
+
+with Hardware("cpu", "float32", 2, "a CPU").main_process_first():
+    pass
+import torch
+torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+running = threads()
+leave_group()
+print(running > 0, threads())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have names in Linux's /proc")
+def test_leaving_the_group_ends_its_threads():
+    """One that is left can abort the process at its end, once in many runs."""
+    done = on_two_processes(sys.executable, "-c", LEAVING)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "True 0\n" * 2
 
 
 def test_several_gpus_without_a_launcher_are_refused(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -52,6 +53,9 @@ class Hardware(NamedTuple):
     def main_process_first(self) -> AbstractContextManager[None]:
         """The main process goes through the block before the others do."""
         accelerate = require("accelerate", "train")
+        if self.processes > 1:
+            # Its functions' default is the group there is when it is imported, which they then hold for good.
+            require("torch.distributed.nn", "train")
         # It may unpack a model or index a collection while the others wait, for longer than NCCL's minutes.
         state = accelerate.PartialState(cpu=self.device == "cpu", timeout=timedelta(hours=6))
         return state.main_process_first()
@@ -108,6 +112,19 @@ def hardware(config: TrainConfig) -> Hardware:
         int(os.environ.get("WORLD_SIZE", "1")),
         name,
     )
+
+
+def leave_group() -> None:
+    """Part with the processes that were started together: the last thing that a successful command does.
+
+    The group's threads end with its last reference. One of Gloo's that freed a tensor while the interpreter
+    ends would abort the process (https://github.com/pytorch/pytorch/pull/179291). After an error, don't: NCCL
+    would wait for the other processes.
+    """
+    torch = require("torch", "train")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # the trainer holds the group, and itself in a circle
+        torch.distributed.destroy_process_group()
 
 
 def _cpu_has_bf16() -> bool:

@@ -142,7 +142,7 @@ def train_sft(
     if show_example:
         print(example(expansions, config, workdir=work), end="")
         return
-    print_training(json, "train sft", sft(expansions, config, out=out, workdir=work))
+    end_training(json, "train sft", sft(expansions, config, out=out, workdir=work))
 
 
 @train_app.command("dpo")
@@ -178,7 +178,7 @@ def train_dpo(
     if show_example:
         print(example(pairs, adapter, config), end="")
         return
-    print_training(json, "train dpo", dpo(pairs, adapter, config, out=out, workdir=work))
+    end_training(json, "train dpo", dpo(pairs, adapter, config, out=out, workdir=work))
 
 
 def recipe_section(recipe: str | None, name: str, data: Path | None) -> dict[str, Any]:
@@ -204,9 +204,11 @@ def print_toml(section: str, config: Any) -> None:
     print(msgspec.toml.encode({section: config}).decode().rstrip())
 
 
-def print_training(json: bool, command: str, folder: Path) -> None:
+def end_training(json: bool, command: str, folder: Path) -> None:
     from qe_edge.manifest import read_record
+    from qe_edge.train.hardware import leave_group
 
+    leave_group()
     if not is_main_process():
         return
     record = read_record(folder)
