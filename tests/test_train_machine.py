@@ -102,9 +102,9 @@ with Hardware("cpu", "float32", 2, "a CPU").main_process_first():
     pass
 import torch
 torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
-running = threads()
+assert threads()
 leave_group()
-print(running > 0, threads())
+assert not threads()
 """
 
 
@@ -113,7 +113,6 @@ def test_leaving_the_group_ends_its_threads():
     """One that is left can abort the process at its end, once in many runs."""
     done = on_two_processes(sys.executable, "-c", LEAVING)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "True 0\n" * 2
 
 
 def test_several_gpus_without_a_launcher_are_refused(monkeypatch):
