@@ -127,7 +127,7 @@ def export_model(
         files = {path.name: _size(path) for path in sorted(folder.iterdir())}
         write_card(folder, spec, files, checks, calibration.importance if calibration else None)
         if ggufs := [name for name in files if name.endswith(".gguf")]:
-            write_modelfile(folder, spec, ggufs[0])
+            write_modelfile(folder, spec, min(ggufs, key=files.__getitem__))
         _write_checksums(folder)
         settings: dict[str, Any] = {
             "kinds": kinds,

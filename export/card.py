@@ -27,7 +27,8 @@ def write_card(
 
     `files` has the bytes of each file or folder, `checks` what `verify_gguf` and `verify_mlx` found.
     """
-    ggufs = [name for name in files if name.endswith(".gguf")]
+    # Smallest first: the one meant for the device, which the commands take as well.
+    ggufs = sorted((name for name in files if name.endswith(".gguf")), key=files.__getitem__)
     mlx = [name for name in files if "-mlx-" in name]
     formats = [name for name, made in (("gguf", ggufs), ("mlx", mlx)) if made]
     on_hub = is_hub_id(spec.base_model)

@@ -115,7 +115,11 @@ def test_the_folder_says_what_it_holds_and_how_to_use_it(exported: Any) -> None:
     modelfile = (out / "Modelfile").read_text()
     template = modelfile.split('"""')[1]
     assert template.replace("{{ .Prompt }}", "what causes tides") == spec.prompt.render("what causes tides")
-    assert f"FROM ./{sorted(n for n in result['files'] if n.endswith('.gguf'))[0]}\n" in modelfile
+    ggufs = [name for name in result["files"] if name.endswith(".gguf")]
+    smallest = min(ggufs, key=lambda name: (out / name).stat().st_size)
+    assert smallest != min(ggufs)  # or this would tell nothing
+    assert f"FROM ./{smallest}\n" in modelfile
+    assert f'Expander.load("{smallest}")' in body
 
 
 def test_the_cards_mlx_command_runs(exported: Any) -> None:
