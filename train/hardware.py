@@ -123,7 +123,7 @@ def leave_group() -> None:
     """
     torch = require("torch", "train")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gc.collect()  # the trainer holds the group, and itself in a circle
+        gc.collect()  # the trainer holds the group, and is part of a reference cycle
         torch.distributed.destroy_process_group()
 
 
