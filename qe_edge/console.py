@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
+from qe_edge.redact import redact
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -28,7 +30,7 @@ def is_main_process() -> bool:
 def note(message: str) -> None:
     """Tell the user something on stderr."""
     if is_main_process():
-        print(message, file=sys.stderr, flush=True)
+        print(redact(message), file=sys.stderr, flush=True)
 
 
 def quiet_transformers() -> None:

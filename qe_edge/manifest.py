@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
+from qe_edge.redact import redact
 
 MANIFEST = "run.json"
 SCHEMA_VERSION = 1
@@ -175,8 +176,8 @@ def run_record(
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,
-        "argv": sys.argv[1:],
-        "settings": settings,
+        "argv": redact(sys.argv[1:]),
+        "settings": redact(settings),
         "inputs": {
             name: {"path": _absolute(path), "sha256": sha256(path) if Path(path).exists() else None}
             for name, path in inputs.items()

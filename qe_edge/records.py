@@ -19,8 +19,10 @@ Lang = Literal["en", "zh"]
 Mode = Literal["zero-shot", "few-shot", "student"]
 
 
-Problem = Literal["empty", "refused", "wrong language", "cut", "copy of the query", "think block"]
-"""What is wrong with a teacher's answer."""
+Problem = Literal[
+    "empty", "refused", "wrong language", "cut", "copy of the query", "think block", "unreadable"
+]
+"""What is wrong with a teacher's answer; an unreadable one came, but holds no text where one belongs."""
 
 
 class Expansion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Fault = str | None
+Fault = str | tuple[int, Any] | None
+"""By name; or a status with the JSON value of its body; or none."""
 FAULTS = (
     "429",
     "429 with Retry-After",
@@ -20,7 +21,6 @@ FAULTS = (
     "cut",
     "not JSON",
     "another type",
-    "no choices",
     "not UTF-8",
 )
 
@@ -37,6 +37,8 @@ class Endpoint:
         self.fault, self.text = fault, text
         self.answers: Counter[tuple[str, int]] = Counter()
         self.requests: list[dict[str, Any]] = []
+        self.paths: list[str] = []
+        self.headers: list[dict[str, str]] = []
         self.faults: Counter[str] = Counter()
         self.flying = self.most_flying = 0
         self.finish_reason = "stop"
@@ -62,7 +64,9 @@ def serve(
             with endpoint.lock:
                 fault = endpoint.fault(len(endpoint.requests), body)
                 endpoint.requests.append(body | {"authorization": self.headers["Authorization"]})
-                endpoint.faults[fault or ""] += 1
+                endpoint.faults[str(fault or "")] += 1
+                endpoint.paths.append(self.path)
+                endpoint.headers.append(dict(self.headers))
                 endpoint.flying += 1
                 endpoint.most_flying = max(endpoint.most_flying, endpoint.flying)
             try:
@@ -93,6 +97,8 @@ def serve(
                 with endpoint.lock:
                     endpoint.answers[body["messages"][-1]["content"], body.get("seed", -1)] += 1
                 self.send(200, content)
+            elif isinstance(fault, tuple):
+                self.send(fault[0], json.dumps(fault[1]).encode())
             elif fault[:3].isdecimal():
                 code, _, message = fault.partition(" ")
                 waits = {"with Retry-After": "0.2", "come back tomorrow": "86400"}
@@ -107,8 +113,6 @@ def serve(
                 self.send(200, content[:-9])
             elif fault == "another type":
                 self.send(200, b"<html>busy</html>", {"Content-Type": "text/html"})
-            elif fault == "no choices":
-                self.send(200, json.dumps(completion | {"choices": []}).encode())
             elif fault == "not UTF-8":
                 self.send(200, content.replace(b"Moon", b"M\xff\xfen"))
 
@@ -126,7 +130,8 @@ def serve(
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    # A short look-around, or every test would wait half a second for the end.
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     endpoint.url = f"http://127.0.0.1:{server.server_port}/v1"
     try:

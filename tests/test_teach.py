@@ -132,7 +132,7 @@ def test_other_servers_words_for_the_end(three, tmp_path, reason, problem):
 
 
 def test_answers_that_are_odd_in_json_do_no_harm(three, tmp_path):
-    """Fractions and words as counts, half a surrogate pair, content in parts, and an answer broken off."""
+    """Fractions and words as counts, half a surrogate pair, and an answer broken off."""
     out = tmp_path / "out"
     with serve(text=lambda body: "Moon \ud83d gravity.") as endpoint:
         endpoint.usage = {"prompt_tokens": 100.0, "completion_tokens": "many"}
@@ -140,14 +140,10 @@ def test_answers_that_are_odd_in_json_do_no_harm(three, tmp_path):
     assert {(row.text, row.prompt_tokens, row.completion_tokens) for row in rows(out)} == {
         ("Moon ? gravity.", 100, None)
     }
-    with serve(text=lambda body: [{"type": "text", "text": "Moon."}]) as endpoint:
-        ask = AskConfig(endpoint=endpoint.url, patience=1e-6)
-        with pytest.raises(QeEdgeError, match="content is not text"):
-            teach(many(), zero_shot(), ask, out=tmp_path / "parts")
     with serve() as endpoint:
         endpoint.finish_reason = "insufficient_system_resource"
-        with pytest.raises(QeEdgeError, match="broke the answer off"):
-            teach(many(), zero_shot(), AskConfig(endpoint=endpoint.url, patience=1e-6), out=tmp_path / "off")
+        outcome = teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=tmp_path / "off")
+    assert (outcome.done, outcome.problems, len(endpoint.requests)) == (3, {"cut": 3}, 3)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -182,8 +178,8 @@ def test_a_refused_request_is_marked_and_not_sent_again(three, tmp_path, capsys,
 
 def test_when_every_request_is_refused_the_settings_are_wrong_and_nothing_is_marked(tmp_path):
     out = tmp_path / "out"
-    with serve(lambda number, body: "400 unknown field seed") as endpoint:
-        with pytest.raises(QeEdgeError, match=r"20 requests in a row failed, .*unknown field seed"):
+    with serve(lambda number, body: "400 prompt is too long") as endpoint:
+        with pytest.raises(QeEdgeError, match=r"20 requests in a row failed, .*prompt is too long"):
             teach(many(), zero_shot(), AskConfig(endpoint=endpoint.url), out=out)
         assert rows(out) == []
         endpoint.fault = lambda number, body: None

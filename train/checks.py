@@ -24,11 +24,14 @@ _THINK = re.compile(r"</?think(ing)?>", re.IGNORECASE)
 def problem_of(query: str, text: str, finish_reason: str | None = None) -> Problem | None:
     """What is wrong with the text as an expansion of the query, or None.
 
-    `finish_reason` is the endpoint's: `length` when the token budget cut the answer, `content_filter`
-    when a filter took it. An answer that adds no index term to its query's is a copy of it.
+    `finish_reason` is the endpoint's: `length` when the token budget cut the answer, `content_filter` when a
+    filter took it, `unreadable` when no text could be found in it. An answer that adds no index term to its
+    query's is a copy of it.
     """
     if finish_reason == "content_filter":
         return "refused"
+    if finish_reason == "unreadable":
+        return "unreadable"
     if _THINK.search(text):
         return "think block"
     if not text.strip():

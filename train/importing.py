@@ -70,9 +70,9 @@ def import_expansions(source: Path, config: ImportConfig, data: Dataset | None, 
     if not imported:
         raise BadInput(f"holds no expansion{f' of a query of {data}' if data else ''}", path=source)
     settings = {"dataset": str(data), **msgspec.to_builtins(config)}
-    sessions = read_record(out).get("sessions", [])
-    write_json(out / MANIFEST, run_record("teach", settings, {"import": source}, sessions=sessions))
     with Ledger(out / EXPANSIONS) as ledger:
+        sessions = read_record(out).get("sessions", [])
+        write_json(out / MANIFEST, run_record("teach", settings, {"import": source}, sessions=sessions))
         for row in imported:
             if row.key in ledger.keys:
                 counts["already there"] += 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -20,18 +20,12 @@ from qe_edge.datasets import Dataset
 from qe_edge.errors import BadArgument, QeEdgeError
 from qe_edge.manifest import MANIFEST, check_output, read_record, run_record, write_json
 from qe_edge.records import Count, Expansion, Positive
+from qe_edge.train.address import DEFAULT_KEY, read_key
 from qe_edge.train.ledger import Ledger
 from qe_edge.train.pace import LONGEST_WAIT, Budget, Pace, Stopped
 from qe_edge.train.plan import Job, Plan, TeachConfig
-from qe_edge.train.teacher import (
-    Answer,
-    EndpointTeacher,
-    LocalTeacher,
-    Request,
-    Teacher,
-    Unanswerable,
-    Unanswered,
-)
+from qe_edge.train.refusals import Refused, Unanswerable, Unanswered
+from qe_edge.train.teacher import Answer, EndpointTeacher, LocalTeacher, Request, Teacher
 
 EXPANSIONS = "expansions.jsonl"
 # So many requests in a row that no attempt could save mean that the endpoint is down.
@@ -50,7 +44,7 @@ class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """
 
     endpoint: str = ""
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str = DEFAULT_KEY
     concurrency: Count = 16
     timeout: Positive = 120.0
     patience: Positive = 900.0
@@ -61,6 +55,8 @@ class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     keep_bad: bool = False
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env):  # not shown: it may be the key itself
+            raise ValueError("api-key-env is the name of an environment variable, not the key itself")
         if self.max_cost and not (self.price_in or self.price_out):
             raise ValueError(
                 "a limit of cost needs the prices: give price-in and price-out per million tokens"
@@ -95,17 +91,19 @@ def teach(data: Dataset, config: TeachConfig, ask: AskConfig | None = None, *, o
     ask = ask or AskConfig()
     check_output(out, "teach")
     plan = Plan(data, config)
+    # A wrong address or key is told before anything is written.
+    teacher: Teacher | None = open_endpoint(ask) if ask.endpoint else None
     settings = {"dataset": str(data), **msgspec.to_builtins(config), "ask": msgspec.to_builtins(ask)}
-    record = run_record("teach", settings, {}) | {"sessions": read_record(out).get("sessions", [])}
-    write_json(out / MANIFEST, record)
     with Ledger(out / EXPANSIONS) as ledger:
+        record = run_record("teach", settings, {}) | {"sessions": read_record(out).get("sessions", [])}
+        write_json(out / MANIFEST, record)
         pending = [job for job in plan if plan.key(job) not in ledger.keys]
         outcome = Outcome(candidates=len(plan), done=len(plan) - len(pending))
         error = None
         if pending:
             where = ask.endpoint or "this machine"
             note(f"teach: {len(pending)} of {len(plan)} candidates to ask of {config.model} at {where}")
-            teacher = open_teacher(config, ask)
+            teacher = teacher or open_local(config)
             error = asyncio.run(_Session(plan, ledger, teacher, ask, outcome).run(pending))
         record["sessions"].append(msgspec.to_builtins(outcome))
         write_json(out / MANIFEST, record)
@@ -114,12 +112,13 @@ def teach(data: Dataset, config: TeachConfig, ask: AskConfig | None = None, *, o
     return outcome
 
 
-def open_teacher(config: TeachConfig, ask: AskConfig) -> Teacher:
-    """The endpoint, or the local model."""
-    if ask.endpoint:
-        # Local servers want no key, but the client wants one.
-        key = os.environ.get(ask.api_key_env) or "none"
-        return EndpointTeacher(ask.endpoint, api_key=key, timeout=ask.timeout)
+def open_endpoint(ask: AskConfig) -> EndpointTeacher:
+    """The endpoint; nothing is sent to it yet."""
+    return EndpointTeacher(ask.endpoint, api_key=read_key(ask.api_key_env), timeout=ask.timeout)
+
+
+def open_local(config: TeachConfig) -> LocalTeacher:
+    """The model on this machine."""
     if config.extra:
         raise BadArgument("extra request fields go to an endpoint; a local model takes none")
     return LocalTeacher(config.model, max_tokens=config.max_tokens)
@@ -142,6 +141,7 @@ class _Session:
         self.error: Exception | None = None
         self.problems: Counter[str] = Counter()
         self.failures_in_a_row = 0
+        self.throttled = False
         self.refused: list[Job] = []
 
     def stop(self, why: str, error: Exception | None = None) -> None:
@@ -195,7 +195,7 @@ class _Session:
             except Unanswerable as error:
                 self.refused.append(job)
                 self._failed(job, error)
-            except Unanswered as error:
+            except (Unanswered, Refused) as error:
                 self._failed(job, error)
             except OSError as error:
                 why = f"can't write {self.ledger.path}: {error.strerror or error}"
@@ -241,6 +241,9 @@ class _Session:
                 return answer
             except Unanswered as error:
                 if error.throttled:
+                    if not self.throttled:
+                        self.throttled = True
+                        note(f"teach: the endpoint asks for fewer requests, which it gets: {error}")
                     if wait := self.pace.throttled(started, error.retry_after):
                         note(f"teach: the endpoint's rate limit holds everything back for {wait:.0f} s")
                     continue

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from typing import Any, Literal, Protocol
 
 import msgspec
 
-from qe_edge.errors import BadInput, NotFound, QeEdgeError, require
+from qe_edge.errors import BadInput, require
 from qe_edge.prompt import encode
+from qe_edge.redact import Secrets
+from qe_edge.train.address import Address
+from qe_edge.train.refusals import Unanswerable, Unanswered, what_it_means
 
-# No request of this kind will be answered: wrong key, no credit, no such model.
-_HOPELESS = {401, 402, 404}
-# The endpoint is busy or broken; the same request may be answered later.
-_PASSING = {408, 409, 425, 429}
 # finish_reason in the words of several servers: vLLM, DeepSeek, Mistral, Gemini.
 _ENDED = ("stop", "STOP", "eos", "end_turn", "stop_sequence")
-_BROKEN_OFF = ("abort", "error", "insufficient_system_resource")
+_TEXTS = ("text", "output_text")  # the types of parts that hold the answer
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -39,24 +39,15 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What came back; token counts are None where the endpoint gave none."""
+    """What came back; token counts are None where the endpoint gave none.
+
+    `unreadable` is an answer that came and may have been paid for, but holds no text where one belongs.
+    """
 
     text: str
-    finish_reason: Literal["stop", "length", "content_filter"]
+    finish_reason: Literal["stop", "length", "content_filter", "unreadable"]
     prompt_tokens: int | None
     completion_tokens: int | None
-
-
-class Unanswered(Exception):
-    """No usable answer this time. `throttled` says that the endpoint asked for fewer requests."""
-
-    def __init__(self, why: str, *, throttled: bool = False, retry_after: float | None = None):
-        super().__init__(why)
-        self.throttled, self.retry_after = throttled, retry_after
-
-
-class Unanswerable(Exception):
-    """The endpoint refuses this very request (too long, filtered); asking again would change nothing."""
 
 
 class Teacher(Protocol):
@@ -68,12 +59,25 @@ class Teacher(Protocol):
 
 
 class EndpointTeacher:
-    """An OpenAI-compatible endpoint. Retrying is the caller's: it knows of all requests, not of one."""
+    """An OpenAI-compatible endpoint. Retrying is the caller's: it knows of all requests, not of one.
+
+    Raises:
+        BadArgument: the address, the key or the proxy that the environment names can't be used.
+    """
 
     def __init__(self, url: str, *, api_key: str, timeout: float):
         openai = require("openai", "teach")
-        self._url, self._timeout = url, timeout
-        self._client = openai.AsyncOpenAI(base_url=url, api_key=api_key, max_retries=0, timeout=timeout)
+        address = Address.parse(url)
+        self._url, self._timeout = address.base, timeout
+        self._secrets = Secrets(api_key, address.password, *address.query.values())
+        self._client = openai.AsyncOpenAI(
+            base_url=address.base,
+            default_query=address.query,
+            api_key=api_key,
+            http_client=address.client(),
+            max_retries=0,
+            timeout=timeout,
+        )
 
     async def ask(self, request: Request) -> Answer:
         import openai
@@ -91,7 +95,7 @@ class EndpointTeacher:
         try:
             # The client's own time limit is for each read; an answer that trickles in would escape it.
             async with asyncio.timeout(self._timeout):
-                completion = await self._client.chat.completions.create(
+                response = await self._client.chat.completions.with_raw_response.create(
                     model=request.model,
                     messages=messages,
                     # null takes a field out, such as max_tokens where a model wants another name for it
@@ -100,87 +104,97 @@ class EndpointTeacher:
         except (TimeoutError, openai.APITimeoutError):
             raise Unanswered(f"no answer within {self._timeout:g} s") from None
         except openai.APIStatusError as error:
-            raise self._refusal(error, request.model) from None
+            raise self._refusal(error.status_code, error.body, error.response, request) from None
         except openai.APIConnectionError as error:
-            raise Unanswered(f"connection failed: {error.__cause__ or error}") from None
-        except (openai.OpenAIError, ValueError) as error:  # not JSON, or not in UTF-8
+            raise Unanswered(f"connection failed: {self._secrets.hide(error.__cause__ or error)}") from None
+        try:
+            content = _decode(response.http_response.content)
+        except ValueError as error:  # not JSON, or not in UTF-8
             raise Unanswered(f"not a valid answer: {error}") from None
-        return _answer(completion)
+        if isinstance(content, dict) and content.get("error") and not content.get("choices"):
+            raise self._refusal(200, content["error"], response.http_response, request)
+        return read_answer(content)
 
-    def _refusal(self, error: Any, model: str) -> Exception:
-        """What an HTTP status means for us."""
-        status, said = error.status_code, _message(error)
-        if status in _HOPELESS or error.code == "insufficient_quota":
-            kind = NotFound if status == 404 else QeEdgeError
-            return kind(f"{self._url} answers {status} for the model {model!r}: {said}")
-        if status in _PASSING or status >= 500:
-            wait = _seconds(error.response.headers.get("retry-after"))
-            return Unanswered(f"{status}: {said}", throttled=status == 429, retry_after=wait)
-        return Unanswerable(f"{status}: {said}")
+    def _refusal(self, status: int, said: Any, response: Any, request: Request) -> Exception:
+        said = response.text if said is None else said
+        where = self._url, request.model
+        return what_it_means(status, said, response.headers, where=where, hide=self._secrets.hide)
 
     async def close(self) -> None:
         await self._client.close()
 
 
-def _answer(completion: Any) -> Answer:
-    """The first choice of a chat completion; the client doesn't check what the server sent.
+def read_answer(content: Any) -> Answer:
+    """The first choice of a chat completion, from the JSON value of its body.
+
+    Whatever the value is, it is an answer, which was counted and paid for: it is never asked for again.
+    """
+    usage = content.get("usage") if isinstance(content, dict) else None
+    counts = usage if isinstance(usage, dict) else {}
+    text, finish = _first_choice(content)
+    return Answer(
+        text=text.encode("utf-8", "replace").decode(),  # JSON may hold half a surrogate pair
+        finish_reason=finish,
+        prompt_tokens=_count(counts.get("prompt_tokens")),
+        completion_tokens=_count(counts.get("completion_tokens")),
+    )
+
+
+def _first_choice(content: Any) -> tuple[str, Literal["stop", "length", "content_filter", "unreadable"]]:
+    try:
+        choice = content["choices"][0]
+        message = choice["message"]
+        text = _text(message.get("content"))
+        refused, reason = message.get("refusal"), choice.get("finish_reason") or "stop"
+    except (AttributeError, TypeError, LookupError):
+        return "", "unreadable"
+    if refused or reason == "content_filter":
+        return text or "", "content_filter"
+    if text is None:
+        return "", "unreadable"
+    # Also other words for no proper end, such as that of a server that broke it off.
+    return text, "stop" if reason in _ENDED else "length"
+
+
+def _text(content: Any) -> str | None:
+    """A message's text, which may come in parts: those that hold the model's thoughts are left out.
+
+    None: it holds no text at all.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = content if isinstance(content, list) else [content]
+    texts = [
+        part if isinstance(part, str) else part["text"]
+        for part in parts
+        if isinstance(part, str)
+        or (
+            isinstance(part, dict)
+            and part.get("type", "text") in _TEXTS
+            and isinstance(part.get("text"), str)
+        )
+    ]
+    return "".join(texts) if texts else None
+
+
+def _decode(body: bytes) -> Any:
+    """The JSON value of a body.
 
     Raises:
-        Unanswered: the body was JSON, but no chat completion with text in it, or the server broke it off.
+        ValueError: it is no JSON, or not in UTF-8.
     """
     try:
-        choice = completion.choices[0]
-        text = choice.message.content
-        refused = getattr(choice.message, "refusal", None)
-        reason = choice.finish_reason or "stop"
-    except (AttributeError, TypeError, IndexError):
-        raise Unanswered("the answer holds no choice") from None
-    if not isinstance(text, str | None):
-        raise Unanswered("the answer's content is not text")
-    if reason in _BROKEN_OFF:
-        raise Unanswered(f"the endpoint broke the answer off ({reason})")
-    finish: Literal["stop", "length", "content_filter"] = "length"  # also other words for no proper end
-    if refused or reason == "content_filter":
-        finish = "content_filter"
-    elif reason in _ENDED:
-        finish = "stop"
-    usage = getattr(completion, "usage", None)
-    return Answer(
-        text=(text or "").encode("utf-8", "replace").decode(),  # JSON may hold half a surrogate pair
-        finish_reason=finish,
-        prompt_tokens=_count(getattr(usage, "prompt_tokens", None)),
-        completion_tokens=_count(getattr(usage, "completion_tokens", None)),
-    )
+        # The standard library's takes half a surrogate pair too; and floats are numbers of any length.
+        return json.loads(body.decode("utf-8-sig"), parse_int=float)
+    except RecursionError:  # nested too deeply for it, but an answer
+        return None
 
 
 def _count(value: Any) -> int | None:
     """A number of tokens, however the server wrote it; None if it isn't one."""
     try:
-        return int(value) if int(value) == float(value) and int(value) >= 0 else None
+        return int(value) if int(value) == float(value) and 0 <= int(value) < 2**53 else None
     except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def _message(error: Any) -> str:
-    body = error.body
-    said = body.get("message") if isinstance(body, dict) else None
-    return " ".join(str(said or error.message).split())[:300]
-
-
-def _seconds(header: str | None) -> float | None:
-    """Retry-After, which is a number of seconds or a date (RFC 9110)."""
-    import time
-    from email.utils import parsedate_to_datetime
-
-    if header is None:
-        return None
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
         return None
 
 

@@ -9,6 +9,7 @@ import typer
 
 from qe_edge.console import note
 from qe_edge.feedback import MOST_PASSAGES
+from qe_edge.redact import redact
 from qe_edge.workdir import DEFAULT_WORKDIR
 
 WorkdirOption = Annotated[
@@ -81,10 +82,10 @@ def emit(
             "schema_version": 1,
             "command": command,
             "status": status,
-            "inputs": inputs or {},
+            "inputs": redact(inputs or {}),
             "artifacts": artifacts or {},
             "metrics": metrics or {},
-            "warnings": warnings or [],
+            "warnings": redact(warnings or []),
         }
         text = msgspec.json.encode(envelope, enc_hook=str).decode()
     print(text)
