@@ -1,12 +1,13 @@
 """Text -> index terms, and which language a text is in.
 
-English: words of two characters and more, stop words out, stems by Snowball's English stemmer
+Every text is folded first (`fold`), documents and queries alike. English: words of two characters and more, stop words out, stems by Snowball's English stemmer
 (Porter2). Chinese: overlapping bigrams of Han characters as in Lucene's CJKAnalyzer, or jieba's words.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable
 from functools import cache
 
@@ -18,28 +19,55 @@ Analyzer = Callable[[str], list[str]]
 # Ideographs (with extensions and the iteration mark), kana and Hangul: the scripts CJKAnalyzer bigrams.
 _CJK = "\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u3040-\u30ff\uac00-\ud7af"
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+# Latin letters as folding leaves them.
+_LATIN = re.compile(
+    "[a-z\u00df-\u00f6\u00f8-\u02af\u1d00-\u1d25\u1e00-\u1eff\u2c60-\u2c7f\ua722-\ua7ff\uab30-\uab6f]"
+)
 _WORD = re.compile(r"\b\w\w+\b")
+# Unicode's format characters (category Cf: soft hyphen, zero-width and direction marks, tags), and the
+# variation selectors and fillers that nothing is seen of either.
+_UNSEEN = re.compile(
+    "[\u00ad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160\u180b-\u180f\u200b-\u200f"
+    "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000110bd\U000110cd"
+    "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001-\U000e0fff]"
+)
 _CJK_OR_WORD = re.compile(rf"([{_CJK}]+)|([^\W{_CJK}]+)")
 
 
-def detect_language(text: str) -> Lang:
-    """`zh` when at least a fifth of the letters are Han characters, else `en`.
+def fold(text: str) -> str:
+    """What a text is compared as: what looks alike, or is written alike, becomes the same characters.
 
-    A Han character carries about as much as a short word, so a low share already means Chinese.
+    Characters that nothing is seen of are dropped; Unicode form NFKC composes accents and takes full and half
+    width, ligatures and the like apart; then lower case. Folding a folded text changes nothing.
     """
+    if text.isascii():
+        return text.lower()
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", _UNSEEN.sub("", text)).lower())
+
+
+def detect_language(text: str) -> Lang:
+    """`other` when most letters are neither Latin nor Han; else `zh` from a fifth of Han characters on, or `en`.
+
+    A Han character carries about as much as a short word, so a low share already means Chinese. A text
+    without letters is taken for English.
+    """
+    text = fold(text)
     letters = sum(c.isalpha() for c in text)
-    return "zh" if letters and len(_HAN.findall(text)) / letters >= 0.2 else "en"
+    han = len(_HAN.findall(text))
+    if 2 * (han + len(_LATIN.findall(text))) < letters:
+        return "other"
+    return "zh" if letters and han / letters >= 0.2 else "en"
 
 
 def count_words(text: str) -> int:
     """Words, every Han, kana or Hangul character counting as one: a length that needs no tokenizer."""
-    return sum(1 if word else len(cjk) for cjk, word in _CJK_OR_WORD.findall(text))
+    return sum(1 if word else len(cjk) for cjk, word in _CJK_OR_WORD.findall(fold(text)))
 
 
 def words_of(text: str, *, cjk: int = 2) -> list[str]:
-    """Words in lower case as they stand, and overlapping pieces of `cjk` characters of Chinese."""
+    """Folded words as they stand, and overlapping pieces of `cjk` characters of Chinese."""
     terms: list[str] = []
-    for run, word in _CJK_OR_WORD.findall(text.lower()):
+    for run, word in _CJK_OR_WORD.findall(fold(text)):
         terms += [word] if word else [run[i : i + cjk] for i in range(max(1, len(run) - cjk + 1))]
     return terms
 
@@ -58,7 +86,7 @@ def _english() -> Analyzer:
     stop, stem = stop_words(), Stemmer.Stemmer("english").stemWords
 
     def analyze(text: str) -> list[str]:
-        return stem([word for word in _WORD.findall(text.lower()) if word not in stop])
+        return stem([word for word in _WORD.findall(fold(text)) if word not in stop])
 
     return analyze
 
@@ -72,13 +100,14 @@ def _jieba() -> Analyzer:
     jieba.setLogLevel("WARNING")  # its start-up notes go to stderr
 
     def analyze(text: str) -> list[str]:
-        return [word for word in jieba.cut_for_search(text.lower()) if any(c.isalnum() for c in word)]
+        return [word for word in jieba.cut_for_search(fold(text)) if any(c.isalnum() for c in word)]
 
     return analyze
 
 
 _ANALYZERS: dict[str, Callable[[], Analyzer]] = {"english": _english, "cjk": _cjk, "jieba": _jieba}
-_DEFAULT: dict[Lang, str] = {"en": "english", "zh": "cjk"}
+# Of other languages: words as they stand, which no stemmer for English spoils, and pieces of kana and Hangul.
+_DEFAULT: dict[Lang, str] = {"en": "english", "zh": "cjk", "other": "cjk"}
 
 
 @cache

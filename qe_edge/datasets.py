@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -68,9 +69,10 @@ class Dataset:
 
     @cached_property
     def lang(self) -> Lang:
-        """The language of most of the queries."""
-        chinese = sum(detect_language(text) == "zh" for text in self.queries.values())
-        return "zh" if chinese * 2 > len(self.queries) else "en"
+        """The language of most of the queries, English if none is."""
+        found = Counter(map(detect_language, self.queries.values()))
+        lang, most = found.most_common(1)[0] if found else ("en", 0)
+        return lang if most * 2 > len(self.queries) else "en"
 
     def __str__(self) -> str:
         return f"{self.name}@{self.split}" if self.split else self.name

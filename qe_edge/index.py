@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from qe_edge.datasets import Dataset
 
 K1, B = 0.9, 0.4
-FORMAT = "v2"  # of the files of an index; one of another format is built anew, beside it
+# Of an index's files and terms; one of another format is built anew, beside it. 3: texts are folded.
+FORMAT = 3
 _META, _IDS, _VOCAB = "qe_edge_index.json", "ids.bin", "vocab.json"
 
 Ranking = list[tuple[str, float]]
@@ -45,6 +46,11 @@ class IndexMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     k1: float
     b: float
     documents: int
+    format: int = FORMAT
+
+
+class _Format(msgspec.Struct):
+    format: int = 2  # which did not say so
 
 
 class Index:
@@ -92,7 +98,7 @@ class Index:
         """The index of a data set's documents, kept under `cache`; its language decides the analyzer."""
         analyzer = analyzer or analyzer_for(dataset.lang)
         get_analyzer(analyzer)
-        folder = cache / f"{dataset.collection_hash()[:16]}-{analyzer}-{FORMAT}"
+        folder = cache / f"{dataset.collection_hash()[:16]}-{analyzer}-v{FORMAT}"
         if not folder.exists():
             with atomic_path(folder) as partial:
                 partial.mkdir()
@@ -105,12 +111,17 @@ class Index:
 
         Raises:
             NotFound: there is no index.
-            BadInput: it is damaged.
+            BadInput: it is damaged, or of another format.
         """
         folder = Path(folder)
         if not (folder / _META).is_file():
             raise NotFound(f"{folder}: no index there")
         try:
+            made = msgspec.json.decode((folder / _META).read_bytes(), type=_Format).format
+            if made != FORMAT:
+                raise BadInput(
+                    f"an index of format {made}, and this qe-edge reads {FORMAT}; build it again", path=folder
+                )
             return cls(folder)
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             raise BadInput(

@@ -207,12 +207,12 @@ class TeacherPrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The system and the user message: few-shot with exemplars, zero-shot without.
 
         Raises:
-            BadInput: the query is blank, or in a language the prompt has no text for.
+            BadInput: the query is blank, or Chinese or English and the prompt has no text for that.
         """
         lang = detect_language(query)
-        if lang not in self.texts:
+        if lang not in self.texts and lang != "other":
             raise BadInput(f"the prompt {self.id} has no text in the language {lang!r} of {query!r}")
-        text = self.texts[lang]
+        text = self.texts.get(lang) or next(iter(self.texts.values()))
         shown = "".join(_fill(text.exemplar, query=e.query, passage=e.passage) for e in exemplars)
         template = text.few_shot if exemplars else text.zero_shot
         return text.system, _fill(template, query=clean_query(query), exemplars=shown)

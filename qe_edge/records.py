@@ -15,7 +15,8 @@ import msgspec
 
 from qe_edge.errors import BadArgument, BadInput, NotFound
 
-Lang = Literal["en", "zh"]
+Lang = Literal["en", "zh", "other"]
+"""English, Chinese, or what is mostly written in neither Latin nor Han letters."""
 Mode = Literal["zero-shot", "few-shot", "student"]
 
 

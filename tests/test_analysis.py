@@ -1,7 +1,13 @@
-import pytest
+import sys
+import unicodedata
 
-from qe_edge.analysis import detect_language, get_analyzer
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qe_edge.analysis import count_words, detect_language, fold, get_analyzer, words_of
 from qe_edge.errors import BadArgument
+from qe_edge.join import Join
 
 
 @pytest.mark.parametrize(
@@ -32,6 +38,16 @@ def test_jieba_cuts_words():
         ("iPhone 怎么截屏", "zh"),
         ("", "en"),
         ("2023", "en"),
+        ("naïve Ｂａｙｅｓ 𝐛𝐨𝐥𝐝", "en"),
+        ("what is α in statistics", "en"),
+        ("新世紀エヴァ是什么", "zh"),
+        ("почему небо голубое", "other"),
+        ("なぜ空は青いのですか", "other"),
+        ("ﾅｾﾞ", "other"),
+        ("하늘은 왜 파란가요", "other"),
+        ("لماذا السماء زرقاء", "other"),
+        ("ทำไมท้องฟ้าเป็นสีฟ้า", "other"),
+        ("Ελλάδα", "other"),
     ],
 )
 def test_language(text, language):
@@ -41,3 +57,49 @@ def test_language(text, language):
 def test_an_unknown_analyzer_lists_the_known_ones():
     with pytest.raises(BadArgument, match="english, cjk, jieba"):
         get_analyzer("german")
+
+
+ALIKE = [
+    ("brûlée", unicodedata.normalize("NFD", "brûlée"), "brûlée"),
+    ("AI", "ＡＩ", "ai"),
+    ("カタカナ", "ｶﾀｶﾅ", "カタカナ"),
+    ("ガ行", "ｶﾞ行", "ガ行"),
+    ("한국어", unicodedata.normalize("NFD", "한국어"), "한국어"),
+    ("finance", "\ufb01nance", "finance"),
+    ("cooperation", "co\u00adoper\u00adation", "cooperation"),
+    ("tides", "\ufefft\u200bi\u200dd\u2060es", "tides"),
+    ("葛城", "葛\U000e0100城", "葛城"),
+    ("豈不", "\uf900不", "豈不"),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "folded"), ALIKE)
+def test_what_is_written_alike_matches_in_every_analyzer(one, other, folded):
+    assert fold(one) == fold(other) == folded
+    for analyze in (words_of, count_words, get_analyzer("english"), get_analyzer("cjk")):
+        assert analyze(f"x1 {one} y1") == analyze(f"x1 {other} y1")
+    jieba = pytest.importorskip("jieba") and get_analyzer("jieba")
+    assert jieba(one) == jieba(other)
+
+
+@pytest.mark.parametrize(("one", "other", "_"), ALIKE)
+def test_what_is_written_alike_is_found_either_way(one, other, _):
+    from qe_edge.index import Index
+
+    for indexed, asked in ((one, other), (other, one)):
+        index = Index.build([("a", f"the {indexed} here"), ("b", "elsewhere")], analyzer="cjk")
+        assert index.search_text(asked, join=Join())[0][0] == "a"
+
+
+@given(st.text())
+def test_folding_is_final_and_blind_to_normal_forms(text):
+    folded = fold(text)
+    assert fold(folded) == folded
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        assert fold(unicodedata.normalize(form, text)) == folded
+
+
+def test_every_format_character_is_dropped():
+    seen = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) == "Cf" and fold(c)]
+    assert seen == []
+    assert fold("a\ufe0fb\u034fc") == "abc"

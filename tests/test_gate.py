@@ -19,6 +19,10 @@ def test_what_needs_no_expansion() -> None:
     assert gate.before("tides", [0.0, 0.0]) == ""
     assert gate.before("潮汐", languages=["en"]) == "the query is in zh, the student writes en"
     assert gate.before("潮汐", languages=["en", "zh"]) == ""
+    reason = "the query is neither in Latin nor in Chinese letters, the student writes en and zh"
+    for query in ("что вызывает приливы", "なぜ空は青いのですか", "하늘은 왜 파란가요", "لماذا السماء زرقاء"):
+        assert gate.before(query, languages=["en", "zh"]) == reason
+        assert OPEN.before(query, languages=["en"]) == ""
 
 
 @pytest.mark.parametrize(
@@ -34,6 +38,8 @@ def test_what_needs_no_expansion() -> None:
         ("潮汐的成因", "the moon pulls the sea", "it is not in the query's language, zh"),
         ("潮汐的成因", "月球的引力", ""),
         ("潮汐", "潮汐", "it adds nothing to the query"),
+        ("tides", "приливы и отливы", "it is not in the query's language, en"),
+        ("cafe\u0301 menu", "Ｃａｆé Me\u00adnu", "it adds nothing to the query"),
     ],
 )
 def test_what_is_not_used(query: str, text: str, reason: str) -> None:

@@ -1,3 +1,4 @@
+import json
 import random
 
 import bm25s
@@ -121,3 +122,14 @@ def test_the_best_are_found_among_many_blocks(documents: int) -> None:
         ranked = sorted((-score, place) for place, score in enumerate(scores.tolist()) if score > 0)
         for k in (1, 3, 10, 1000):
             assert _top(scores, k) == [(place, -score) for score, place in ranked[:k]]
+
+
+def test_an_index_of_another_format_is_refused_by_name(tmp_path):
+    Index.write([("d1", "The moon.")], tmp_path, analyzer="english")
+    meta = tmp_path / "qe_edge_index.json"
+    content = json.loads(meta.read_text())
+    for made, told in ((None, 2), (9, 9)):
+        content.pop("format", None)
+        meta.write_text(json.dumps(content if made is None else content | {"format": made}))
+        with pytest.raises(BadInput, match=f"an index of format {told}, and this qe-edge reads 3"):
+            Index.open(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Iterable
 from itertools import chain, islice
 from typing import Literal, NamedTuple
@@ -16,7 +17,7 @@ from qe_edge.records import Lang
 
 Rule = Literal["random", "bm25"]
 # Characters; a longer passage is cut at a sentence's end. Exemplars are paid for with every request.
-LONGEST = {"en": 600, "zh": 200}
+LONGEST: dict[Lang, int] = {"en": 600, "zh": 200, "other": 600}
 
 
 class Exemplars:
@@ -37,14 +38,14 @@ class Exemplars:
         self._judged = expanded.qrels if _folder(source) == _folder(expanded) else {}
         pool = _pool(source, _held_out(source, expanded))
         random.Random(seed).shuffle(pool)
-        self._pool: dict[Lang, list[_Shown]] = {"en": [], "zh": []}
+        self._pool: defaultdict[Lang, list[_Shown]] = defaultdict(list)
         for shown in pool:
             self._pool[detect_language(shown.exemplar.query)].append(shown)
         self._index: dict[Lang, Index] = {}
         self._chosen: dict[str, list[Exemplar]] = {}
 
     def of(self, query_id: str, query: str) -> list[Exemplar]:
-        """The query's exemplars, in its own language.
+        """The query's exemplars, in its own language; English ones where that is neither Chinese nor there.
 
         Raises:
             BadInput: the pool holds too few.
@@ -68,6 +69,8 @@ class Exemplars:
 
     def _ranked(self, query: str) -> Iterable[_Shown]:
         lang = detect_language(query)
+        if lang == "other" and not self._pool[lang]:
+            lang = "en"
         pool = self._pool[lang]
         if self.rule == "random" or not pool:
             return pool
