@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from qe_edge.datasets import BUILTIN, builtin_folder
+from qe_edge.console import shown
+from qe_edge.datasets import BUILTIN, builtin_folder, split_name
 from qe_edge.errors import BadInput
 from qe_edge.models import resolve
 from qe_edge.workdir import Workdir
 
 
 def parse_model(text: str) -> tuple[str, str]:
-    """`MODEL` or `LABEL=MODEL` -> (label for tables, model); a file's or folder's label is its name."""
+    """`MODEL` or `LABEL=MODEL` -> (label for tables, model); a file's or folder's label is its name.
+
+    What exists as it is written is a model, whatever it holds.
+    """
     label, equals, model = text.partition("=")
-    if equals and "/" not in label:
+    if equals and "/" not in label and not Path(text).exists():
         return label, model
     ref = resolve(text)
-    return (ref.path.name if ref.path and not text.startswith("builtin:") else text), text
+    return shown(ref.path.name if ref.path and not text.startswith("builtin:") else text), text
 
 
 def default_models(workdir: Workdir) -> list[str]:
     """The GGUF files of the newest export."""
     folder = workdir.newest("export")
-    models = sorted(str(path) for path in folder.glob("*.gguf"))
+    models = sorted(str(path) for path in folder.glob("[!.]*.gguf"))
     if not models:
         raise BadInput("holds no .gguf file; name the models to run with --model", path=folder)
     return models
@@ -32,7 +37,7 @@ def default_teachers(datasets: Sequence[str]) -> list[str]:
     """The teacher expansions that ship with the built-in data sets among these."""
     found = []
     for name in datasets:
-        base, _, split = name.partition("@")
-        if base in BUILTIN:
+        base, split = split_name(name)
+        if base in BUILTIN and not Path(base).is_dir():
             found.append(str(builtin_folder(base) / "expansions" / f"{split or 'test'}.jsonl"))
     return found

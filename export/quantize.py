@@ -93,7 +93,7 @@ def quantize_gguf(
     if types:
         params.tt_overrides = _types_array(types)
     with atomic_path(out) as partial, captured_log() as log:
-        paths = str(source).encode(), str(partial).encode()
+        paths = os.fsencode(source), os.fsencode(partial)
         if llama_cpp.llama_model_quantize(*paths, ctypes.byref(params)) != 0:
             said = "; ".join(log[-3:])
             # llama.cpp's own words for a full disk are those of C++.

@@ -16,6 +16,7 @@ from qe_edge.backends.llama_cpp import kept_off_amx
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.probes import QUERIES, Reference, load_reference
 from qe_edge.export.quantize import KINDS, MIXED, bits_of, captured_log
+from qe_edge.lines import read_lines
 from qe_edge.manifest import MANIFEST, read_record, sha256
 from qe_edge.prompt import Tokenize, hugging_face
 from qe_edge.spec import GGUF_KEY, KIND_KEY, ModelSpec, parse_spec, read_spec
@@ -107,9 +108,8 @@ def check_sums(path: Path) -> int:
     if not sums.is_file():
         raise BadInput(f"has no {CHECKSUMS} beside it, so nothing tells whether it is whole", path=path)
     try:
-        lines = sums.read_text(encoding="utf-8").splitlines()
-        listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except (UnicodeDecodeError, ValueError):
+        listed = {name: digest for digest, name in (line.split("  ", 1) for _, line in read_lines(sums))}
+    except ValueError:
         raise BadInput("isn't a list of checksums as sha256sum writes it", path=sums) from None
     own = {name: digest for name, digest in listed.items() if Path(name).parts[:1] == (path.name,)}
     if not own:

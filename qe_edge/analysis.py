@@ -1,7 +1,8 @@
 """Text -> index terms, and which language a text is in.
 
-Every text is folded first (`fold`), documents and queries alike. English: words of two characters and more, stop words out, stems by Snowball's English stemmer
-(Porter2). Chinese: overlapping bigrams of Han characters as in Lucene's CJKAnalyzer, or jieba's words.
+Every text is folded first (`fold`), documents and queries alike. English: words of two characters and more,
+stop words out, stems by Snowball's English stemmer (Porter2). Chinese: overlapping bigrams of Han characters
+as in Lucene's CJKAnalyzer, or jieba's words.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def fold(text: str) -> str:
 
 
 def detect_language(text: str) -> Lang:
-    """`other` when most letters are neither Latin nor Han; else `zh` from a fifth of Han characters on, or `en`.
+    """`other` when most letters are neither Latin nor Han, `zh` when at least a fifth are Han, else `en`.
 
     A Han character carries about as much as a short word, so a low share already means Chinese. A text
     without letters is taken for English.

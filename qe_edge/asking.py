@@ -206,11 +206,9 @@ class Stream:
             while answer and not done:
                 done = answer.done  # looked at first: another caller may write the rest meanwhile
                 text = self._asker.completed(answer, beyond=len(answer.tokens)).text
-                # A character may need more than one token; llama.cpp shows a mark instead until it is whole.
-                whole = text if done else text.rstrip("\ufffd")
-                if len(whole) > len(shown):
-                    yield whole[len(shown) :]
-                    shown = whole
+                if len(text) > len(shown):
+                    yield text[len(shown) :]
+                    shown = text
         finally:
             if answer and not answer.done:
                 self._asker.abandon(self._asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -17,7 +18,9 @@ from qe_edge.commands.serve import mcp, serve
 from qe_edge.commands.teach import teach
 from qe_edge.commands.train import merge, pairs, train_app
 from qe_edge.commands.use import expand, search
+from qe_edge.console import prepare_streams
 from qe_edge.errors import PartlyDone, QeEdgeError
+from qe_edge.redact import redact
 
 app = typer.Typer(
     help="Distil a big model's query expansions into a small model that runs on your own device.",
@@ -51,32 +54,58 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 
+DEBUG = "QE_EDGE_DEBUG"
+
+
 def main() -> None:
-    """Run the CLI; an expected error becomes one line and its exit code."""
+    """Run the CLI; an error becomes one line and its exit code, with QE_EDGE_DEBUG after its trace."""
+    prepare_streams()
     # Read when these libraries are imported, which happens later: keep their chatter off the terminal.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # As after Ctrl-C: children are ended, and what is half-written is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    as_json = "--json" in sys.argv
     try:
         app()
-    except QeEdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if as_json:
-            status = "partial" if isinstance(error, PartlyDone) else "error"
-            emit(True, " ".join(sys.argv[1:2]), "", status=status, warnings=[str(error)])
-        sys.exit(error.exit_code)
     except BrokenPipeError:  # such as `qe-edge data list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(QeEdgeError.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
+        sys.exit(_fail(error))
+
+
+def _fail(error: Exception) -> int:
+    """Say what went wrong; returns the exit code."""
+    message = redact(_explained(error))
+    print(f"error: {message}", file=sys.stderr)
+    if "--json" in sys.argv:
+        status = "partial" if isinstance(error, PartlyDone) else "error"
+        emit(True, " ".join(sys.argv[1:2]), "", status=status, warnings=[message])
+    return error.exit_code if isinstance(error, QeEdgeError) else QeEdgeError.exit_code
+
+
+def _explained(error: Exception) -> str:
+    """What happened and what helps; our own errors, and most of the system's, say so themselves."""
+    if isinstance(error, QeEdgeError | OSError):
+        return str(error)
+    said = " ".join(str(error).split()) or "no reason is given"
+    if isinstance(error, ImportError):
+        return (
+            f"an installed package can't be imported ({said}); install it again, "
+            f"see `qe-edge doctor`, or set {DEBUG}=1 for the whole trace"
+        )
+    if isinstance(error, MemoryError):
+        return f"memory is short ({said}); try a smaller model or fewer at a time"
+    return (
+        f"{type(error).__name__}: {said} (set {DEBUG}=1 for the whole trace; if neither your settings nor "
+        "your system is the cause, please report it with that and what `qe-edge doctor` prints)"
+    )
 
 
 if __name__ == "__main__":

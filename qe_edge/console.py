@@ -1,13 +1,16 @@
-"""Notes and progress bars, all on stderr: stdout is for results."""
+"""Notes and progress bars, all on stderr, since stdout is for results; and what a console can show."""
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from qe_edge.redact import redact
 
@@ -20,6 +23,54 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def prepare_streams() -> None:
+    """Let stdout and stderr take any text: what their encoding lacks is escaped, and a file's name is printed
+    in the bytes that it has, as `os.fsencode` gives them."""
+    codecs.register_error("qe-edge", _escape)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # somebody may have put another object there
+            stream.reconfigure(errors="qe-edge")
+
+
+def _escape(error: UnicodeError) -> tuple[bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    # Python holds a byte that is no text, of an argument or a file's name, as half a surrogate pair.
+    parts = (
+        bytes([ord(c) - 0xDC00]) if "\udc80" <= c <= "\udcff" else c.encode("ascii", "backslashreplace")
+        for c in error.object[error.start : error.end]
+    )
+    return b"".join(parts), error.end
+
+
+def shown(text: str) -> str:
+    """The text as UTF-8 can hold it, with U+FFFD for each half of a surrogate pair."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def json_bytes(value: Any) -> bytes:
+    """Any value as JSON in UTF-8; texts as `shown`, and what JSON doesn't know as its `str`."""
+    try:
+        return msgspec.json.encode(value, enc_hook=str)
+    except UnicodeEncodeError:
+        return msgspec.json.encode(_all_shown(msgspec.to_builtins(value, enc_hook=str)))
+
+
+def _all_shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return shown(value)
+    if isinstance(value, dict):
+        return {_all_shown(name): _all_shown(part) for name, part in value.items()}
+    return list(map(_all_shown, value)) if isinstance(value, list | tuple) else value
+
+
+def print_json(value: Any) -> None:
+    """One JSON value and a line end on stdout, in UTF-8 whatever the console's encoding is."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(json_bytes(value) + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def is_main_process() -> bool:

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from importlib import resources
@@ -19,12 +19,14 @@ from pathlib import Path
 import msgspec
 
 from qe_edge.analysis import detect_language
+from qe_edge.console import shown
 from qe_edge.errors import BadInput, NotFound, QeEdgeError, require
+from qe_edge.ids import Once, check_id, check_ids
+from qe_edge.lines import read_lines
 from qe_edge.manifest import read_json, write_json
 from qe_edge.measures import Qrels
 from qe_edge.official import ORIGIN, read_origin
-from qe_edge.postings import check_ids
-from qe_edge.records import Document, Lang, Query, read_jsonl
+from qe_edge.records import Document, Lang, Query, numbered_jsonl, read_jsonl
 
 BUILTIN = ("demo-en", "demo-zh")
 # Short names of the collections this field reports on -> their ir_datasets ids.
@@ -59,8 +61,8 @@ class Dataset:
         folder: Path | None = None,
         identity: str = "",
     ):
-        self.name = name
-        self.split = split
+        self.name = shown(name)
+        self.split = shown(split)
         self.queries = {query_id: queries[query_id] for query_id in qrels}  # judged queries only
         self.qrels = qrels
         self.documents = documents
@@ -116,10 +118,10 @@ class Dataset:
 
 def load_dataset(name: str) -> Dataset:
     """Load `NAME[@SPLIT]`: a folder, else a built-in, an imported one, a short name, an ir_datasets id."""
-    base, _, split = name.rpartition("@") if "@" in name else (name, "", "")
+    base, split = split_name(name)
     folder = Path(base)
     if folder.is_dir():
-        return _load_beir(folder.resolve().name, folder, split)
+        return load_folder(folder, split)
     if base in BUILTIN:
         with resources.as_file(resources.files("qe_edge") / "data" / base) as path:
             return _load_beir(base, path, split or "test")
@@ -132,6 +134,19 @@ def load_dataset(name: str) -> Dataset:
         f"no data set {base!r}: it is neither a folder, nor one of {', '.join((*BUILTIN, *SHORT_NAMES))}, "
         "nor an ir_datasets id such as beir/nfcorpus/test"
     )
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`NAME[@SPLIT]` -> name and split, or an empty one; a folder that exists is a name as it is."""
+    if "@" not in name or Path(name).is_dir():
+        return name, ""
+    base, _, split = name.rpartition("@")
+    return base, split
+
+
+def load_folder(folder: Path, split: str = "") -> Dataset:
+    """Load a split of a folder in BEIR layout."""
+    return _load_beir(folder.resolve().name, folder, split)
 
 
 def data_home() -> Path:
@@ -159,8 +174,8 @@ def builtin_folder(name: str) -> Path:
 
 
 def splits(folder: Path) -> list[str]:
-    """The splits of a BEIR folder."""
-    return sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
+    """The splits of a BEIR folder. (Hidden files are no data: some systems leave theirs in any folder.)"""
+    return sorted(path.stem for path in (folder / "qrels").glob("[!.]*.tsv"))
 
 
 def _load_beir(name: str, folder: Path, split: str) -> Dataset:
@@ -187,7 +202,7 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
 
     def documents() -> Iterator[tuple[str, str]]:
         for document in read_jsonl(folder / "corpus.jsonl", Document):
-            yield document.id, f"{document.title} {document.text}".strip()
+            yield document.id, f"{document.title or ''} {document.text}".strip()
 
     corpus = folder / "corpus.jsonl"
     stat = corpus.stat()
@@ -197,23 +212,19 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
 
 
 def _read_queries(path: Path) -> dict[str, str]:
-    queries: dict[str, str] = {}
-    for query in read_jsonl(path, Query):
-        if query.id in queries:
-            raise BadInput(f"query {query.id!r} is there twice", path=path)
-        queries[query.id] = query.text
-    return queries
+    queries = Once[str, str]("query", path)
+    for number, query in numbered_jsonl(path, Query):
+        check_id(query.id, "query", path, number)
+        queries.add(number, query.id, query.text)
+    return queries.rows
 
 
 def _read_qrels(path: Path, queries: dict[str, str]) -> Qrels:
-    qrels: Qrels = {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise BadInput(f"not UTF-8 text: {error}", path=path) from None
-    if not lines or lines[0].split("\t") != _HEADER:
+    lines = read_lines(path)
+    if next(lines, (1, ""))[1].split("\t") != _HEADER:
         raise BadInput(f"the first line must be {' '.join(_HEADER)}, separated by tabs", path=path, line=1)
-    for number, line in enumerate(lines[1:], 2):
+    judged = Once[tuple[str, str], int]("the judgment of", path)
+    for number, line in lines:
         if not line:
             continue
         try:
@@ -227,9 +238,17 @@ def _read_qrels(path: Path, queries: dict[str, str]) -> Qrels:
             ) from None
         if query_id not in queries:
             raise BadInput(f"query {query_id!r} is not in queries.jsonl", path=path, line=number)
-        qrels.setdefault(query_id, {})[doc_id] = score
-    if not qrels:
+        judged.add(number, (query_id, doc_id), score)
+    if not judged.rows:
         raise BadInput("holds no judgment", path=path)
+    return grouped(judged.rows)
+
+
+def grouped(judgments: Mapping[tuple[str, str], int]) -> Qrels:
+    """Grades by query and document id."""
+    qrels: Qrels = {}
+    for (query_id, doc_id), grade in judgments.items():
+        qrels.setdefault(query_id, {})[doc_id] = grade
     return qrels
 
 
@@ -245,7 +264,11 @@ def _load_ir_datasets(name: str, split: str) -> Dataset:
         qrels: Qrels = {}
         for judgment in source.qrels_iter():
             if judgment.query_id in queries:
-                qrels.setdefault(judgment.query_id, {})[judgment.doc_id] = judgment.relevance
+                grades = qrels.setdefault(judgment.query_id, {})
+                if grades.setdefault(judgment.doc_id, judgment.relevance) != judgment.relevance:
+                    raise BadInput(
+                        f"{dataset_id} has two grades of {judgment.doc_id} for query {judgment.query_id}"
+                    )
     except AttributeError:
         raise NotFound(
             f"ir_datasets has no queries or no judgments for {dataset_id}; name a split of it"
@@ -260,6 +283,8 @@ def _load_ir_datasets(name: str, split: str) -> Dataset:
         except (OSError, RuntimeError) as error:
             raise _out_of_reach(name, dataset_id, error) from None
 
+    for query_id in qrels:
+        check_id(query_id, "query", None)
     version = importlib.metadata.version("ir-datasets")
     identity = f"ir_datasets {version} {dataset_id}"
     return Dataset(name, split, queries, qrels, documents, identity=identity)

@@ -55,7 +55,7 @@ def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency, or say which extra brings it."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # the latter where a compiled library is broken
         raise NotInstalled(
             f"this needs {module}, which cannot be imported ({error}); "
             f"install it with: pip install 'qe-edge[{extra}]'"

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from qe_edge.console import json_bytes
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.redact import redact
 
@@ -112,7 +113,7 @@ def write_bytes(target: Path | str, content: bytes) -> None:
 
 def write_json(target: Path | str, value: Any) -> None:
     """Write any JSON value, indented, whole or not at all."""
-    write_bytes(target, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+    write_bytes(target, msgspec.json.format(json_bytes(value), indent=2) + b"\n")
 
 
 def sha256(path: Path | str) -> str:

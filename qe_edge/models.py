@@ -43,7 +43,7 @@ class ModelRef(msgspec.Struct, frozen=True):
 
     @property
     def is_gguf(self) -> bool:
-        return self.path is not None and self.path.suffix == ".gguf"
+        return self.engine == "llama.cpp"
 
     def size_bytes(self) -> int:
         """The weights' size on disk; 0 for a model that is not here."""
@@ -51,7 +51,7 @@ class ModelRef(msgspec.Struct, frozen=True):
             return 0
         if self.path.is_file():
             return self.path.stat().st_size
-        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+        return sum(file.stat().st_size for file in self.path.glob("[!.]*.safetensors"))
 
 
 def resolve(name: str | Path) -> ModelRef:
@@ -63,15 +63,15 @@ def resolve(name: str | Path) -> ModelRef:
         NotInstalled: a built-in whose package is missing.
     """
     text = str(name)
-    if text.startswith("builtin:"):
-        return _builtin(text)
     path = Path(text)
+    if text.startswith("builtin:") and not path.exists():
+        return _builtin(text)
     if path.is_file():
         _check_gguf(path)
         return ModelRef(path.name, "llama.cpp", path)
     if path.is_dir():
         return ModelRef(text, _folder_engine(path), path)
-    if is_hub_id(text) and not text.startswith(".") and path.suffix != ".gguf":
+    if is_hub_id(text) and not text.startswith(".") and path.suffix.lower() != ".gguf":
         return ModelRef(text, "transformers", None)
     raise NotFound(
         f"no model {text!r}: it is neither a file, a folder, a hub id (org/name), "
@@ -102,7 +102,7 @@ def _check_gguf(path: Path) -> None:
 def _folder_engine(path: Path) -> Engine:
     config = path / "config.json"
     if not config.is_file():
-        ggufs = sorted(path.glob("*.gguf"))
+        ggufs = sorted(path.glob("[!.]*.gguf"))
         hint = f"; did you mean {ggufs[0]}?" if ggufs else ""
         raise BadInput(f"holds no config.json, so it is no model folder{hint}", path=path)
     try:
@@ -115,7 +115,7 @@ def _folder_engine(path: Path) -> Engine:
 
 def _written_by_mlx(path: Path) -> bool:
     """Whether the weights' own header says so: 8 bytes of length, then JSON (the safetensors format)."""
-    for weights in sorted(path.glob("*.safetensors"))[:1]:
+    for weights in sorted(path.glob("[!.]*.safetensors"))[:1]:
         with weights.open("rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
         with suppress(msgspec.MsgspecError):

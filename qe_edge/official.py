@@ -6,9 +6,7 @@ can stand in for the whole collection, and every figure then says so.
 
 from __future__ import annotations
 
-import gzip
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ import msgspec
 
 from qe_edge.console import progress
 from qe_edge.errors import BadArgument, BadInput, NotFound
+from qe_edge.ids import Once, check_id
+from qe_edge.lines import raw_lines, read_lines
 from qe_edge.manifest import atomic_path, sha256, write_json
 
 ORIGIN = "origin.json"
@@ -81,10 +81,10 @@ def import_dataset(
     official = OFFICIAL.get(name)
     if official and sha256(_existing(qrels)) != official.qrels:
         raise BadInput(f"isn't the official file of {name}: its SHA-256 differs", path=qrels)
-    queries = dict(_topics(_existing(topics)))
-    judged = list(_judgments(_existing(qrels), queries))
+    queries = _topics(_existing(topics))
+    judged = _judgments(_existing(qrels), queries)
     files = list(_passage_files(_existing(passages)))
-    wanted = {doc_id for _, doc_id, _ in judged}
+    wanted = {doc_id for _, doc_id in judged}
     ids: set[str] = set()
     total = official.passages if official else 1
     with atomic_path(out) as partial, progress(f"importing {name}", total) as advance:
@@ -108,13 +108,13 @@ def import_dataset(
                 "figure says so"
             )
         _write_lines(partial / "queries.jsonl", ({"_id": i, "text": text} for i, text in queries.items()))
-        kept = [line for line in judged if line[1] in ids]
+        kept = {key: grade for key, grade in judged.items() if key[1] in ids}
         if not kept:
             raise BadInput("none of its passages is judged, so nothing could be measured", path=passages)
-        lines = "".join(f"{query_id}\t{doc_id}\t{grade}\n" for query_id, doc_id, grade in kept)
+        lines = "".join(f"{query_id}\t{doc_id}\t{grade}\n" for (query_id, doc_id), grade in kept.items())
         (partial / "qrels" / "test.tsv").write_text(QRELS_HEADER + lines, encoding="utf-8")
         digests = {path.name: sha256(path) for path in (topics, qrels)}
-        lost = len({query_id for query_id, _, _ in judged} - {query_id for query_id, _, _ in kept})
+        lost = len({query_id for query_id, _ in judged} - {query_id for query_id, _ in kept})
         is_pool = not complete or (pool and official is None)
         origin = Origin(name, is_pool, count, len(missing), lost, digests)
         write_json(partial / ORIGIN, origin)
@@ -133,24 +133,29 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _topics(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in _lines(path):
+def _topics(path: Path) -> dict[str, str]:
+    topics = Once[str, str]("topic", path)
+    for number, line in read_lines(path):
         query_id, tab, text = line.partition("\t")
         if not tab or not text.strip():
             raise BadInput("expected a topic's id, a tab and its text", path=path, line=number)
-        yield query_id, text.strip()
+        check_id(query_id, "topic", path, number)
+        topics.add(number, query_id, text.strip())
+    return topics.rows
 
 
-def _judgments(path: Path, queries: dict[str, str]) -> Iterator[tuple[str, str, int]]:
-    for number, line in _lines(path):
+def _judgments(path: Path, queries: dict[str, str]) -> dict[tuple[str, str], int]:
+    judged = Once[tuple[str, str], int]("the judgment of", path)
+    for number, line in read_lines(path):
         try:
             query_id, _, doc_id, grade = line.split()
-            judgment = query_id, doc_id, int(grade)
+            score = int(grade)
         except ValueError:
             raise BadInput("expected query id, 0, document id and grade", path=path, line=number) from None
         if query_id not in queries:
             raise BadInput(f"query {query_id!r} is not among the topics", path=path, line=number)
-        yield judgment
+        judged.add(number, (query_id, doc_id), score)
+    return judged.rows
 
 
 def _passage_files(passages: Path) -> Iterator[Path]:
@@ -159,7 +164,7 @@ def _passage_files(passages: Path) -> Iterator[Path]:
     elif (passages / "corpus.jsonl").is_file():  # BEIR, whose queries are JSON Lines too
         yield passages / "corpus.jsonl"
     else:
-        found = [p for p in sorted(passages.rglob("*")) if _kind(p) and p.is_file()]
+        found = [p for p in sorted(passages.rglob("[!.]*")) if _kind(p) and p.is_file()]
         if not found:
             raise NotFound(f"{passages} holds no .tsv, .jsonl or .gz of passages; unpack archives first")
         if any(_kind(p) == "tsv" for p in found) and len(found) > 1:
@@ -179,32 +184,26 @@ def _kind(path: Path) -> str | None:
 def _passages(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and passage, in BEIR's keys."""
     if _kind(path) == "tsv":
-        for number, line in _lines(path):
+        for number, line in read_lines(path):
             doc_id, tab, text = line.partition("\t")
             if not tab:
                 raise BadInput("expected a passage's id, a tab and its text", path=path, line=number)
+            check_id(doc_id, "passage", path, number)
             yield number, {"_id": doc_id, "text": text}
         return
-    for number, line in _lines(path):
+    for number, content in raw_lines(path):
         try:
-            row: dict[str, Any] = msgspec.json.decode(line, type=dict[str, Any])
+            row: dict[str, Any] = msgspec.json.decode(content, type=dict[str, Any])
         except msgspec.MsgspecError as error:
             raise BadInput(f"not a JSON object: {error}", path=path, line=number) from None
         keys = next((k for k in _KEYS if k[0] in row and isinstance(row.get(k[2]), str)), None)
         if keys is None:
             raise BadInput("has no id and text under any known names", path=path, line=number)
-        yield number, {"_id": str(row[keys[0]]), "title": row.get(keys[1]) or "", "text": row[keys[2]]}
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line, of plain or gzipped UTF-8."""
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.decode().rstrip("\r\n")
-    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
-        raise BadInput(f"can't be read on: {error}", path=path, line=number + 1) from None
+        doc_id, title = str(row[keys[0]]), row.get(keys[1]) or ""
+        check_id(doc_id, "passage", path, number)
+        if not isinstance(title, str):
+            raise BadInput(f"its title is {title!r}, not a text", path=path, line=number)
+        yield number, {"_id": doc_id, "title": title, "text": row[keys[2]]}
 
 
 def _write_lines(path: Path, rows: Iterator[dict[str, str]]) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from qe_edge.analysis import Analyzer
 from qe_edge.errors import BadInput
+from qe_edge.ids import check_ids
 
 DATA, ROWS, STARTS = "data.npy", "rows.npy", "starts.npy"
 # Postings that are sorted at a time (some 700 MB), and documents that are analysed between two writes.
@@ -70,20 +71,6 @@ class Strings(Sequence[str]):
         if len(ends) and ends[-1] != len(blob):
             raise ValueError(f"{file.name} has {len(blob)} bytes, {ends[-1]} expected")
         return cls(blob, ends)
-
-
-def check_ids(ids: Sequence[str], source: Path | None) -> None:
-    """Document ids must be unique, and without blanks, which separate the columns of a TREC run file.
-
-    Raises:
-        BadInput: one is not.
-    """
-    twice = next((doc_id for doc_id, count in Counter(ids).items() if count > 1), None)
-    if twice is not None:
-        raise BadInput(f"document {twice!r} is there twice", path=source)
-    broken = next((doc_id for doc_id in ids if not doc_id or len(doc_id.split()) != 1), None)
-    if broken is not None:
-        raise BadInput(f"document id {broken!r} is empty or holds blanks", path=source)
 
 
 class Collected(NamedTuple):

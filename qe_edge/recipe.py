@@ -215,7 +215,7 @@ def _export(model: Path, part: ExportPart, workdir: Workdir) -> Path:
 
 def _ggufs(out: dict[str, Path], trained: str) -> list[str]:
     label = {"sft": "SFT", "dpo": "SFT+DPO"}[trained]
-    files = sorted(out[f"export {trained}"].glob("*.gguf"))
+    files = sorted(out[f"export {trained}"].glob("[!.]*.gguf"))
     return [f"{label} {file.stem.removeprefix('student-')}={file}" for file in files]
 
 

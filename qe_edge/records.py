@@ -1,19 +1,18 @@
 """The JSON Lines files that pass between stages: one schema per kind, checked on reading.
 
-Unknown, missing and mistyped keys are errors that name the file and the line. Lines are split on
-`\\n` alone, because Chinese text may contain other Unicode line separators.
+Unknown, missing and mistyped keys are errors that name the file and the line.
 """
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from qe_edge.errors import BadArgument, BadInput, NotFound
+from qe_edge.errors import BadArgument, BadInput
+from qe_edge.lines import raw_lines
 
 Lang = Literal["en", "zh", "other"]
 """English, Chinese, or what is mostly written in neither Latin nor Han letters."""
@@ -88,7 +87,7 @@ class Document(msgspec.Struct, frozen=True):
 
     id: str = msgspec.field(name="_id")
     text: str
-    title: str = ""
+    title: str | None = None
 
 
 class Query(msgspec.Struct, frozen=True):
@@ -112,27 +111,21 @@ def read_jsonl(path: Path | str, kind: type[R]) -> Iterator[R]:
         NotFound: there is no such file.
         BadInput: a line is not JSON, not UTF-8, or does not fit `kind`.
     """
-    path = Path(path)
+    for _, row in numbered_jsonl(path, kind):
+        yield row
+
+
+def numbered_jsonl(path: Path | str, kind: type[R]) -> Iterator[tuple[int, R]]:
+    """As `read_jsonl`, each row with the number of its line."""
     decoder = msgspec.json.Decoder(kind)
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        raise NotFound(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise BadInput("is a folder, expected a JSON Lines file", path=path) from None
-    with file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            try:
-                yield decoder.decode(line)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                what = str(error)[:1].lower() + str(error)[1:]
-                raise BadInput(
-                    f"not a valid {kind.__name__.lower()}: {what}", path=path, line=number
-                ) from None
+    for number, line in raw_lines(path):
+        if not line.strip():
+            continue
+        try:
+            yield number, decoder.decode(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            what = str(error)[:1].lower() + str(error)[1:]
+            raise BadInput(f"not a valid {kind.__name__.lower()}: {what}", path=path, line=number) from None
 
 
 def configured(kind: type[R], **values: Any) -> R:

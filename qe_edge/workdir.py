@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from qe_edge.console import json_bytes
 from qe_edge.errors import BadArgument, NotFound
 from qe_edge.manifest import MANIFEST, check_output, now, publish, read_record, remove, run_record, write_json
 
@@ -89,7 +90,7 @@ class RunFolder:
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
         # Through JSON, so that it compares equal with the record of an earlier, interrupted run.
-        self.record = msgspec.json.decode(msgspec.json.encode(run_record(command, settings, inputs)))
+        self.record = msgspec.json.decode(json_bytes(run_record(command, settings, inputs)))
         before = read_record(self.partial)
         compared = ("command", "settings", "inputs", "versions")
         if before and (other := [key for key in compared if before[key] != self.record[key]]):

@@ -1,9 +1,11 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from qe_edge.datasets import BUILTIN, builtin_folder, describe, load_dataset
+from qe_edge.datasets import BUILTIN, builtin_folder, describe, load_dataset, load_queries, splits
 from qe_edge.errors import BadInput, NotFound
+from qe_edge.official import import_dataset
 from qe_edge.records import Expansion, read_jsonl
 
 
@@ -97,7 +99,7 @@ def test_ids_must_be_unique_and_without_blanks(folder):
         describe(load_dataset(str(folder)))
     with (folder / "queries.jsonl").open("a") as file:
         file.write('{"_id": "q1", "text": "again"}\n')
-    with pytest.raises(BadInput, match="query 'q1' is there twice"):
+    with pytest.raises(BadInput, match=r"jsonl:3: query 'q1' is 'again' here and 'what .* in line 1"):
         load_dataset(str(folder))
 
 
@@ -196,3 +198,105 @@ def test_the_hash_of_a_large_collection_is_kept_until_it_changes(tmp_path, monke
     assert again.collection_hash() == first
     corpus.write_text('{"_id": "d1", "text": "The sun itself."}\n')
     assert load_dataset(str(folder)).collection_hash() != first
+
+
+BLANK_IDS = ["", "q 1", "q1 ", "\u00a0q1", "q\u30001", "q\x851", "q\t1"]
+
+
+@pytest.mark.parametrize("query_id", BLANK_IDS)
+def test_a_query_id_with_blanks_is_refused_in_every_way_in(folder, tmp_path, monkeypatch, query_id):
+    """It would give TREC runs of seven columns."""
+    message = "id .* is empty or holds blanks"
+    file = tmp_path / "queries.jsonl"
+    file.write_text(json.dumps({"_id": query_id, "text": "tides"}) + "\n")
+    with pytest.raises(BadInput, match=rf"queries\.jsonl:1: query {message}"):
+        load_queries(file)
+    file.replace(folder / "queries.jsonl")
+    with pytest.raises(BadInput, match=rf"queries\.jsonl:1: query {message}"):
+        load_dataset(str(folder))
+    if "\t" not in query_id:
+        topics = tmp_path / "topics.tsv"
+        topics.write_text(f"{query_id}\ttides\n")
+        with pytest.raises(BadInput, match=rf"topics\.tsv:1: topic {message}"):
+            import_dataset("x", topics=topics, qrels=topics, passages=topics, out=tmp_path / "out")
+    ir_datasets = pytest.importorskip("ir_datasets")
+    source = SimpleNamespace(
+        queries_iter=lambda: iter([SimpleNamespace(query_id=query_id, default_text=lambda: "tides")]),
+        qrels_iter=lambda: iter([SimpleNamespace(query_id=query_id, doc_id="d", relevance=1)]),
+    )
+    monkeypatch.setattr(ir_datasets, "load", lambda name: source)
+    with pytest.raises(BadInput, match=message):
+        load_dataset("beir/scifact/test")
+
+
+@pytest.mark.parametrize("doc_id", BLANK_IDS)
+def test_a_document_id_with_blanks_is_refused_too(folder, doc_id):
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write(json.dumps({"_id": doc_id, "text": "x"}) + "\n")
+    with pytest.raises(BadInput, match="is empty or holds blanks"):
+        describe(load_dataset(str(folder)))
+
+
+def test_two_different_judgments_are_named_with_both_lines(folder, tmp_path):
+    path = folder / "qrels" / "test.tsv"
+    header = "query-id\tcorpus-id\tscore\n"
+    path.write_text(f"{header}q1\td1\t2\nq1\td2\t0\nq1\td1\t2\n")
+    assert load_dataset(str(folder)).qrels == {"q1": {"d1": 2, "d2": 0}}  # said twice, but the same
+    path.write_text(f"{header}q1\td1\t2\nq1\td2\t0\nq1\td1\t1\n")
+    with pytest.raises(BadInput, match=r"test\.tsv:4: the judgment of .* is 1 here and 2 in line 2"):
+        load_dataset(str(folder))
+    topics, qrels = tmp_path / "topics.tsv", tmp_path / "qrels.txt"
+    files = {"topics": topics, "qrels": qrels, "passages": topics}
+    topics.write_text("q1\ttides\nq2\tbread\nq1\tmoon\n")
+    qrels.write_text("q1 0 d1 3\nq1 0 d1 2\n")
+    with pytest.raises(BadInput, match=r"topics\.tsv:3: topic 'q1' is 'moon' here and 'tides' in line 1"):
+        import_dataset("x", **files, out=tmp_path / "out")
+    topics.write_text("q1\ttides\n")
+    with pytest.raises(BadInput, match=r"qrels\.txt:2: the judgment of .* is 2 here and 3 in line 1"):
+        import_dataset("x", **files, out=tmp_path / "out")
+
+
+def test_a_title_of_null_is_an_empty_one(folder, tmp_path):
+    row = '{"_id": "d3", "title": null, "text": "Iron."}\n'
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write(row)
+    assert dict(load_dataset(str(folder)).documents())["d3"] == "Iron."
+    topics, qrels, passages = (tmp_path / name for name in ("topics.tsv", "qrels.txt", "passages.jsonl"))
+    topics.write_text("q1\tiron\n")
+    qrels.write_text("q1 0 d3 3\n")
+    passages.write_text(row)
+    files = {"topics": topics, "qrels": qrels, "passages": passages}
+    import_dataset("x", **files, out=tmp_path / "out")
+    assert dict(load_dataset(str(tmp_path / "out")).documents()) == {"d3": "Iron."}
+    passages.write_text(row.replace("null", "[1]"))
+    with pytest.raises(BadInput, match=r"passages\.jsonl:1: its title is \[1\], not a text"):
+        import_dataset("x", **files, out=tmp_path / "out")
+
+
+def test_hidden_files_are_no_data(folder, tmp_path):
+    (folder / "qrels" / "._test.tsv").write_bytes(b"\0\5\x16\7")
+    (folder / "qrels" / ".test.tsv.swp.tsv").write_bytes(b"")
+    assert splits(folder) == ["test"]
+    passages = tmp_path / "passages"
+    passages.mkdir()
+    (passages / "collection.tsv").write_text("d1\tThe moon.\n")
+    (passages / "._collection.tsv").write_bytes(b"\0\5\x16\7")
+    topics, qrels = tmp_path / "topics.tsv", tmp_path / "qrels.txt"
+    topics.write_text("q1\ttides\n")
+    qrels.write_text("q1 0 d1 3\n")
+    assert (
+        import_dataset("x", topics=topics, qrels=qrels, passages=passages, out=tmp_path / "o").passages == 1
+    )
+
+
+def test_what_exists_as_typed_wins_over_a_split(folder, tmp_path):
+    drive = tmp_path / "GoogleDrive-me@example.org"
+    drive.mkdir()
+    moved = folder.rename(drive / "tiny")
+    assert str(load_dataset(str(moved))) == "tiny@test"
+    assert str(load_dataset(f"{moved}@test")) == "tiny@test"
+    with_at = moved.rename(drive / "tiny@dev")
+    assert str(load_dataset(str(with_at))) == "tiny@dev@test"
+    assert load_dataset(f"{with_at}@test").split == "test"
+    with pytest.raises(NotFound, match="has no split 'x'"):
+        load_dataset(f"{with_at}@x")

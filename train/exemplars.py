@@ -9,7 +9,7 @@ from itertools import chain, islice
 from typing import Literal, NamedTuple
 
 from qe_edge.analysis import analyzer_for, detect_language, get_analyzer
-from qe_edge.datasets import SHORT_NAMES, Dataset, load_dataset, splits
+from qe_edge.datasets import SHORT_NAMES, Dataset, load_dataset, load_folder, splits
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.index import Index
 from qe_edge.prompt import Exemplar
@@ -102,7 +102,7 @@ def load_exemplars(name: str, expanded: Dataset, *, rule: Rule, shots: int, seed
                 f"{expanded} has no training split to take few-shot exemplars from; "
                 "name one with --exemplars NAME@train, or ask zero-shot alone"
             )
-        name = f"{expanded.folder}@train"
+        return Exemplars(load_folder(expanded.folder, "train"), expanded, rule=rule, shots=shots, seed=seed)
     source = load_dataset(name)
     # A split of a folder, or a part of an ir_datasets id such as msmarco-passage/train/judged.
     parts = (
@@ -129,7 +129,7 @@ def _held_out(source: Dataset, expanded: Dataset) -> set[tuple[str, ...]]:
     if source.folder:
         for split in splits(source.folder):
             if split != source.split:
-                texts += load_dataset(f"{source.folder}@{split}").queries.values()
+                texts += load_folder(source.folder, split).queries.values()
     return {_same(text) for text in texts}
 
 

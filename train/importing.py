@@ -13,7 +13,8 @@ import msgspec
 
 from qe_edge.analysis import detect_language
 from qe_edge.datasets import Dataset
-from qe_edge.errors import BadArgument, BadInput, NotFound
+from qe_edge.errors import BadArgument, BadInput
+from qe_edge.lines import read_lines
 from qe_edge.manifest import MANIFEST, check_output, read_record, run_record, write_json
 from qe_edge.records import Expansion, Mode, read_jsonl
 from qe_edge.train.checks import problem_of
@@ -117,16 +118,13 @@ def _query2doc(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _querygym(path: Path) -> Iterator[tuple[str, str]]:
-    try:
-        # Split at \n alone, and read quotes as letters: that is how QueryGym writes.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise NotFound(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"not UTF-8 text: {error}", path=path) from None
-    for number, row in enumerate(
-        csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\"), 1
-    ):
+    for number, line in read_lines(path):
+        # Quotes are letters: that is how QueryGym writes. A carriage return within is no line's end either.
+        lines = [line.replace("\r", " ")]
+        try:
+            row = next(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\"), [])
+        except csv.Error as error:
+            raise BadInput(f"can't be read: {error}", path=path, line=number) from None
         if not row or (number == 1 and row[0] == "qid"):
             continue
         if len(row) < 2:

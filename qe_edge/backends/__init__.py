@@ -25,7 +25,7 @@ class Backend(Protocol):
         ...
 
     def detokenize(self, tokens: list[int]) -> str:
-        """The text of token ids, special tokens left out."""
+        """The text of token ids, without special tokens and a last character that is there in part."""
         ...
 
     def batch(self, slots: int) -> Batch:
@@ -101,6 +101,11 @@ class Batch(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def whole(text: str) -> str:
+    """A decoded text without the mark of a last character that was cut: one may need several tokens."""
+    return text.rstrip("\ufffd")
 
 
 class OneByOne:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from qe_edge.backends import default_spec
+from qe_edge.backends import default_spec, whole
 from qe_edge.backends.llama_batch import CONTEXT, KEPT, LlamaBatch
 from qe_edge.backends.llama_reader import LlamaReader
 from qe_edge.errors import BadInput, QeEdgeError, require
@@ -28,7 +29,7 @@ class LlamaCppBackend:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = -1  # all of them where llama.cpp was built for a GPU; ignored elsewhere
         params.use_extra_bufts = not has_amx(lib)
-        self.model = lib.llama_model_load_from_file(str(ref.path).encode(), params)
+        self.model = lib.llama_model_load_from_file(os.fsencode(ref.source), params)
         if not self.model:
             raise BadInput(_why_unloadable(ref), path=ref.path)
         self._free = weakref.finalize(self, lib.llama_model_free, self.model)
@@ -67,7 +68,7 @@ class LlamaCppBackend:
 
     def detokenize(self, tokens: list[int]) -> str:
         self._check_open()
-        return b"".join(map(self._piece, tokens)).decode("utf-8", errors="replace")
+        return whole(b"".join(map(self._piece, tokens)).decode("utf-8", errors="replace"))
 
     def _piece(self, token: int) -> bytes:
         size = 64

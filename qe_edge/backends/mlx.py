@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from qe_edge.backends import Batch, default_spec, groups
+from qe_edge.backends import Batch, default_spec, groups, whole
 from qe_edge.backends.mlx_batch import MlxBatch
 from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.models import Engine, ModelRef
@@ -40,7 +40,7 @@ class MlxBackend:
         return self._encode(text, special)
 
     def detokenize(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return whole(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def batch(self, slots: int) -> Batch:
         return MlxBatch(self._model, slots, self.context, THREAD)

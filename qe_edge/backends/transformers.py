@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qe_edge.backends import Batch, OneByOne, default_spec, groups
+from qe_edge.backends import Batch, OneByOne, default_spec, groups, whole
 from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.models import Engine, ModelRef
@@ -49,7 +49,7 @@ class TransformersBackend:
         return self._encode(text, special)
 
     def detokenize(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return whole(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def batch(self, slots: int) -> Batch:
         return OneByOne(self._generate, self.context)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qe_edge.console import note
+from qe_edge.console import note, print_json
 from qe_edge.feedback import MOST_PASSAGES
 from qe_edge.redact import redact
 from qe_edge.workdir import DEFAULT_WORKDIR
@@ -76,8 +76,6 @@ def emit(
 ) -> None:
     """The result on stdout: the text, or with --json the envelope of it."""
     if as_json:
-        import msgspec
-
         envelope = {
             "schema_version": 1,
             "command": command,
@@ -87,5 +85,6 @@ def emit(
             "metrics": metrics or {},
             "warnings": redact(warnings or []),
         }
-        text = msgspec.json.encode(envelope, enc_hook=str).decode()
-    print(text)
+        print_json(envelope)
+    else:
+        print(text)

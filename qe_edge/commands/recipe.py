@@ -56,7 +56,7 @@ def run(
     emit_bench(json, "run", out["bench"], report=html)
     if not json:
         exported = out.get("export dpo", out["export sft"])
-        student = min(exported.glob("*.gguf"), key=lambda file: file.stat().st_size)
+        student = min(exported.glob("[!.]*.gguf"), key=lambda file: file.stat().st_size)
         program = "qe-edge" if shutil.which("qe-edge") else sys.argv[0]
         question = '"why do my ears pop on a plane"'
         print(

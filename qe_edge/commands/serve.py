@@ -84,6 +84,8 @@ def open_collections(named: list[str] | None, workdir: Path) -> dict[str, Collec
     collections: dict[str, Collection] = {}
     for text in named or []:
         name, equals, dataset = text.partition("=")
+        if Path(text).exists():  # as it is written
+            name, equals = text, ""
         if name in collections:
             raise BadArgument(f"two indexes have the name {name}; tell them apart with --index NAME=DATASET")
         collection = Collection.open(dataset if equals else text, workdir / "index")

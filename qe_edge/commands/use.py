@@ -22,6 +22,7 @@ from qe_edge.console import note
 from qe_edge.errors import BadArgument, BadInput, PartlyDone
 from qe_edge.expander import Expander
 from qe_edge.expansion import ExpandedQuery
+from qe_edge.lines import cut, decoded
 from qe_edge.workdir import Workdir
 
 
@@ -48,11 +49,7 @@ def expand(
 ) -> None:
     """Expand queries with a student."""
     if queries == ["-"]:
-        text = sys.stdin.buffer.read()
-        try:
-            queries = [line for line in text.decode("utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise BadInput(f"not UTF-8 text: {error}", path="<stdin>") from None
+        queries = [line for _, line in decoded(cut(sys.stdin.buffer), "<stdin>") if line.strip()]
         if not queries:
             raise BadInput("stdin holds no query")
     rows: list[dict[str, Any]] = []
