@@ -6,7 +6,7 @@ import msgspec
 
 from qe_edge.feedback import Passages
 from qe_edge.join import TEACHER_JOIN
-from qe_edge.records import Count
+from qe_edge.records import Count, Threads
 
 TUNE_JOINS = (
     "mass:0.3",
@@ -45,7 +45,7 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     teachers: tuple[str, ...] = ()
     teacher_models: tuple[str, ...] = ()
     teacher_join: str = str(TEACHER_JOIN)
-    threads: Count | None = None
+    threads: Threads | None = None
     max_tokens: Count | None = None
     feedback: bool = False
     passages: Passages | None = None

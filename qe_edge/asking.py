@@ -12,13 +12,16 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from qe_edge.analysis import words_of
+from qe_edge.arguments import check_deadline, check_number, check_scores, check_text, check_whole
 from qe_edge.backends import Backend
 from qe_edge.cache import ExpansionCache
 from qe_edge.decoding import Answer, Decoder
-from qe_edge.errors import BadArgument, BadInput, QeEdgeError
+from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.expansion import ExpandedQuery, FinishReason
 from qe_edge.gate import OPEN, Gate
 from qe_edge.prompt import clean_query
+
+HOTTEST = 10  # temperature, above which all words are as likely
 
 
 class Completion(NamedTuple):
@@ -60,11 +63,11 @@ class Asker:
             raise BadInput(
                 f"the model's vocabulary has no single token {self.spec.prompt.end!r} to end an answer"
             )
-        if budget_tokens < 1:
-            raise BadArgument("the token budget must be at least 1")
-        if stop_when_dry is not None and stop_when_dry < 1:
-            raise BadArgument("stop_when_dry is a number of tokens, at least 1")
-        self.gate = self.spec.gate if gate is None else gate
+        # A larger one would leave no room for any query, and each would fall back without a word.
+        check_whole("budget_tokens", budget_tokens, 1, backend.context - 1)
+        if stop_when_dry is not None:
+            check_whole("stop_when_dry", stop_when_dry, 1, backend.context)
+        self.gate = (self.spec.gate if gate is None else gate).checked()
         self.decoder = Decoder(backend, end[0])
         # What every prompt of a language begins with is what two of its prompts have in common.
         self.prefixes = [
@@ -85,8 +88,11 @@ class Asker:
         streamed: bool = False,
     ) -> Asked:
         """Let it be written from now on, unless the gate or the cache make that needless."""
-        if temperature < 0:
-            raise BadArgument("a temperature can't be negative")
+        check_text("a query", query)
+        check_deadline(deadline_ms)
+        check_scores(scores)
+        check_number("temperature", temperature, 0, HOTTEST)
+        check_whole("seed", seed, -(2**63), 2**63 - 1)
         deadline = math.inf if deadline_ms is None else time.perf_counter() + deadline_ms / 1000
         if reason := self.gate.before(clean_query(query), scores, languages=self.spec.prompt.languages):
             return Asked(query, ready=ExpandedQuery(query, "", self.spec.join, fallback=reason))

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
+from qe_edge.arguments import check_number
 from qe_edge.errors import BadInput
 from qe_edge.manifest import sha256
 
@@ -37,6 +38,7 @@ class ExpansionCache:
     """
 
     def __init__(self, path: Path | str, *, max_mb: float = 64):
+        check_number("max_mb", max_mb, 0, 1e9)
         self.path, self._limit = Path(path), max_mb * 1e6
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._connected() as db:

@@ -21,7 +21,7 @@ import msgspec
 from qe_edge.analysis import detect_language
 from qe_edge.console import shown
 from qe_edge.errors import BadInput, NotFound, QeEdgeError, require
-from qe_edge.ids import Once, check_id, check_ids
+from qe_edge.judged import Once, check_id, check_ids, parse_grade
 from qe_edge.lines import read_lines
 from qe_edge.manifest import read_json, write_json
 from qe_edge.measures import Qrels
@@ -229,7 +229,7 @@ def _read_qrels(path: Path, queries: dict[str, str]) -> Qrels:
             continue
         try:
             query_id, doc_id, grade = line.split("\t")
-            score = int(grade)
+            score = parse_grade(grade)
         except ValueError:
             raise BadInput(
                 f"expected query-id, corpus-id and a whole-number score, got {line[:100]!r}",

@@ -14,11 +14,11 @@ from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
+from qe_edge.arguments import MOST_PARALLEL, MOST_THREADS, check_deadline, check_texts, check_whole
 from qe_edge.asking import Asked, Asker, Completion, Stream
 from qe_edge.backends import Backend, open_backend
 from qe_edge.cache import ExpansionCache
 from qe_edge.decoding import Answer
-from qe_edge.errors import BadArgument
 from qe_edge.expansion import ExpandedQuery
 from qe_edge.gate import Gate
 from qe_edge.models import Engine, resolve
@@ -84,10 +84,11 @@ class Expander:
         Prompt, join, gate and token budget come from the model itself.
 
         Args:
-            threads: that compute; all cores by default.
+            threads: that compute, 1 to 512; all cores by default.
             budget_tokens: of an expansion, instead of the model's own.
             passages: that `feedback` reads at most, instead of the model's own number; 1 to 50.
-            parallel: queries from several threads or tasks that are decoded together, on llama.cpp and MLX.
+            parallel: queries from several threads or tasks that are decoded together, on llama.cpp and MLX;
+                as many as the engine can, if that is fewer.
             stop_when_dry: end an expansion after so many tokens that brought no new word.
             gate: when the plain query is searched instead; `qe_edge.gate.OPEN` for never.
             cache: a SQLite file for greedy expansions, to be used again by this and other processes. A hub
@@ -95,9 +96,16 @@ class Expander:
 
         Raises:
             NotFound, BadInput, NotInstalled: see `qe_edge.models.resolve` and the backends.
+            BadArgument: a number is out of its bounds.
         """
+        if not isinstance(model, str | Path):
+            raise TypeError(f"a model is a str or a Path, not {type(model).__name__}")
+        # Before a large model is loaded.
+        if threads is not None:
+            check_whole("threads", threads, 1, MOST_THREADS)
         if passages is not None:
-            check_passages(passages)  # before a large model is loaded
+            check_passages(passages)
+        _check_parallel(parallel)
         ref = resolve(model)
         kept = ExpansionCache(cache) if isinstance(cache, str | Path) else cache
         return cls(
@@ -127,7 +135,7 @@ class Expander:
 
     @gate.setter
     def gate(self, gate: Gate) -> None:
-        self._asker.gate = gate
+        self._asker.gate = gate.checked()
 
     def expand(
         self,
@@ -188,6 +196,7 @@ class Expander:
         Raises:
             BadInput: as `expand`, after the queries before it.
         """
+        check_texts("queries", queries)
         self._room(parallel)
         coming: Iterator[str] | None = iter(queries)
         problem: Exception | None = None
@@ -230,6 +239,7 @@ class Expander:
         self, queries: Iterable[str], *, parallel: int = PARALLEL
     ) -> AsyncIterator[ExpandedQuery]:
         """`expand_many` for asyncio."""
+        check_texts("queries", queries)
         self._room(parallel)
         coming, waiting = iter(queries), deque[Asked]()
         try:
@@ -310,8 +320,7 @@ class Expander:
         return self._asker.completed(answer)
 
     def _room(self, parallel: int) -> None:
-        if parallel < 1:
-            raise BadArgument("at least 1 query at a time")
+        _check_parallel(parallel)
         if parallel > 1:
             self._asker.decoder.room(parallel)
 
@@ -335,6 +344,11 @@ class Expander:
         self.close()
 
 
+def _check_parallel(parallel: int) -> None:
+    check_whole("parallel", parallel, 1, MOST_PARALLEL)
+
+
 def _deadline(milliseconds: float | None) -> float:
     """So long from now, on `time.perf_counter`'s clock."""
+    check_deadline(milliseconds)
     return math.inf if milliseconds is None else time.perf_counter() + milliseconds / 1000

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from qe_edge import queries
 from qe_edge.analysis import Analyzer, analyzer_for, detect_language, get_analyzer, stop_words, words_of
+from qe_edge.arguments import check_whole
 from qe_edge.feedback import RelevanceModel
 from qe_edge.join import Join
 
@@ -68,6 +69,7 @@ class ExpandedQuery:
         no others. Chinese comes in overlapping pieces of `cjk` characters.
         """
 
+        check_whole("cjk", cjk, 1, 8)
         query = _cut(self.query, stop_words(), cjk) or _cut(self.query, frozenset(), cjk)
         return self.join(query, self._expansion(partial(_cut, without=stop_words(more=True), cjk=cjk)))
 
@@ -79,8 +81,11 @@ class ExpandedQuery:
         words = self._expansion(partial(_cut, without=stop_words(more=True), cjk=2))
         return " ".join([word for word in words if word not in known][:most])
 
-    def to_fts5(self, *, columns: Sequence[str] = (), trigram: bool = False) -> str:
+    def to_fts5(self, *, columns: Sequence[str] = (), trigram: bool = False, phrases: bool = True) -> str:
         """A MATCH expression for SQLite FTS5; bind it as a parameter, and order by `rank`.
+
+        Words such as `snake_case` are phrases to FTS5, and so are all with `trigram`. A table with
+        `detail=none` or `detail=column` knows none: with `phrases=False`, their parts are searched for.
 
         FTS5 splits no Chinese. Either index `" ".join(words_of(text))`, or make the table with
         `tokenize='trigram'` and say so here, where pieces below three characters can't be found.
@@ -88,14 +93,19 @@ class ExpandedQuery:
         words = self.words(cjk=3 if trigram else 2)
         if trigram:
             words = {word: weight for word, weight in words.items() if len(word) >= 3}
+        if not phrases:
+            words = queries.single_tokens(words, trigram=trigram)
         return queries.fts5(words, columns=columns)
 
     def to_tantivy(self) -> str:
         """A query for Tantivy's `Index.parse_query`."""
         return queries.tantivy(self.words())
 
-    def to_lucene(self, *, field: str = "") -> str:
-        """A query in Lucene's classic syntax, which Solr and `query_string` read too."""
+    def to_lucene(self, *, field: str | Sequence[str] = "") -> str:
+        """A query in Lucene's classic syntax, which Solr and `query_string` read too.
+
+        Over several fields, name them here: with several default fields, there would be too many clauses.
+        """
         return queries.lucene(self.words(), field=field)
 
     def to_elasticsearch(self, *fields: str) -> dict[str, Any]:

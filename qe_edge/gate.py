@@ -8,10 +8,10 @@ from typing import Annotated
 import msgspec
 
 from qe_edge.analysis import count_words, detect_language, words_of
-from qe_edge.records import Lang
+from qe_edge.records import Lang, configured
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Words = Annotated[int, msgspec.Meta(ge=1)]
+Words = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
 
 
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,6 +30,14 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_new_words: Words | None = 1
     min_distinct: Share | None = 0.3
     same_language: bool = True
+
+    def checked(self) -> Gate:
+        """The gate, once its numbers are known to be in their bounds, as they are where one is read.
+
+        Raises:
+            BadArgument: one is not.
+        """
+        return configured(Gate, **msgspec.structs.asdict(self))
 
     def before(self, query: str, scores: Sequence[float] = (), *, languages: Sequence[Lang] = ()) -> str:
         """Why a query is not to be expanded; empty if it is.

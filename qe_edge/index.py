@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 
 from qe_edge.analysis import analyzer_for, get_analyzer
-from qe_edge.errors import BadInput, NotFound
+from qe_edge.arguments import check_whole
+from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.join import Join
 from qe_edge.manifest import atomic_path
 from qe_edge.postings import DATA, ROWS, STARTS, Strings, write_postings
@@ -139,6 +140,9 @@ class Index:
         """As `search`, with documents' places in the collection instead of their ids."""
         from scipy.sparse import csc_array
 
+        check_whole("k", k, 1, 2**31)
+        if not np.isfinite(list(weights.values())).all():
+            raise BadArgument("a term's weight is no finite number")
         known = [(self.vocab[term], weight) for term, weight in weights.items() if term in self.vocab]
         parts = [slice(self.starts[column], self.starts[column + 1]) for column, _ in known]
         ends = np.cumsum([0, *(part.stop - part.start for part in parts)])

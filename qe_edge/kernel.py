@@ -1,8 +1,9 @@
-"""The inner loops of bulk search, compiled by numba and kept compiled beside this file."""
+"""The inner loops of bulk search, compiled by numba and kept compiled where there is a place for that."""
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 
 import numpy as np
 from numba import njit
@@ -13,7 +14,15 @@ BLOCK = 1 << 15
 STRIDE = 64
 
 
-@njit(cache=True, nogil=True)
+def compiled(function: Callable) -> Callable:
+    """Compiled; once for all where numba finds a folder to keep it in, else again in each process."""
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's can be written to
+        return njit(nogil=True)(function)
+
+
+@compiled
 def best_of(data, rows, starts, columns, weights, k, documents, scores):
     """The k best of all documents, best first, equal scores in the collection's order; then zeros.
 
@@ -59,7 +68,7 @@ def best_of(data, rows, starts, columns, weights, k, documents, scores):
     return best_rows, best_scores
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def best_of_each(data, rows, starts, columns, ends, scales, k, documents):
     """The best k for every candidate: arrays of rows and of scores, one line each.
 

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -19,6 +20,7 @@ import msgspec
 
 from qe_edge.console import json_bytes
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
+from qe_edge.exchange import exchange
 from qe_edge.redact import redact
 
 MANIFEST = "run.json"
@@ -53,7 +55,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
+        recover(target)
         yield partial
         publish(partial, target)
     except OSError as error:
@@ -67,33 +69,62 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         remove(partial)
 
 
-def _sweep(target: Path) -> None:
-    """Delete what killed processes left half-written of `target`."""
+def recover(target: Path) -> None:
+    """Put right what killed processes left of `target`: its old state if it is gone, nothing half-written."""
     import psutil
 
-    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        process = leftover.name.split(".")[-2]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        found = re.fullmatch(r".*\.(\d+)\.(partial|old)", leftover.name)
+        if not found or psutil.pid_exists(int(found[1])):
+            continue
+        if found[2] == "old" and not target.exists():
+            with suppress(OSError):  # somebody else just did
+                leftover.rename(target)
+        else:
             remove(leftover)
 
 
+def recover_all(folder: Path) -> None:
+    """`recover` every output of a folder that a killed process was replacing."""
+    for leftover in folder.glob(".*.old"):
+        if found := re.fullmatch(r"\.(.+)\.\d+\.old", leftover.name):
+            recover(folder / found[1])
+
+
 def publish(partial: Path, target: Path) -> None:
-    """Flush `partial` to disk and rename it to `target`; an old `target` is replaced."""
-    files = [partial] if partial.is_file() else [p for p in partial.rglob("*") if p.is_file()]
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if target.is_dir():  # a folder can't be renamed over another one
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
-        target.rename(old)
-        try:
-            partial.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-        remove(old)
-    else:
+    """Flush `partial` to disk and give it the name `target`.
+
+    An old `target` is replaced in one step, or is found again by `recover` if the process is killed.
+    """
+    for path in (partial, *partial.rglob("*")):
+        if path.is_file() or path.is_dir():
+            _flush(path)
+    if not target.is_dir():
         partial.replace(target)
+    else:  # a folder can't be renamed over another one
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        if exchange(partial, target):
+            partial.rename(old)
+        else:
+            target.rename(old)
+            try:
+                partial.rename(target)
+            except OSError:
+                old.rename(target)
+                raise
+        remove(old)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def remove(path: Path) -> None:
@@ -216,6 +247,7 @@ def check_output(out: Path, command: str) -> None:
 
     A folder is replaced whole: it must be new, empty, or an earlier output of the same command.
     """
+    recover(out.resolve())
     existing = out.resolve()
     while not existing.exists():
         existing = existing.parent

@@ -15,7 +15,7 @@ import msgspec
 
 from qe_edge.console import progress
 from qe_edge.errors import BadArgument, BadInput, NotFound
-from qe_edge.ids import Once, check_id
+from qe_edge.judged import Once, check_id, parse_grade
 from qe_edge.lines import raw_lines, read_lines
 from qe_edge.manifest import atomic_path, sha256, write_json
 
@@ -149,7 +149,7 @@ def _judgments(path: Path, queries: dict[str, str]) -> dict[tuple[str, str], int
     for number, line in read_lines(path):
         try:
             query_id, _, doc_id, grade = line.split()
-            score = int(grade)
+            score = parse_grade(grade)
         except ValueError:
             raise BadInput("expected query id, 0, document id and grade", path=path, line=number) from None
         if query_id not in queries:

@@ -16,6 +16,7 @@ from qe_edge.errors import BadArgument, NotFound, QeEdgeError, require
 from qe_edge.expansion import ExpandedQuery
 from qe_edge.index import Ranking
 from qe_edge.join import Join
+from qe_edge.redact import redact
 
 AUTH = "QE_EDGE_OPENSEARCH_AUTH"
 TOGETHER = 32  # searches in one request
@@ -36,15 +37,20 @@ class OpenSearchIndex:
         opensearch = require("opensearchpy", "opensearch")
         self.address, parts = address, urlsplit(address)
         self.name = parts.path.strip("/")
-        if parts.scheme not in ("http", "https") or not parts.hostname or not self.name or "/" in self.name:
-            raise BadArgument(f"{address!r} is no http://HOST:PORT/INDEX?fields=FIELD,FIELD")
+        try:
+            port = parts.port
+        except ValueError:
+            port = 0
+        known = parts.scheme in ("http", "https") and parts.hostname and port != 0
+        if not known or not self.name or "/" in self.name:
+            raise BadArgument(f"{redact(address)!r} is no http://HOST:PORT/INDEX?fields=FIELD,FIELD")
         if parts.username or parts.password:
             raise BadArgument(f"the address holds a password, which would be kept with results; set {AUTH}")
         self.fields = parse_qs(parts.query).get("fields", ["text"])[0].split(",")
         auth, secure = os.environ.get(AUTH), parts.scheme == "https"
         self._errors = opensearch.exceptions
         self._client = opensearch.OpenSearch(
-            hosts=[{"host": parts.hostname, "port": parts.port or (443 if secure else 9200)}],
+            hosts=[{"host": parts.hostname, "port": port or (443 if secure else 9200)}],
             use_ssl=secure,
             http_auth=tuple(auth.split(":", 1)) if auth else None,
             timeout=60,

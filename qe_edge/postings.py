@@ -19,7 +19,7 @@ import numpy as np
 
 from qe_edge.analysis import Analyzer
 from qe_edge.errors import BadInput
-from qe_edge.ids import check_ids
+from qe_edge.judged import check_ids
 
 DATA, ROWS, STARTS = "data.npy", "rows.npy", "starts.npy"
 # Postings that are sorted at a time (some 700 MB), and documents that are analysed between two writes.

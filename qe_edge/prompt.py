@@ -66,8 +66,8 @@ class PromptSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if not self.texts:
             raise ValueError("a prompt needs a text in at least one language")
-        if self.max_tokens < 1:
-            raise ValueError("max_tokens must be at least 1")
+        if not 1 <= self.max_tokens <= 10**6:
+            raise ValueError("max_tokens must be from 1 to 1000000")
 
     @property
     def languages(self) -> tuple[Lang, ...]:

@@ -9,8 +9,9 @@ from dataclasses import replace
 from threading import TIMEOUT_MAX, Event, Lock
 
 from qe_edge.analysis import words_of
+from qe_edge.arguments import check_scores, check_text, check_texts, check_whole
 from qe_edge.backends import Backend, Reader
-from qe_edge.errors import BadArgument, BadInput, QeEdgeError
+from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.expansion import ExpandedQuery
 from qe_edge.feedback import MOST_PASSAGES, RelevanceModel
 from qe_edge.gate import OPEN, Gate
@@ -19,8 +20,7 @@ from qe_edge.prompt import clean_query
 
 def check_passages(most: int) -> None:
     """Refuse a number of passages that can't be read."""
-    if not 1 <= most <= MOST_PASSAGES:
-        raise BadArgument(f"{most} passages can't be read, but 1 to {MOST_PASSAGES}")
+    check_whole("passages", most, 1, MOST_PASSAGES)
 
 
 class PassageReader:
@@ -46,6 +46,11 @@ class PassageReader:
         over: Event | None = None,
     ) -> ExpandedQuery:
         """`deadline` is on `time.perf_counter`'s clock; it also ends when `over` is set by another thread."""
+        check_text("a query", query)
+        check_texts("passages", passages)
+        for passage in passages:
+            check_text("a passage", passage)
+        check_scores(scores)
         begin, spec = time.perf_counter(), self._backend.spec
         settings = spec.feedback
         plain = ExpandedQuery(query, "", settings.join)

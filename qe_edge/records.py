@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from qe_edge.arguments import MOST_THREADS
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.lines import raw_lines
 
@@ -99,7 +100,10 @@ class Query(msgspec.Struct, frozen=True):
 
 # Bounds of settings, which hold wherever a configuration is read: from flags or from a recipe.
 Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e9)]
-Count = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
+Threads = Annotated[int, msgspec.Meta(ge=1, le=MOST_THREADS)]
+Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]  # which every random generator takes
+Amount = Annotated[float, msgspec.Meta(ge=0, lt=1e15)]  # of money, or a price
 
 R = TypeVar("R", bound=msgspec.Struct)
 

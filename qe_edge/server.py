@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 import prometheus_client as prometheus
-from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -25,6 +25,7 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from qe_edge import __version__
+from qe_edge.arguments import LONGEST_MS
 from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.expander import Expander
 from qe_edge.expansion import ExpandedQuery
@@ -46,7 +47,15 @@ def _is_query(text: str) -> str:
 
 
 QueryText = Annotated[str, StringConstraints(max_length=QUERY_CHARACTERS), AfterValidator(_is_query)]
-Deadline = Annotated[float | None, Field(gt=0, description="Milliseconds; never more than the server's own.")]
+Deadline = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        le=LONGEST_MS,
+        allow_inf_nan=False,
+        description="Milliseconds; never more than the server's own.",
+    ),
+]
 
 
 class ExpandRequest(BaseModel, extra="forbid"):
@@ -270,9 +279,7 @@ def create_app(
     @app.get(
         "/expand/stream", dependencies=[*guarded, Depends(one_place)], response_class=EventSourceResponse
     )
-    async def stream(
-        query: QueryText, deadline_ms: Annotated[float | None, Query(gt=0)] = None
-    ) -> AsyncIterator[ServerSentEvent]:
+    async def stream(query: QueryText, deadline_ms: Deadline = None) -> AsyncIterator[ServerSentEvent]:
         """Server-sent events: `text` for each piece, then `expansion` with the whole."""
         start = time.perf_counter()
         async for piece in expander.astream(query, deadline_ms=service.deadline(deadline_ms)):

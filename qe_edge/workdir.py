@@ -16,7 +16,17 @@ import msgspec
 
 from qe_edge.console import json_bytes
 from qe_edge.errors import BadArgument, NotFound
-from qe_edge.manifest import MANIFEST, check_output, now, publish, read_record, remove, run_record, write_json
+from qe_edge.manifest import (
+    MANIFEST,
+    check_output,
+    now,
+    publish,
+    read_record,
+    recover_all,
+    remove,
+    run_record,
+    write_json,
+)
 
 DEFAULT_WORKDIR = "qe-edge-work"
 _COMMAND = {
@@ -37,6 +47,7 @@ class Workdir:
 
     def _numbers(self, stage: str) -> list[int]:
         folder = self.root / stage
+        recover_all(folder)
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         return sorted(int(name) for name in names if name.isdecimal())
 
@@ -91,7 +102,11 @@ class RunFolder:
         self.partial = out.with_name(out.name + ".partial")
         # Through JSON, so that it compares equal with the record of an earlier, interrupted run.
         self.record = msgspec.json.decode(json_bytes(run_record(command, settings, inputs)))
+        self.record["state"] = "running"
         before = read_record(self.partial)
+        if before.get("state") == "finished":  # an old output, which a killed process had just replaced
+            remove(self.partial)
+            before = {}
         compared = ("command", "settings", "inputs", "versions")
         if before and (other := [key for key in compared if before[key] != self.record[key]]):
             if any(self.partial.glob(self.work)):
@@ -105,6 +120,6 @@ class RunFolder:
 
     def finish(self, **extra: Any) -> Path:
         """Complete the manifest and give the folder its name."""
-        write_json(self.partial / MANIFEST, {**self.record, **extra, "finished": now()})
+        write_json(self.partial / MANIFEST, {**self.record, **extra, "state": "finished", "finished": now()})
         publish(self.partial, self.out)
         return self.out

@@ -188,7 +188,7 @@ def test_more_or_fewer_can_be_read(gguf: Path) -> None:
         assert expanded.relevance
         assert len(expanded.relevance.passages) == most
     for wrong in (0, MOST_PASSAGES + 1):
-        with pytest.raises(BadArgument, match=f"{wrong} passages can't be read, but 1 to 50"):
+        with pytest.raises(BadArgument, match=f"passages must be from 1 to 50, not {wrong}"):
             Expander.load(gguf, passages=wrong)
 
 

@@ -14,7 +14,7 @@ Device = Literal["auto", "cuda", "cpu"]
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 Loss = Literal["sigmoid", "sigmoid_norm", "ipo", "sft"]
 Task = Literal["write", "read"]
-Size = Meta(ge=1)
+Size = Meta(ge=1, le=10**6)
 Share = Meta(gt=0, lt=1e9)
 
 
@@ -50,7 +50,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     ] = ""
     eval_steps: Annotated[int, Size, Meta(description="Steps between two of these.")] = 50
     eval_queries: Annotated[int, Size, Meta(description="Dev queries, drawn at random.")] = 50
-    seed: Annotated[int, Meta(description="Of all that is drawn.")] = 0
+    seed: Annotated[int, Meta(ge=0, lt=2**32), Meta(description="Of all that is drawn.")] = 0
     save_steps: Annotated[int, Size, Meta(description="Steps between checkpoints to resume from.")] = 20
     logging_steps: Annotated[int, Size, Meta(description="Steps between entries of the log.")] = 5
     tensorboard: Annotated[bool, Meta(description="Also log for TensorBoard.")] = False

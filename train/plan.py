@@ -12,7 +12,7 @@ from qe_edge.analysis import detect_language
 from qe_edge.datasets import Dataset
 from qe_edge.errors import BadInput
 from qe_edge.prompt import DEFAULT_TEACHER_PROMPT, load_teacher_prompt
-from qe_edge.records import Count, Expansion
+from qe_edge.records import Count, Expansion, Seed
 from qe_edge.train.checks import problem_of
 from qe_edge.train.exemplars import Exemplars, Rule, load_exemplars
 from qe_edge.train.teacher import Answer, Request
@@ -33,7 +33,7 @@ class TeachConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     )
     n: Count = 1
     temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] = 1.0
-    seed: int = 0
+    seed: Seed = 0
     max_tokens: Count = 256
     prompt: str = DEFAULT_TEACHER_PROMPT
     exemplars: str = ""

@@ -19,7 +19,7 @@ from qe_edge.console import note, progress
 from qe_edge.datasets import Dataset
 from qe_edge.errors import BadArgument, QeEdgeError
 from qe_edge.manifest import MANIFEST, check_output, read_record, run_record, write_json
-from qe_edge.records import Count, Expansion, Positive
+from qe_edge.records import Amount, Count, Expansion, Positive
 from qe_edge.train.address import DEFAULT_KEY, read_key
 from qe_edge.train.ledger import Ledger
 from qe_edge.train.pace import LONGEST_WAIT, Budget, Pace, Stopped
@@ -48,10 +48,10 @@ class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     concurrency: Count = 16
     timeout: Positive = 120.0
     patience: Positive = 900.0
-    max_tokens_total: Annotated[int, msgspec.Meta(ge=0)] = 0
-    max_cost: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    price_in: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    price_out: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    max_tokens_total: Annotated[int, msgspec.Meta(ge=0, lt=2**63)] = 0
+    max_cost: Amount = 0.0
+    price_in: Amount = 0.0
+    price_out: Amount = 0.0
     keep_bad: bool = False
 
     def __post_init__(self) -> None:

@@ -6,13 +6,14 @@ spends its time on. The prefix that prompts share is computed once and kept.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qe_edge.backends.lifetime import Lifetime
 from qe_edge.errors import QeEdgeError
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class LlamaBatch:
         if not self.context:
             raise QeEdgeError(f"llama.cpp can't make a cache of {cells} tokens: memory is short")
         self._batch = lib.llama_batch_init(BATCH, 0, 1)
-        self._free = weakref.finalize(self, free, lib, self._batch, self.context)
+        release = partial(free, lib, self._batch, self.context)
+        self._lifetime = Lifetime(self, release, backend.lifetime)
         self._memory = lib.llama_get_memory(self.context)
         self._numbers = 0  # of all that ever ran
         self._running: dict[int, _Running] = {}
@@ -78,7 +80,10 @@ class LlamaBatch:
     def add(
         self, prompt: Sequence[int], *, prefix: int, answer: int, temperature: float = 0.0, seed: int = 0
     ) -> int:
-        pick = picker(temperature, seed)
+        with self._lifetime:
+            return self._add(prompt, prefix, answer, picker(temperature, seed))
+
+    def _add(self, prompt: Sequence[int], prefix: int, answer: int, pick: Pick) -> int:
         used = {sequence.place for sequence in self._running.values()}
         place = next(i for i in range(KEPT, KEPT + self._slots) if i not in used)
         self._drop(place)  # also what an interrupted call left there
@@ -92,6 +97,10 @@ class LlamaBatch:
         return self._numbers
 
     def step(self) -> dict[int, int]:
+        with self._lifetime:
+            return self._step()
+
+    def _step(self) -> dict[int, int]:
         self._close_gaps()
         # One token of each answer first; newcomers' prompts get what is left of the batch.
         room, taken = BATCH, {}
@@ -118,7 +127,8 @@ class LlamaBatch:
         return found
 
     def remove(self, number: int) -> None:
-        self._drop(self._running.pop(number).place)
+        with self._lifetime:
+            self._drop(self._running.pop(number).place)
 
     def _close_gaps(self) -> None:
         """Move the last sequences to where others ended: llama.cpp computes only neighbours together."""
@@ -132,16 +142,18 @@ class LlamaBatch:
             by_place[free].place = free
 
     def forget(self) -> None:
-        while self._prefixes:
-            self._drop(self._prefixes.popitem()[1])
+        with self._lifetime:
+            while self._prefixes:
+                self._drop(self._prefixes.popitem()[1])
 
     def clear(self) -> None:
         self._running.clear()
         self._prefixes.clear()
-        self._lib.llama_memory_clear(self._memory, True)
+        with self._lifetime:
+            self._lib.llama_memory_clear(self._memory, True)
 
     def close(self) -> None:
-        self._free()
+        self._lifetime.close()
 
     def _make_room(self, prefix: tuple[int, ...], tokens: int) -> bool:
         """Whether a prefix can be kept beside a sequence of so many tokens; others are dropped for it."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from qe_edge.backends import default_spec, whole
+from qe_edge.backends.lifetime import Lifetime
 from qe_edge.backends.llama_batch import CONTEXT, KEPT, LlamaBatch
 from qe_edge.backends.llama_reader import LlamaReader
-from qe_edge.errors import BadInput, QeEdgeError, require
+from qe_edge.errors import BadInput, require
 from qe_edge.models import Engine, ModelRef
 from qe_edge.spec import GGUF_KEY, parse_spec
 
@@ -32,8 +33,7 @@ class LlamaCppBackend:
         self.model = lib.llama_model_load_from_file(os.fsencode(ref.source), params)
         if not self.model:
             raise BadInput(_why_unloadable(ref), path=ref.path)
-        self._free = weakref.finalize(self, lib.llama_model_free, self.model)
-        self._contexts: weakref.WeakSet[LlamaBatch | LlamaReader] = weakref.WeakSet()
+        self.lifetime = Lifetime(self, partial(lib.llama_model_free, self.model))
         self._vocab = lib.llama_model_get_vocab(self.model)
         self.vocabulary: int = lib.llama_vocab_n_tokens(self._vocab)
         self.threads = threads
@@ -56,19 +56,22 @@ class LlamaCppBackend:
         return buffer.value.decode("utf-8", errors="replace")
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        self._check_open()
         encoded = text.encode()
         room = len(encoded) + 1
         while True:
             tokens = (self.lib.llama_token * room)()
-            count = self.lib.llama_tokenize(self._vocab, encoded, len(encoded), tokens, room, False, special)
+            with self.lifetime:
+                count = self.lib.llama_tokenize(
+                    self._vocab, encoded, len(encoded), tokens, room, False, special
+                )
             if count >= 0:
                 return tokens[:count]
             room = -count
 
     def detokenize(self, tokens: list[int]) -> str:
-        self._check_open()
-        return whole(b"".join(map(self._piece, tokens)).decode("utf-8", errors="replace"))
+        with self.lifetime:
+            pieces = list(map(self._piece, tokens))
+        return whole(b"".join(pieces).decode("utf-8", errors="replace"))
 
     def _piece(self, token: int) -> bytes:
         size = 64
@@ -80,24 +83,15 @@ class LlamaCppBackend:
             size = -written
 
     def batch(self, slots: int) -> LlamaBatch:
-        made = LlamaBatch(self, slots)
-        self._contexts.add(made)
-        return made
+        with self.lifetime:
+            return LlamaBatch(self, slots)
 
     def reader(self) -> LlamaReader:
-        made = LlamaReader(self)
-        self._contexts.add(made)
-        return made
+        with self.lifetime:
+            return LlamaReader(self)
 
     def close(self) -> None:
-        for context in list(self._contexts):
-            context.close()
-        self._free()
-
-    def _check_open(self) -> None:
-        """What was freed would end the process."""
-        if not self._free.alive:
-            raise QeEdgeError("the model was closed")
+        self.lifetime.close()
 
 
 def has_amx(lib: Any) -> bool:

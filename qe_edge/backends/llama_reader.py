@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qe_edge.backends import PROMPTS, READ, groups
+from qe_edge.backends.lifetime import Lifetime
 from qe_edge.backends.llama_batch import PREFIX_CELLS, free, put
 from qe_edge.errors import BadInput, QeEdgeError
 
@@ -38,7 +39,8 @@ class LlamaReader:
         if not self._context:
             raise QeEdgeError(f"llama.cpp can't make a cache of {params.n_ctx} tokens: memory is short")
         self._batch = lib.llama_batch_init(READ, 0, 1)
-        self._free = weakref.finalize(self, free, lib, self._batch, self._context)
+        release = partial(free, lib, self._batch, self._context)
+        self._lifetime = Lifetime(self, release, backend.lifetime)
         self._memory = lib.llama_get_memory(self._context)
         self._prefix: list[int] = []
 
@@ -48,8 +50,10 @@ class LlamaReader:
         if prefix > PREFIX_CELLS:
             raise BadInput(f"{prefix} tokens before the passage are over {PREFIX_CELLS}")
         for group in groups(prompts, answer, prefix):
-            self._keep(group[0][:prefix])
-            yield self._read([tokens[prefix:] for tokens in group], answer)
+            with self._lifetime:
+                self._keep(group[0][:prefix])
+                values = self._read([tokens[prefix:] for tokens in group], answer)
+            yield values
 
     def forget(self) -> None:
         self._prefix = []
@@ -91,4 +95,4 @@ class LlamaReader:
             raise QeEdgeError(f"llama.cpp could not read {size} tokens (code {code})")
 
     def close(self) -> None:
-        self._free()
+        self._lifetime.close()

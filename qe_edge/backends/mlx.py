@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from qe_edge.backends import Batch, default_spec, groups, whole
+from qe_edge.backends.lifetime import Lifetime
 from qe_edge.backends.mlx_batch import MlxBatch
 from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.models import Engine, ModelRef
@@ -33,36 +34,44 @@ class MlxBackend:
             raise BadInput(f"mlx-lm can't load this folder: {error}", path=ref.path) from None
         self._tokenizer = tokenizer._tokenizer
         self._encode = hugging_face(self._tokenizer)
+        self._lifetime = Lifetime(self, lambda: None)  # only so that all engines end alike
         self.context = self._model.args.max_position_embeddings
         self.spec = read_spec(ref.path) or default_spec(ref, self._tokenizer.chat_template)
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        return self._encode(text, special)
+        with self._lifetime:
+            return self._encode(text, special)
 
     def detokenize(self, tokens: list[int]) -> str:
-        return whole(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        with self._lifetime:
+            return whole(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def batch(self, slots: int) -> Batch:
-        return MlxBatch(self._model, slots, self.context, THREAD)
+        with self._lifetime:
+            return MlxBatch(self._model, slots, self.context, THREAD)
 
     def reader(self) -> _Reader:
-        return _Reader(self._model)
+        with self._lifetime:
+            return _Reader(self._model, self._lifetime)
 
     def close(self) -> None:
-        del self._model
+        self._lifetime.close()
+        self._model = None
 
 
 class _Reader:
     """A loaded model that reads, in the thread where it also writes."""
 
-    def __init__(self, model: Any):
-        self._mx, self._model = require("mlx.core", "mlx"), model
+    def __init__(self, model: Any, lifetime: Lifetime):
+        self._mx, self._model, self._lifetime = require("mlx.core", "mlx"), model, lifetime
 
     def log_likelihoods(
         self, prompts: Sequence[list[int]], answer: list[int], *, prefix: int
     ) -> Iterator[list[float]]:
         for group in groups(prompts, answer, prefix):
-            yield THREAD.submit(self._read, group, answer).result()
+            with self._lifetime:
+                values = THREAD.submit(self._read, group, answer).result()
+            yield values
 
     def _read(self, group: list[list[int]], answer: list[int]) -> list[float]:
         mx, longest = self._mx, max(map(len, group))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qe_edge.backends import Batch, OneByOne, default_spec, groups, whole
+from qe_edge.backends.lifetime import Lifetime
 from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.models import Engine, ModelRef
@@ -39,6 +40,7 @@ class TransformersBackend:
                 raise NotFound(f"can't load {ref.name} from the hub{hint}: {reason}") from None
             raise BadInput(f"transformers can't load this model folder: {reason}", path=ref.path) from None
         self._encode = hugging_face(self._tokenizer)
+        self._lifetime = Lifetime(self, lambda: None)  # only so that all engines end alike
         self._model.eval()
         self.context = self._model.config.max_position_embeddings
         self.spec = (read_spec(Path(ref.path)) if ref.path else None) or default_spec(
@@ -46,10 +48,12 @@ class TransformersBackend:
         )
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        return self._encode(text, special)
+        with self._lifetime:
+            return self._encode(text, special)
 
     def detokenize(self, tokens: list[int]) -> str:
-        return whole(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        with self._lifetime:
+            return whole(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def batch(self, slots: int) -> Batch:
         return OneByOne(self._generate, self.context)
@@ -61,7 +65,7 @@ class TransformersBackend:
         generator = torch.Generator(self._model.device).manual_seed(seed)
         step, cache = torch.tensor([list(prompt)], device=self._model.device), None
         while True:
-            with torch.inference_mode():
+            with self._lifetime, torch.inference_mode():
                 output = self._model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits, cache = output.logits[:, -1].float(), output.past_key_values
             if temperature > 0:
@@ -71,17 +75,19 @@ class TransformersBackend:
             yield int(step)
 
     def reader(self) -> _Reader:
-        return _Reader(self._model)
+        with self._lifetime:
+            return _Reader(self._model, self._lifetime)
 
     def close(self) -> None:
-        del self._model
+        self._lifetime.close()
+        self._model = None
 
 
 class _Reader:
     """A loaded model that reads."""
 
-    def __init__(self, model: Any):
-        self._torch, self._model = require("torch", "train"), model
+    def __init__(self, model: Any, lifetime: Lifetime):
+        self._torch, self._model, self._lifetime = require("torch", "train"), model, lifetime
 
     def log_likelihoods(
         self, prompts: Sequence[list[int]], answer: list[int], *, prefix: int
@@ -93,7 +99,7 @@ class _Reader:
             # What follows a sequence is seen by nothing before it.
             ids = torch.tensor([row + [0] * (longest - len(row)) for row in group], device=device)
             found = []
-            with torch.inference_mode():
+            with self._lifetime, torch.inference_mode():
                 logits = self._model(ids, use_cache=False).logits
                 for row, tokens in zip(logits, group, strict=True):
                     foretold = row[len(tokens) - len(answer) - 1 : len(tokens) - 1].float().log_softmax(-1)

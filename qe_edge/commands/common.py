@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from qe_edge.arguments import MOST_THREADS
 from qe_edge.console import note, print_json
 from qe_edge.feedback import MOST_PASSAGES
 from qe_edge.redact import redact
@@ -45,6 +47,18 @@ AcceptOption = Annotated[
         "--accept",
         help="Let in rows that `teach` marked with this problem, such as cut (others need its --keep-bad).",
     ),
+]
+
+
+def finite(value: float | None) -> float | None:
+    """A number that a flag gave, but nan, which is within all bounds."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number that can be used")
+    return value
+
+
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads (default: all cores).")
 ]
 PassagesOption = Annotated[
     int | None,

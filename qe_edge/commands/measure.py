@@ -14,8 +14,10 @@ from qe_edge.commands.common import (
     OutOption,
     PassagesOption,
     RetrieverOption,
+    ThreadsOption,
     WorkdirOption,
     emit,
+    finite,
     took,
 )
 from qe_edge.console import note
@@ -37,10 +39,16 @@ def export(
         list[str] | None, typer.Option("--format", help="gguf or mlx (default: both).")
     ] = None,
     budget_mb: Annotated[
-        float | None, typer.Option(min=0.1, help="Add a mixed GGUF of at most so many MB, by measurement.")
+        float | None,
+        typer.Option(
+            min=0.1, callback=finite, help="Add a mixed GGUF of at most so many MB, by measurement."
+        ),
     ] = None,
     target_bpw: Annotated[
-        float | None, typer.Option(min=1, help="The same, by the file's bits per weight instead of its MB.")
+        float | None,
+        typer.Option(
+            min=1, callback=finite, help="The same, by the file's bits per weight instead of its MB."
+        ),
     ] = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Add the LoRA adapter alone, for a GGUF of the base model.")
@@ -178,7 +186,7 @@ def bench(
     ] = None,
     teacher_model: Annotated[list[str] | None, typer.Option(help="Take only this teacher's rows.")] = None,
     teacher_join: str = "repeat:5",
-    threads: Annotated[int | None, typer.Option(help="CPU threads (default: the engine's choice).")] = None,
+    threads: ThreadsOption = None,
     max_tokens: Annotated[int | None, typer.Option(help="Instead of the models' own token budget.")] = None,
     feedback: Annotated[
         bool, typer.Option("--feedback", help="Also have each model read what the plain query finds.")
@@ -253,8 +261,8 @@ def bench_speed(
     quant: Annotated[
         list[str] | None, typer.Option(help="Kinds of the synthetic ones (default: Q4_K_M).")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: all cores).")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured turns; one more warms up.")] = 3,
+    threads: ThreadsOption = None,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Measured turns; one more warms up.")] = 3,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:

@@ -9,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, ModelOption, PassagesOption, WorkdirOption
+from qe_edge.arguments import LONGEST_MS
+from qe_edge.commands.common import (
+    WORKDIR,
+    ModelOption,
+    PassagesOption,
+    ThreadsOption,
+    WorkdirOption,
+    finite,
+)
 from qe_edge.commands.use import load_expander
 from qe_edge.console import note
 from qe_edge.errors import BadArgument, require
@@ -25,7 +33,6 @@ CacheOption = Annotated[
 BudgetOption = Annotated[
     int | None, typer.Option("--budget-tokens", help="Token budget (default: the model's own).")
 ]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="That compute (default: all cores).")]
 
 
 def serve(
@@ -38,7 +45,9 @@ def serve(
     ] = "",
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Queries that are decoded together.")] = 16,
     queue: Annotated[int, typer.Option(min=0, max=192, help="Queries that may wait beside them.")] = 64,
-    deadline_ms: Annotated[float, typer.Option(min=1, help="The most that a query may take.")] = 10_000,
+    deadline_ms: Annotated[
+        float, typer.Option(min=1, max=LONGEST_MS, callback=finite, help="The most that a query may take.")
+    ] = 10_000,
     budget_tokens: BudgetOption = None,
     passages: PassagesOption = None,
     threads: ThreadsOption = None,

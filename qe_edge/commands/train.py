@@ -64,7 +64,7 @@ def pairs(
     analyzer: AnalyzerOption = "",
     retriever: RetrieverOption = "",
     executor: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, max=512, help="Processes; 0 is one per core.")] = 0,
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,

@@ -106,7 +106,7 @@ def search(
         typer.Option("--feedback", help="Expand by what the plain query finds, as the student weighs it."),
     ] = False,
     passages: PassagesOption = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Results to show.")] = 5,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Results to show.")] = 5,
     analyzer: AnalyzerOption = "",
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,

@@ -1,4 +1,4 @@
-"""Ids of documents and queries: one each, without blanks, which separate a TREC run file's columns."""
+"""Rows of topics and judgments: ids without blanks, which separate a TREC run file's columns, each once."""
 
 from __future__ import annotations
 
@@ -35,6 +35,18 @@ def check_ids(ids: Sequence[str], source: Path | None) -> None:
         raise BadInput(f"document {twice!r} is there twice", path=source)
     for broken in filter(is_blank, ids):
         check_id(broken, "document", source)
+
+
+def parse_grade(text: str) -> int:
+    """A grade, whose range is that of trec_eval's integers.
+
+    Raises:
+        ValueError: it is none.
+    """
+    grade = int(text)
+    if abs(grade) >= 2**31:
+        raise ValueError(text)
+    return grade
 
 
 class Once(Generic[K, V]):

@@ -1,0 +1,64 @@
+"""What callers give, looked at where it comes in: a number out of bounds ends in native code otherwise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+from qe_edge.errors import BadArgument
+
+MOST_THREADS = 512  # of llama.cpp, whose GGML_MAX_N_THREADS it is
+MOST_PARALLEL = 10_000  # queries that are read ahead; an engine decodes as many of them as it can
+LONGEST_MS = 1e9  # eleven days
+
+
+def check_number(name: str, value: Any, least: float, most: float) -> None:
+    """Refuse what is no number from `least` to `most`; nan is none.
+
+    Raises:
+        TypeError: it is of another type.
+        BadArgument: it is out of bounds.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    if not least <= float(value) <= most:
+        raise BadArgument(f"{name} must be from {least:g} to {most:g}, not {float(value):g}")
+
+
+def check_whole(name: str, value: Any, least: int, most: int) -> None:
+    """Refuse what is no whole number from `least` to `most`; errors as in `check_number`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
+    if not least <= int(value) <= most:
+        raise BadArgument(f"{name} must be from {least} to {most}, not {value}")
+
+
+def check_text(name: str, value: object) -> None:
+    """Refuse what is no text, bytes included.
+
+    Raises:
+        TypeError: it is of another type.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, not {type(value).__name__}")
+
+
+def check_texts(name: str, values: object) -> None:
+    """Refuse a single text where several belong: each of its characters would be taken for one."""
+    if isinstance(values, str | bytes):
+        raise TypeError(f"{name} must be several texts, such as a list, not one {type(values).__name__}")
+
+
+def check_deadline(deadline_ms: float | None) -> None:
+    """A deadline in milliseconds from now; 0 leaves no time, None is none."""
+    if deadline_ms is not None:
+        check_number("deadline_ms", deadline_ms, 0, LONGEST_MS)
+
+
+def check_scores(scores: Iterable[Any]) -> None:
+    """What a search engine scored, best first."""
+    for score in scores:
+        if not isinstance(score, Real) or not math.isfinite(score):
+            raise BadArgument(f"scores must be finite numbers, not {score!r}")
