@@ -7,11 +7,13 @@ expansion is appended to a file as soon as it is written, so that a killed run g
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +21,8 @@ import msgspec
 
 from qe_edge.bench.energy import EnergyMeter
 from qe_edge.bench.result import Speed
-from qe_edge.console import progress
-from qe_edge.errors import BadInput, QeEdgeError
+from qe_edge.console import json_bytes, prepare_streams, progress
+from qe_edge.errors import DEBUG, BadInput, QeEdgeError, explained
 from qe_edge.expander import Expander
 from qe_edge.expansion import FinishReason
 from qe_edge.gate import OPEN
@@ -98,7 +100,9 @@ def generate(request: Request) -> tuple[list[Generated], Speed, ModelSpec]:
         QeEdgeError: the model can't be loaded, or its process died.
     """
     command = [sys.executable, "-P", "-m", "qe_edge.bench.speed"]
-    child = subprocess.run(command, input=msgspec.json.encode(request), stdout=subprocess.PIPE, check=False)
+    # The standard library's JSON keeps names of files that are no text.
+    asked = json.dumps(msgspec.to_builtins(request)).encode()
+    child = subprocess.run(command, input=asked, stdout=subprocess.PIPE, check=False)
     try:
         reply = msgspec.json.decode(child.stdout, type=Reply)
     except msgspec.MsgspecError:
@@ -253,15 +257,19 @@ def peak_memory_mb() -> float:
 
 
 def _main() -> None:
+    prepare_streams()
     stdout = os.dup(1)
     os.dup2(2, 1)  # engines print; the reply alone goes to stdout
     try:
-        reply = _work(msgspec.json.decode(sys.stdin.buffer.read(), type=Request))
-    except QeEdgeError as error:
-        reply = Reply(error=str(error), exit_code=error.exit_code)
+        reply = _work(msgspec.convert(json.loads(sys.stdin.buffer.read()), Request))
     except KeyboardInterrupt:
         sys.exit(130)
-    os.write(stdout, msgspec.json.encode(reply))
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
+        code = error.exit_code if isinstance(error, QeEdgeError) else QeEdgeError.exit_code
+        reply = Reply(error=explained(error), exit_code=code)
+    os.write(stdout, json_bytes(reply))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from qe_edge.commands.teach import teach
 from qe_edge.commands.train import merge, pairs, train_app
 from qe_edge.commands.use import expand, search
 from qe_edge.console import prepare_streams
-from qe_edge.errors import PartlyDone, QeEdgeError
+from qe_edge.errors import DEBUG, PartlyDone, QeEdgeError, explained
 from qe_edge.redact import redact
 
 app = typer.Typer(
@@ -54,9 +54,6 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 
-DEBUG = "QE_EDGE_DEBUG"
-
-
 def main() -> None:
     """Run the CLI; an error becomes one line and its exit code, with QE_EDGE_DEBUG after its trace."""
     prepare_streams()
@@ -82,30 +79,12 @@ def main() -> None:
 
 def _fail(error: Exception) -> int:
     """Say what went wrong; returns the exit code."""
-    message = redact(_explained(error))
+    message = redact(explained(error))
     print(f"error: {message}", file=sys.stderr)
     if "--json" in sys.argv:
         status = "partial" if isinstance(error, PartlyDone) else "error"
         emit(True, " ".join(sys.argv[1:2]), "", status=status, warnings=[message])
     return error.exit_code if isinstance(error, QeEdgeError) else QeEdgeError.exit_code
-
-
-def _explained(error: Exception) -> str:
-    """What happened and what helps; our own errors, and most of the system's, say so themselves."""
-    if isinstance(error, QeEdgeError | OSError):
-        return str(error)
-    said = " ".join(str(error).split()) or "no reason is given"
-    if isinstance(error, ImportError):
-        return (
-            f"an installed package can't be imported ({said}); install it again, "
-            f"see `qe-edge doctor`, or set {DEBUG}=1 for the whole trace"
-        )
-    if isinstance(error, MemoryError):
-        return f"memory is short ({said}); try a smaller model or fewer at a time"
-    return (
-        f"{type(error).__name__}: {said} (set {DEBUG}=1 for the whole trace; if neither your settings nor "
-        "your system is the cause, please report it with that and what `qe-edge doctor` prints)"
-    )
 
 
 if __name__ == "__main__":

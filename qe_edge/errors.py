@@ -10,6 +10,8 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
+DEBUG = "QE_EDGE_DEBUG"  # the environment variable that has traces shown
+
 
 class QeEdgeError(Exception):
     """Base of all expected errors; on its own, a run-time failure."""
@@ -49,6 +51,24 @@ class PartlyDone(QeEdgeError):
     """Some of the work succeeded and was kept; the rest failed."""
 
     exit_code = 7
+
+
+def explained(error: Exception) -> str:
+    """What happened and what helps; our own errors, and most of the system's, say so themselves."""
+    if isinstance(error, QeEdgeError | OSError):
+        return str(error)
+    said = " ".join(str(error).split()) or "no reason is given"
+    if isinstance(error, ImportError):
+        return (
+            f"an installed package can't be imported ({said}); install it again, "
+            f"see `qe-edge doctor`, or set {DEBUG}=1 for the whole trace"
+        )
+    if isinstance(error, MemoryError):
+        return f"memory is short ({said}); try a smaller model or fewer at a time"
+    return (
+        f"{type(error).__name__}: {said} (set {DEBUG}=1 for the whole trace; if neither your settings nor "
+        "your system is the cause, please report it with that and what `qe-edge doctor` prints)"
+    )
 
 
 def require(module: str, extra: str) -> ModuleType:

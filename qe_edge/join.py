@@ -15,7 +15,7 @@ import msgspec
 from qe_edge.errors import BadArgument
 
 Rule = Literal["repeat", "adaptive", "mass"]
-LEAST = 1e-6  # of a value: much smaller ones are too small for floating-point weights
+LEAST = 1e-9  # of a value: much smaller ones are too small for floating-point weights
 _MEANING = {
     "repeat": "how often the query is repeated (Query2Doc: 5)",
     "adaptive": "beta of words(expansion) // words(query) // beta (MuGI: 5)",

@@ -99,9 +99,9 @@ def publish(partial: Path, target: Path) -> None:
     for path in (partial, *partial.rglob("*")):
         if path.is_file() or path.is_dir():
             _flush(path)
-    if not target.is_dir():
+    if not target.exists() or (target.is_file() and partial.is_file()):
         partial.replace(target)
-    else:  # a folder can't be renamed over another one
+    else:  # nothing can be renamed over a folder
         old = target.with_name(f".{target.name}.{os.getpid()}.old")
         if exchange(partial, target):
             partial.rename(old)

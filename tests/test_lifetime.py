@@ -1,4 +1,4 @@
-"""No native object is freed while a call is inside it: a fault here would end the process, so each runs in its own."""
+"""No native object is freed while a call is inside it. A fault ends the process, so each test has its own."""
 
 from __future__ import annotations
 

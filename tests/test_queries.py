@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qe_edge.analysis import get_analyzer, words_of
+from qe_edge.errors import BadArgument
 from qe_edge.expansion import ExpandedQuery
 from qe_edge.index import Index
 from qe_edge.join import Join
@@ -233,3 +234,54 @@ def test_hostile_queries_are_valid_and_find_their_own_words(
 ) -> None:
     assert "moon" in found(fts5, "english", expanded(query, "the moon").to_fts5())
     assert "moon" in found_by_tantivy(tantivy, expanded(query, "the moon").to_tantivy())
+
+
+def clauses(query: Any) -> int:
+    """Term queries of an Elasticsearch query, as Lucene counts them."""
+    found = 0
+    for clause in query["bool"]["should"]:
+        found += len(clause["multi_match"]["fields"]) if "multi_match" in clause else 1
+    return found
+
+
+@pytest.mark.parametrize("fields", [1, 2, 4, 5, 7, 300, 1024])
+def test_words_in_all_fields_are_no_more_clauses_than_lucene_takes(fields: int) -> None:
+    many = expanded("tides", " ".join(f"word{i}" for i in range(400)))
+    names = [f"f{i}" for i in range(fields)]
+    most = min(WORDS, 1024 // fields)
+    assert clauses(many.to_elasticsearch(*names)) == fields * most <= 1024
+    assert many.to_lucene(field=names).count("^") == fields * most
+    assert many.to_lucene(field=names).count(":(") == fields
+    assert "tides" in many.to_lucene(field=names)  # the heaviest words stay
+
+
+def test_fields_that_cant_be_searched_are_refused() -> None:
+    with pytest.raises(BadArgument, match="name the fields to search"):
+        expanded("tides").to_elasticsearch()
+    with pytest.raises(BadArgument, match="1025 fields are too many"):
+        expanded("tides").to_elasticsearch(*map(str, range(1025)))
+    assert expanded("tides").to_lucene(field=["a", "b"]) == 'a:("tides"^1) OR b:("tides"^1)'
+
+
+@pytest.mark.parametrize("detail", ["none", "column", "full"])
+@pytest.mark.parametrize("tokenize", ["unicode61", "porter unicode61", "trigram"])
+def test_a_table_without_positions_is_searched_without_phrases(detail: str, tokenize: str) -> None:
+    db = sqlite3.connect(":memory:")
+    db.execute(
+        f"CREATE VIRTUAL TABLE t USING fts5(id UNINDEXED, body, tokenize='{tokenize}', detail={detail})"
+    )
+    texts = {"a": "the moon raises tides in snake_case and 潮汐的成因", "b": "bread and yeast"}
+    db.executemany("INSERT INTO t VALUES (?, ?)", texts.items())
+    trigram = tokenize == "trigram"
+
+    def search(query: ExpandedQuery, phrases: bool) -> list[str]:
+        match = query.to_fts5(trigram=trigram, phrases=phrases)
+        return [row[0] for row in db.execute("SELECT id FROM t WHERE t MATCH ? ORDER BY rank", [match])]
+
+    for text in ("snake_case", "tides", "what_causes_tides", "潮汐的成因" if trigram else "tides 潮汐"):
+        assert search(expanded(text), phrases=False) == ["a"]
+    if detail != "full":
+        with pytest.raises(sqlite3.OperationalError, match="phrase"):
+            search(expanded("snake_case"), phrases=True)
+    for text in HOSTILE:  # valid whatever was typed
+        search(expanded(text), phrases=False)

@@ -48,7 +48,7 @@ class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     concurrency: Count = 16
     timeout: Positive = 120.0
     patience: Positive = 900.0
-    max_tokens_total: Annotated[int, msgspec.Meta(ge=0, lt=2**63)] = 0
+    max_tokens_total: Annotated[int, msgspec.Meta(ge=0, lt=10**15)] = 0
     max_cost: Amount = 0.0
     price_in: Amount = 0.0
     price_out: Amount = 0.0

@@ -1,0 +1,233 @@
+"""Numbers that no engine survives, and values of other types, are refused where they come in."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qe_edge import Expander, Gate, Index
+from qe_edge.arguments import check_number, check_whole
+from qe_edge.cache import ExpansionCache
+from qe_edge.errors import BadArgument, BadInput
+from qe_edge.export.gguf import convert_gguf
+from qe_edge.join import Join
+from qe_edge.records import configured
+from qe_edge.spec import parse_spec, read_spec
+
+pytest.importorskip("llama_cpp")
+NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
+    return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
+
+
+@pytest.fixture(scope="module")
+def expander(gguf):
+    with Expander.load(gguf, budget_tokens=2) as expander:
+        yield expander
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threads": 10**6}, "threads must be from 1 to 512, not 1000000"),
+        ({"threads": 0}, "threads must be from 1 to 512, not 0"),
+        ({"threads": -1}, "threads must be from 1 to 512, not -1"),
+        ({"parallel": 0}, "parallel must be from 1 to 10000"),
+        ({"parallel": 10**9}, "parallel must be from 1 to 10000"),
+        ({"budget_tokens": 0}, "budget_tokens must be from 1 to 2047"),
+        ({"budget_tokens": 10**9}, "budget_tokens must be from 1 to 2047"),
+        ({"passages": 51}, "passages must be from 1 to 50"),
+        ({"stop_when_dry": 0}, "stop_when_dry must be from 1 to 2048"),
+        ({"gate": Gate(clear_lead=NAN)}, "clear-lead"),
+        ({"gate": Gate(max_words=-1)}, "max-words"),
+        ({"gate": Gate(min_distinct=2.0)}, "min-distinct"),
+    ],
+)
+def test_settings_of_a_load(gguf, settings, message):
+    with pytest.raises(BadArgument, match=message):
+        Expander.load(gguf, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"threads": 2.5}, {"threads": "4"}, {"threads": True}, {"passages": 2.0}, {"budget_tokens": "8"}],
+)
+def test_settings_of_another_type(gguf, settings):
+    with pytest.raises(TypeError, match=f"{next(iter(settings))} must be a whole number, not "):
+        Expander.load(gguf, **settings)
+
+
+@pytest.mark.parametrize("given", [1e15, INF, NAN, -1, -INF])
+def test_a_deadline_out_of_bounds(expander, given):
+    message = "deadline_ms must be from 0 to 1e"
+    for call in (expander.expand, expander.stream):
+        with pytest.raises(BadArgument, match=message):
+            call("tides", deadline_ms=given)
+    with pytest.raises(BadArgument, match=message):
+        expander.feedback("tides", ["the moon"], deadline_ms=given)
+    assert expander.expand("tides", deadline_ms=1e9).query == "tides"
+    assert expander.expand("tides", deadline_ms=0).fallback
+
+
+def test_a_long_deadline_is_waited_for_also_while_somebody_else_leads(gguf):
+    import threading
+
+    with Expander.load(gguf, budget_tokens=200, parallel=2) as expander:
+        found = []
+        threads = [
+            threading.Thread(target=lambda: found.append(expander.expand("tides", deadline_ms=1e9)))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert [expanded.query for expanded in found] == ["tides"] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": NAN}, "temperature must be from 0 to 10, not nan"),
+        ({"temperature": -1}, "temperature must be from 0 to 10, not -1"),
+        ({"temperature": 1e9}, "temperature must be from 0 to 10"),
+        ({"seed": 2**70}, "seed must be from"),
+        ({"scores": [NAN]}, "scores must be finite numbers, not nan"),
+        ({"scores": [9.0, INF]}, "scores must be finite numbers, not inf"),
+        ({"scores": ["9"]}, "scores must be finite numbers, not '9'"),
+    ],
+)
+def test_settings_of_an_expansion(expander, settings, message):
+    with pytest.raises(BadArgument, match=message):
+        expander.expand("tides", **settings)
+
+
+@pytest.mark.parametrize("query", [5, None, b"x", ["tides"], 1.5])
+def test_a_query_of_another_type_is_one_clear_error(expander, query):
+    import asyncio
+
+    kind = type(query).__name__
+
+    async def drain():
+        return [piece async for piece in expander.astream(query)]
+
+    calls = [
+        lambda: expander.expand(query),
+        lambda: expander.stream(query),
+        lambda: list(expander.expand_many([query])),
+        lambda: expander.feedback(query, ["the moon"]),
+        lambda: asyncio.run(expander.aexpand(query)),
+        lambda: asyncio.run(expander.afeedback(query, ["the moon"])),
+        lambda: asyncio.run(drain()),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=f"a query must be a str, not {kind}"):
+            call()
+
+
+def test_one_text_where_several_belong(expander):
+    with pytest.raises(TypeError, match="passages must be several texts, such as a list, not one str"):
+        expander.feedback("tides", "the moon")
+    with pytest.raises(TypeError, match="queries must be several texts, such as a list, not one str"):
+        next(expander.expand_many("tides"))
+    with pytest.raises(TypeError, match="a passage must be a str, not bytes"):
+        expander.feedback("tides", [b"the moon"])
+    with pytest.raises(TypeError, match="a model is a str or a Path, not int"):
+        Expander.load(5)  # type: ignore[arg-type]
+
+
+def test_numbers_elsewhere(tmp_path):
+    index = Index.build([("a", "moon tides")], analyzer="english")
+    for k in (0, -1, 2**40):
+        with pytest.raises(BadArgument, match="k must be from 1 to"):
+            index.search({"moon": 1.0}, k=k)
+    for weight in (NAN, INF):
+        with pytest.raises(BadArgument, match="weight is no finite number"):
+            index.search({"moon": weight})
+    for size in (NAN, -1):
+        with pytest.raises(BadArgument, match="max_mb must be from 0 to"):
+            ExpansionCache(tmp_path / "x.db", max_mb=size)
+    for value in (NAN, 0, -1, INF, 1e-320):
+        with pytest.raises(ValueError, match="a join's value must be from 1e-09 to 1e\\+09"):
+            Join("mass", value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('"max_tokens":128', '"max_tokens":0'), "max_tokens must be from 1"),
+        (('"max_tokens":128', '"max_tokens":99999999999'), "max_tokens must be from 1"),
+        (('"value":0.7', '"value":1e-320'), "a join's value must be from"),
+        (('"passages":10', '"passages":51'), "passages"),
+        (('"temperature":0.25', '"temperature":0'), "temperature"),
+        (('"max_words":256', '"max_words":-1'), "max_words"),
+        (('"max_words":256', '"max_words":1e400'), "malformed"),
+    ],
+)
+def test_numbers_of_a_spec(tiny_qwen3, change, message):
+    text = read_spec(tiny_qwen3).to_json()
+    assert change[0] in text
+    with pytest.raises(BadInput, match=message):
+        parse_spec(text.replace(*change), source="x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("teach", "concurrency"),
+        ("teach", "timeout"),
+        ("teach", "patience"),
+        ("teach", "max_tokens_total"),
+        ("teach", "max_cost"),
+        ("plan", "seed"),
+        ("plan", "temperature"),
+        ("plan", "max_tokens"),
+        ("pairs", "min_gap"),
+        ("pairs", "length_penalty"),
+        ("sft", "seed"),
+        ("sft", "rank"),
+        ("sft", "epochs"),
+        ("sft", "batch_size"),
+        ("dpo", "beta"),
+        ("bench", "threads"),
+        ("bench", "passages"),
+    ],
+)
+@pytest.mark.parametrize("value", [NAN, -1, 1e300, 2**70])
+def test_settings_from_flags_and_recipes(kind, name, value):
+    from qe_edge.bench.config import BenchConfig
+    from qe_edge.train.config import DpoConfig, SftConfig
+    from qe_edge.train.pairs import PairsConfig
+    from qe_edge.train.plan import TeachConfig
+    from qe_edge.train.teach import AskConfig
+
+    kinds = {
+        "teach": (AskConfig, {"price_in": 1.0}),
+        "plan": (TeachConfig, {"model": "m"}),
+        "pairs": (PairsConfig, {}),
+        "sft": (SftConfig, {}),
+        "dpo": (DpoConfig, {}),
+        "bench": (BenchConfig, {"datasets": ["x"], "feedback": True}),
+    }
+    config, needed = kinds[kind]
+    with pytest.raises(BadArgument, match=name.replace("_", "-")):
+        configured(config, **needed, **{name: value})
+
+
+@given(st.integers() | st.floats() | st.text(max_size=2) | st.none() | st.booleans())
+def test_what_passes_is_a_number_within_its_bounds(value):
+    for check, kinds in ((check_number, (int, float)), (check_whole, (int,))):
+        try:
+            check("x", value, 1, 5)
+        except (TypeError, BadArgument):
+            continue
+        assert isinstance(value, kinds) and not isinstance(value, bool)
+        assert 1 <= value <= 5
