@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qe_edge.backends.llama_cpp import kept_off_amx
+from qe_edge.backends.llama_cpp import FileName, kept_off_amx
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.probes import QUERIES, Reference, load_reference
 from qe_edge.export.quantize import KINDS, MIXED, bits_of, captured_log
@@ -148,11 +148,11 @@ def verify_gguf(file: Path, source: Path | Reference, *, adapter: Path | None = 
     with captured_log() as log, kept_off_amx(llama_cpp):
         try:
             llama = llama_cpp.Llama(
-                str(file),
+                FileName(file),
                 n_ctx=longest + 1,
                 n_batch=longest,
                 logits_all=True,
-                lora_path=str(adapter) if adapter else None,
+                lora_path=FileName(adapter) if adapter else None,
                 verbose=False,
             )
         except (ValueError, RuntimeError):

@@ -122,6 +122,13 @@ def kept_off_amx(lib: Any) -> Iterator[None]:
         functions.llama_model_default_params = defaults
 
 
+class FileName(str):
+    """A path for a `llama_cpp.Llama`, which encodes it itself: as the bytes of its name, UTF-8 or not."""
+
+    def encode(self, *_: object) -> bytes:
+        return os.fsencode(str(self))
+
+
 def _why_unloadable(ref: ModelRef) -> str:
     """llama.cpp says only that it failed; look into the file for the reason."""
     try:
