@@ -109,7 +109,7 @@ def check_sums(path: Path) -> int:
         raise BadInput(f"has no {CHECKSUMS} beside it, so nothing tells whether it is whole", path=path)
     try:
         listed = {name: digest for digest, name in (line.split("  ", 1) for _, line in read_lines(sums))}
-    except ValueError:
+    except (ValueError, BadInput):
         raise BadInput("isn't a list of checksums as sha256sum writes it", path=sums) from None
     own = {name: digest for name, digest in listed.items() if Path(name).parts[:1] == (path.name,)}
     if not own:

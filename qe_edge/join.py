@@ -15,7 +15,7 @@ import msgspec
 from qe_edge.errors import BadArgument
 
 Rule = Literal["repeat", "adaptive", "mass"]
-LEAST = 1e-9  # of a value: much smaller ones are too small for floating-point weights
+LEAST, MOST = 1e-9, 1e9  # of a value: far beyond, floating-point weights vanish or overflow
 _MEANING = {
     "repeat": "how often the query is repeated (Query2Doc: 5)",
     "adaptive": "beta of words(expansion) // words(query) // beta (MuGI: 5)",
@@ -36,8 +36,8 @@ class Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     value: float = 0.7
 
     def __post_init__(self) -> None:
-        if not LEAST <= self.value <= 1 / LEAST:  # nan is neither
-            raise ValueError(f"a join's value must be from {LEAST:g} to {1 / LEAST:g}")
+        if not LEAST <= self.value <= MOST:  # nan is neither
+            raise ValueError(f"a join's value must be from {LEAST:g} to {MOST:g}")
 
     def __str__(self) -> str:
         return f"{self.rule}:{self.value:g}"
