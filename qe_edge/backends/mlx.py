@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from qe_edge.backends import Batch, default_spec, groups, whole
 from qe_edge.backends.lifetime import Lifetime
-from qe_edge.backends.mlx_batch import MlxBatch
+from qe_edge.backends.mlx_batch import MlxBatch, OneThread
 from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.models import Engine, ModelRef
 from qe_edge.prompt import hugging_face
@@ -16,7 +15,7 @@ from qe_edge.spec import read_spec
 
 # All of MLX happens here, whatever the number of models: Metal's command buffers are shared by all threads,
 # and two that evaluate at once crash.
-THREAD = ThreadPoolExecutor(1, thread_name_prefix="mlx")
+THREAD = OneThread("mlx")
 
 
 class MlxBackend:
