@@ -34,7 +34,8 @@ def generate_once(
     key: list[Any] = [digest, *settings, cpu_name(), usable_cores(), versions(), *_engines()]
     if request.passages is not None:
         key += [request.passages, request.most]
-    kept = cache / f"{hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:24]}.jsonl"
+    name = hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:24]
+    request, kept = msgspec.structs.replace(request, key=name), cache / f"{name}.jsonl"
     own = Path(request.out)
     if kept.exists() and not own.exists():
         own.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One query's expansion and its cost in tokens and seconds.
 
     `cut` is the text at each of BUDGETS that it is longer than. With feedback there is no text but the
-    `weights` of the passages that were read.
+    `weights` of the passages that were read. `key` is the request's.
     """
 
     query_id: str
@@ -53,6 +53,7 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     joules: float | None = None
     cut: dict[int, str] = {}
     weights: tuple[float, ...] = ()
+    key: str = ""
 
     def at(self, budget: int) -> str:
         """The text that so many tokens give."""
@@ -61,6 +62,8 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Request(msgspec.Struct, frozen=True):
     """What the child process is asked to do; `out` is a Generated file that it appends to.
+
+    `key` stands for the model and all settings: rows of another key are not taken for this request's.
 
     With `passages` of each query, these are read and nothing is written: the first `most`, or the model's own
     number.
@@ -76,6 +79,7 @@ class Request(msgspec.Struct, frozen=True):
     max_tokens: int | None = None
     passages: dict[str, list[str]] | None = None
     most: int | None = None
+    key: str = ""
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -117,8 +121,15 @@ def generate(request: Request) -> tuple[list[Generated], Speed, ModelSpec]:
     languages = reply.spec.prompt.languages
     if request.lang not in languages:
         raise WrongLanguage(f"it speaks {', '.join(languages)} only")
-    rows = list(read_jsonl(request.out, Generated))
+    rows = list(rows_of(request).values())
     return rows, _speed(rows, reply, request), reply.spec
+
+
+def rows_of(request: Request) -> dict[str, Generated]:
+    """What is already there of a request, by query."""
+    if not Path(request.out).exists():
+        return {}
+    return {row.query_id: row for row in read_jsonl(request.out, Generated) if row.key == request.key}
 
 
 def _speed(rows: list[Generated], reply: Reply, request: Request) -> Speed:
@@ -154,9 +165,7 @@ def _work(request: Request) -> Reply:
     """In the child: load, warm up, expand what is missing."""
     parent = os.getppid()
     _cut_incomplete_line(Path(request.out))
-    done = (
-        {row.query_id for row in read_jsonl(request.out, Generated)} if Path(request.out).exists() else set()
-    )
+    done = rows_of(request)
     start = time.perf_counter()
     expander = Expander.load(
         request.model,
@@ -189,7 +198,7 @@ def _work(request: Request) -> Reply:
                 row = _expand(expander, query_id, query)
             else:
                 row = _read(expander, query_id, query, request.passages[query_id])
-            file.write(encode_jsonl([msgspec.structs.replace(row, joules=meter.joules())]))
+            file.write(encode_jsonl([msgspec.structs.replace(row, joules=meter.joules(), key=request.key)]))
             file.flush()
             advance()
     expander.close()

@@ -10,6 +10,7 @@ import numpy as np
 from qe_edge.errors import BadInput, require
 from qe_edge.export.source import Source
 from qe_edge.export.streamed import Streamed
+from qe_edge.pretrained import load_pretrained
 from qe_edge.prompt import hugging_face
 from qe_edge.spec import ModelSpec, read_spec
 
@@ -62,7 +63,7 @@ def load_reference(model: Path) -> Reference:
         raise BadInput("has no qe_edge.json; `qe-edge merge` writes it", path=model)
     streamed = Streamed(source)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer = load_pretrained(transformers.AutoTokenizer, model)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"transformers can't load its tokenizer: {error}", path=model) from None
     probes = [*QUERIES, *HOSTILE, " ".join(map(str, tokenizer.added_tokens_decoder.values()))]

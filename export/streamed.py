@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, require
 from qe_edge.export.source import EMBEDDING, HEAD, Source
+from qe_edge.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ class Streamed:
         _give_back_what_is_freed()
         self.source = source
         try:
-            config = transformers.AutoConfig.from_pretrained(source.model)
+            config = load_pretrained(transformers.AutoConfig, source.model)
             with accelerate.init_empty_weights():
                 self.network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qe_edge.backends.llama_cpp import FileName, kept_off_amx
+from qe_edge.backends.mlx import NO_CODE
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.probes import QUERIES, Reference, load_reference
 from qe_edge.export.quantize import KINDS, MIXED, bits_of, captured_log
@@ -180,7 +181,7 @@ def verify_mlx(folder: Path, source: Path | Reference) -> dict[str, Any]:
     mx, mlx_lm = require("mlx.core", "mlx"), require("mlx_lm", "mlx")
     reference = source if isinstance(source, Reference) else load_reference(source)
     try:
-        model, tokenizer, config = mlx_lm.load(str(folder), return_config=True)
+        model, tokenizer, config = mlx_lm.load(str(folder), return_config=True, **NO_CODE)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise QeEdgeError(f"mlx-lm can't load {folder}: {error}") from None
     _check_spec(read_spec(folder), reference, folder)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from filelock import BaseFileLock, FileLock, Timeout
 
 from qe_edge.console import json_bytes
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
@@ -89,6 +90,23 @@ def recover_all(folder: Path) -> None:
     for leftover in folder.glob(".*.old"):
         if found := re.fullmatch(r"\.(.+)\.\d+\.old", leftover.name):
             recover(folder / found[1])
+
+
+_CLAIMED: dict[Path, BaseFileLock] = {}
+
+
+def claim(out: Path) -> bool:
+    """Keep an output folder for this process until it ends, however that is; False if another one has it."""
+    place = out.resolve()
+    if place not in _CLAIMED:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place.with_name(f".{place.name}.lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return False
+        _CLAIMED[place] = lock
+    return True
 
 
 def publish(partial: Path, target: Path) -> None:

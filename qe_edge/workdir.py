@@ -14,11 +14,12 @@ from typing import Any
 
 import msgspec
 
-from qe_edge.console import json_bytes
+from qe_edge.console import is_main_process, json_bytes
 from qe_edge.errors import BadArgument, NotFound
 from qe_edge.manifest import (
     MANIFEST,
     check_output,
+    claim,
     now,
     publish,
     read_record,
@@ -52,8 +53,18 @@ class Workdir:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def new(self, stage: str) -> Path:
-        """The folder of a stage's next run; an interrupted run's folder is given again, to be resumed."""
+        """The folder of a stage's next run, which no other process is given until this one ends.
+
+        An interrupted run's folder is given again, to be resumed.
+        """
         number = max(self._numbers(stage), default=0) + 1
+        # The processes of one training must get the same folder; its first one claims it later on.
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        while alone and not (claim(self._run(stage, number)) and not self._run(stage, number).exists()):
+            number += 1
+        return self._run(stage, number)
+
+    def _run(self, stage: str, number: int) -> Path:
         return self.root / stage / f"{number:03d}"
 
     def teach_folder(self, dataset: str) -> Path:
@@ -91,13 +102,16 @@ class RunFolder:
     `work` matches the files that are worth resuming; a partial folder without any is simply replaced.
 
     Raises:
-        BadArgument: an interrupted run with other settings, inputs or versions lies there.
+        BadArgument: an interrupted run with other settings, inputs or versions lies there, or another process
+            is at work there.
     """
 
     work = "generated/*/*"
 
     def __init__(self, command: str, settings: dict[str, Any], inputs: dict[str, Path | str], out: Path):
         check_output(out, command)
+        if is_main_process() and not claim(out):
+            raise BadArgument(f"another command is writing {out}; wait for it, or choose another folder")
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
         # Through JSON, so that it compares equal with the record of an earlier, interrupted run.

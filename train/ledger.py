@@ -8,9 +8,10 @@ from pathlib import Path
 from types import TracebackType
 
 import msgspec
+from filelock import FileLock, Timeout
 
 from qe_edge.console import note
-from qe_edge.errors import QeEdgeError, require
+from qe_edge.errors import QeEdgeError
 from qe_edge.records import Expansion, read_jsonl
 
 SYNC_EVERY = 1.0  # seconds; what a power cut can lose, unlike a kill
@@ -25,13 +26,12 @@ class Ledger:
     """
 
     def __init__(self, path: Path):
-        filelock = require("filelock", "teach")
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(str(path) + ".lock", timeout=0)
+        self._lock = FileLock(str(path) + ".lock", timeout=0)
         try:
             self._lock.acquire()
-        except filelock.Timeout:
+        except Timeout:
             raise QeEdgeError(
                 f"another `qe-edge teach` is writing {path}; let it finish or stop it"
             ) from None

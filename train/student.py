@@ -15,6 +15,7 @@ from qe_edge.console import note, quiet_transformers
 from qe_edge.errors import BadArgument, BadInput, NotFound, require
 from qe_edge.manifest import MANIFEST, atomic_path, read_record, sha256
 from qe_edge.models import ModelRef, resolve
+from qe_edge.pretrained import load_pretrained
 from qe_edge.spec import ModelSpec, read_spec, write_spec
 from qe_edge.workdir import Workdir
 
@@ -60,9 +61,10 @@ def _unpack_gguf(ref: ModelRef, file: Path, folder: Path) -> ModelSpec:
     require("gguf", "train")
     note(f"unpacking {ref.name} to {folder} (once)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = load_pretrained(AutoTokenizer, file.parent, gguf_file=file.name)
         with redirect_stderr(StringIO()):  # a bar that transformers offers no way to turn off
-            model = AutoModelForCausalLM.from_pretrained(
+            model = load_pretrained(
+                AutoModelForCausalLM,
                 file.parent,
                 gguf_file=file.name,
                 quantization_config=GgufConfig(dequantize=True),
@@ -114,7 +116,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return load_pretrained(AutoTokenizer, source)
     except (OSError, ValueError, KeyError) as error:
         raise NotFound(f"can't load a tokenizer from {source}: {str(error).splitlines()[0]}") from None
 
@@ -124,7 +126,7 @@ def load_config(source: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source)
+        return load_pretrained(AutoConfig, source)
     except (OSError, ValueError, KeyError) as error:
         raise NotFound(f"can't load a model from {source}: {str(error).splitlines()[0]}") from None
 
@@ -146,7 +148,7 @@ def load_model(source: str, *, dtype: Any, attention: str | None = None) -> PreT
 
     quiet_transformers()
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+        return load_pretrained(AutoModelForCausalLM, source, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError, KeyError) as error:
         raise NotFound(f"can't load a model from {source}: {str(error).splitlines()[0]}") from None
 

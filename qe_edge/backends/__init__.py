@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
+from qe_edge.backends.lifetime import check_not_forked
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.manifest import usable_cores
 from qe_edge.models import Engine, ModelRef
@@ -183,6 +185,10 @@ def default_spec(ref: ModelRef, chat_template: str | None) -> ModelSpec:
     return ModelSpec(prompt=prompt, join=DEFAULT_JOIN, base_model=ref.public_name)
 
 
+# The process that loaded the first model.
+_loaded_in: int | None = None
+
+
 def open_backend(ref: ModelRef, *, engine: Engine | None = None, threads: int | None = None) -> Backend:
     """Load a model into its engine.
 
@@ -190,6 +196,9 @@ def open_backend(ref: ModelRef, *, engine: Engine | None = None, threads: int | 
     `threads` (all usable cores by default) applies to llama.cpp and transformers on a CPU; MLX takes no
     such setting.
     """
+    global _loaded_in
+    _loaded_in = _loaded_in or os.getpid()
+    check_not_forked(_loaded_in)  # a model of its own would hang just so
     engine = engine or ref.engine
     threads = threads or usable_cores()  # llama.cpp's own default is half of them
     if (engine == "llama.cpp") != ref.is_gguf:

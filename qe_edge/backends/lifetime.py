@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from threading import Condition
@@ -10,6 +11,19 @@ from qe_edge.errors import QeEdgeError
 
 # Seconds that an ending interpreter waits for calls of other threads; a step of a model takes less.
 AT_EXIT = 10.0
+
+
+def check_not_forked(process: int) -> None:
+    """Refuse to use in one process what was loaded in another one, from which it was forked.
+
+    Raises:
+        QeEdgeError: engines compute in threads, which a fork doesn't copy: the first call would never end.
+    """
+    if os.getpid() != process:
+        raise QeEdgeError(
+            "this process was forked from one that had loaded a model, and has none of its threads; start it "
+            'by multiprocessing\'s "spawn", or load the first model after the fork'
+        )
 
 
 class Lifetime:
@@ -23,12 +37,14 @@ class Lifetime:
         self._free, self._parent = free, parent
         self._changed = Condition()
         self._inside, self._closed, self._freed = 0, False, False
+        self._process = os.getpid()
         self._children: list[Lifetime] = []
         if parent:
             parent._children.append(self)
         weakref.finalize(owner, self.close, patience=AT_EXIT)
 
     def __enter__(self) -> None:
+        check_not_forked(self._process)
         if self._parent:
             self._parent.__enter__()
         with self._changed:
@@ -51,6 +67,8 @@ class Lifetime:
 
         With `patience` (in seconds), what is still in use after that stays allocated.
         """
+        if os.getpid() != self._process:
+            return  # what a fork copied is its parent's
         with self._changed:
             self._closed = True
         for child in list(self._children):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from qe_edge.backends import Batch, default_spec, groups, whole
@@ -16,6 +17,8 @@ from qe_edge.spec import read_spec
 # All of MLX happens here, whatever the number of models: Metal's command buffers are shared by all threads,
 # and two that evaluate at once crash.
 THREAD = OneThread("mlx")
+# Neither the architecture nor the tokenizer may bring code of its own.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False, "tokenizer_config": {"trust_remote_code": False}}
 
 
 class MlxBackend:
@@ -28,7 +31,7 @@ class MlxBackend:
             raise BadArgument(f"{ref.name} is a hub id; export it first, then give the MLX folder")
         try:
             # Our renderer makes the prompt: only the inner tokenizer is used.
-            self._model, tokenizer = THREAD.submit(mlx_lm.load, str(ref.path)).result()
+            self._model, tokenizer = THREAD.submit(partial(mlx_lm.load, str(ref.path), **NO_CODE)).result()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise BadInput(f"mlx-lm can't load this folder: {error}", path=ref.path) from None
         self._tokenizer = tokenizer._tokenizer

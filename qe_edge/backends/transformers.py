@@ -12,6 +12,7 @@ from qe_edge.backends.lifetime import Lifetime
 from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.models import Engine, ModelRef
+from qe_edge.pretrained import load_pretrained
 from qe_edge.prompt import hugging_face
 from qe_edge.spec import read_spec
 
@@ -26,9 +27,10 @@ class TransformersBackend:
         quiet_transformers()
         torch.set_num_threads(threads)
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(ref.source)
+            self._tokenizer = load_pretrained(transformers.AutoTokenizer, ref.source)
             # On a CPU in float32, whatever the file holds: bf16 is emulated there, slower and less exact.
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            self._model = load_pretrained(
+                transformers.AutoModelForCausalLM,
                 ref.source,
                 dtype="auto" if torch.cuda.is_available() else torch.float32,
                 device_map="auto" if torch.cuda.is_available() else None,
