@@ -114,14 +114,22 @@ class BenchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema_version: int = SCHEMA_VERSION
 
 
+class _Version(msgspec.Struct):
+    schema_version: int = 1
+
+
 def read_result(path: Path | str) -> BenchResult:
     """Read a result file, or the one in a bench run's folder."""
     path = Path(path)
     if path.is_dir():
         path = path / RESULT
     try:
-        return msgspec.json.decode(path.read_bytes(), type=BenchResult)
+        content = path.read_bytes()
+        version = msgspec.json.decode(content, type=_Version).schema_version
+        if version > SCHEMA_VERSION:
+            raise BadInput(f"a bench result of version {version}; update qe-edge", path=path)
+        return msgspec.json.decode(content, type=BenchResult)
     except FileNotFoundError:
         raise NotFound(f"{path}: no such bench result; `qe-edge bench` writes one") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"not a bench result: {error}", path=path) from None

@@ -67,10 +67,7 @@ def convert_gguf(
         writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture]])
         stack.callback(writer.close)
         writer.add_file_type(types[dtype][2])
-        writer.add_size_label(gguf.size_label(source.parameters, source.parameters, 0, 0))
-        add_description(writer, gguf.GGUFType.MODEL, spec, provenance)
-        _add_metadata(writer, source)
-        add_vocabulary(writer, model, config.vocab_size)
+        add_header(writer, source, spec, provenance)
         for name, (element, code, _) in stored.items():
             size = math.prod(shapes[name]) * element.itemsize
             short = names.get_name(name, try_suffixes=(".weight",))
@@ -82,6 +79,17 @@ def convert_gguf(
         for name, (element, _, _) in stored.items():
             _write(writer, permute_rotary(name, source.tensor(name, element), source), out)
     return out
+
+
+def add_header(
+    writer: GGUFWriter, source: Source, spec: ModelSpec | None, provenance: dict[str, Any] | None
+) -> None:
+    """All keys that don't depend on how the tensors are stored."""
+    gguf = require("gguf", "llama")
+    writer.add_size_label(gguf.size_label(source.parameters, source.parameters, 0, 0))
+    add_description(writer, gguf.GGUFType.MODEL, spec, provenance)
+    _add_metadata(writer, source)
+    add_vocabulary(writer, source.model, source.config.vocab_size)
 
 
 def add_description(

@@ -39,7 +39,9 @@ ANSWER_TOKENS = 32
 class Reference(NamedTuple):
     """What the source model says to every probe."""
 
+    model: Path
     spec: ModelSpec
+    template: str | None  # the tokenizer's chat template
     probes: list[str]  # QUERIES, HOSTILE, then the model's own added tokens as a user might type them
     prompts: list[list[int]]  # the token ids of each
     answers: list[list[int]]  # of QUERIES: the greedy tokens, at most ANSWER_TOKENS
@@ -74,4 +76,4 @@ def load_reference(model: Path) -> Reference:
     answers = streamed.greedy(asked, end=end, most=min(ANSWER_TOKENS, spec.prompt.max_tokens))
     rows = [prompt + answer for prompt, answer in zip(asked, answers, strict=True)]
     logits = [found.numpy() for found in streamed.logits(rows)]
-    return Reference(spec, probes, prompts, answers, logits)
+    return Reference(model, spec, tokenizer.chat_template, probes, prompts, answers, logits)

@@ -1,7 +1,8 @@
 """Is an exported file still the model it came from? Compared with transformers in float32.
 
-Three things are checked: the same token ids for texts that tokenizers like to disagree about, the same
-spec, and logits, at every position of prompts and answers, that are as close as the file's format allows.
+Four things are checked: the same token ids for texts that tokenizers like to disagree about, the same spec,
+the same keys and chat template, and logits, at every position of prompts and answers, that are as close as
+the file's format allows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from qe_edge.backends.llama_cpp import FileName, kept_off_amx
 from qe_edge.backends.mlx import NO_CODE
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
+from qe_edge.export.metadata import check_metadata
 from qe_edge.export.probes import QUERIES, Reference, load_reference
 from qe_edge.export.quantize import KINDS, MIXED, bits_of, captured_log
 from qe_edge.lines import read_lines
@@ -146,6 +148,8 @@ def verify_gguf(file: Path, source: Path | Reference, *, adapter: Path | None = 
     llama_cpp = require("llama_cpp", "llama")
     reference = source if isinstance(source, Reference) else load_reference(source)
     longest = max(len(reference.sequence(query)) for query in range(len(QUERIES)))
+    if adapter is None:  # before llama-cpp-python compiles the chat template, which may be anybody's
+        check_metadata(file, reference.model, reference.spec)
     with captured_log() as log, kept_off_amx(llama_cpp):
         try:
             llama = llama_cpp.Llama(
@@ -172,7 +176,7 @@ def verify_gguf(file: Path, source: Path | Reference, *, adapter: Path | None = 
             llama.reset()
             llama.eval(ids)
             closeness.add(llama.scores[: len(ids)])
-        kind = llama.metadata.get(KIND_KEY) or _FILE_TYPES[int(llama.metadata["general.file_type"])]
+        kind = _kind_of(llama.metadata, file)
     return closeness.check(ADAPTER_LIMITS if adapter else limits_of(kind), file)
 
 
@@ -185,6 +189,8 @@ def verify_mlx(folder: Path, source: Path | Reference) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise QeEdgeError(f"mlx-lm can't load {folder}: {error}") from None
     _check_spec(read_spec(folder), reference, folder)
+    if tokenizer._tokenizer.chat_template != reference.template:
+        raise QeEdgeError(f"{folder}: its chat template is not its source's: don't use it")
     _check_ids(hugging_face(tokenizer._tokenizer), reference, folder)
     # The question is the weights, so the arithmetic is the reference's.
     model.set_dtype(mx.float32)
@@ -194,6 +200,8 @@ def verify_mlx(folder: Path, source: Path | Reference) -> dict[str, Any]:
     for query in range(queries):
         closeness.add(np.array(model(mx.array([reference.sequence(query)]))[0]))
     bits = config["quantization"]["bits"] if "quantization" in config else 16
+    if bits not in MLX_LIMITS:
+        raise QeEdgeError(f"{folder} has {bits} bits per weight, which no export writes: don't use it")
     return closeness.check(MLX_LIMITS[bits], folder)
 
 
@@ -213,6 +221,13 @@ def _check_ids(tokenize: Tokenize, reference: Reference, where: Path) -> None:
                 f"{where} tokenizes {probe!r} differently from its source, from token {at} of the prompt on "
                 f"({found[at : at + 5]} instead of {expected[at : at + 5]}): don't use it"
             )
+
+
+def _kind_of(metadata: dict[str, str], file: Path) -> str:
+    kind = metadata.get(KIND_KEY) or _FILE_TYPES.get(int(metadata.get("general.file_type", -1)), "")
+    if kind != MIXED and kind not in _FILE_TYPES.values():
+        raise QeEdgeError(f"{file} is of the kind {kind!r}, which no export writes: don't use it")
+    return kind
 
 
 def limits_of(kind: str) -> Limits:

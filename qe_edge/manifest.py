@@ -250,14 +250,21 @@ def read_json(path: Path) -> dict[str, Any]:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except FileNotFoundError:
         raise BadInput("no such file", path=path) from None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"not a JSON object: {error}", path=path) from None
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The `run.json` of an output folder; empty when it has none."""
+    """The `run.json` of an output folder; empty when it has none.
+
+    Raises:
+        BadInput: it is damaged, or another version's.
+    """
     path = folder / MANIFEST
-    return read_json(path) if path.is_file() else {}
+    record = read_json(path) if path.is_file() else {}
+    if record.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        raise BadInput(f"of version {record['schema_version']!r}; update qe-edge", path=path)
+    return record
 
 
 def check_output(out: Path, command: str) -> None:

@@ -107,7 +107,7 @@ def _folder_engine(path: Path) -> Engine:
         raise BadInput(f"holds no config.json, so it is no model folder{hint}", path=path)
     try:
         content = msgspec.json.decode(config.read_bytes(), type=dict)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise BadInput(f"not valid JSON: {error}", path=config) from None
     # mlx-lm writes this key for its own quantization; Hugging Face's is `quantization_config`.
     return "mlx" if "quantization" in content or _written_by_mlx(path) else "transformers"

@@ -124,7 +124,10 @@ def import_dataset(
 def read_origin(folder: Path) -> Origin | None:
     """How an imported collection came to be; None for any other."""
     file = folder / ORIGIN
-    return msgspec.json.decode(file.read_bytes(), type=Origin) if file.is_file() else None
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Origin) if file.is_file() else None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BadInput(f"is damaged ({error}); import the collection again", path=file) from None
 
 
 def _existing(path: Path) -> Path:

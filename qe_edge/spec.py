@@ -72,7 +72,7 @@ def parse_spec(content: str | bytes, *, source: Path | str) -> ModelSpec:
                 path=source,
             )
         return msgspec.json.decode(content, type=ModelSpec)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"its qe-edge spec is malformed: {error}", path=source) from None
 
 

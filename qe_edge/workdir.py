@@ -122,7 +122,7 @@ class RunFolder:
             remove(self.partial)
             before = {}
         compared = ("command", "settings", "inputs", "versions")
-        if before and (other := [key for key in compared if before[key] != self.record[key]]):
+        if before and (other := [key for key in compared if before.get(key) != self.record[key]]):
             if any(self.partial.glob(self.work)):
                 raise BadArgument(
                     f"{self.partial} holds an interrupted run with other {' and '.join(other)}; "

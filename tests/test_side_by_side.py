@@ -1,4 +1,4 @@
-"""Two commands in one work folder: each has a folder of its own, and what is kept is only used for the same."""
+"""Two commands in one work folder: each has a folder of its own, and kept rows are used for the same alone."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_two_benches_at_once_keep_both_results_apart(gguf, tmp_path):
     budgets = (4, 16, 8)
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "qe_edge.cli", "bench", "-d", "demo-en", "-m", gguf]
-            + ["--workdir", work, "--max-tokens", str(budget), "--json"],
+            [sys.executable, "-m", "qe_edge.cli", "bench", "-d", "demo-en", "-m", gguf, "--workdir", work]
+            + ["--max-tokens", str(budget), "--json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
