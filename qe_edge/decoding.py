@@ -18,6 +18,10 @@ from qe_edge.backends import Backend, Batch
 from qe_edge.errors import BadInput, QeEdgeError
 
 
+QUERY = 512  # tokens that a prompt may have of its own
+PIECE = 64  # tokens of prompts that are read between two steps of those who write
+
+
 @dataclass(eq=False)
 class Answer:
     """What is asked of the model, and what it has written so far.
@@ -79,17 +83,21 @@ class Decoder:
         self._running: dict[tuple[Batch, int], Answer] = {}
         self._changed = Condition()
         self._led = self._closed = False
+        self._steps = 0
 
     def ask(self, answer: Answer) -> None:
         """Let it be written from now on, by whoever waits.
 
         Raises:
-            BadInput: prompt and budget together don't fit the model's context.
+            BadInput: the query is too long, or prompt and budget don't fit the model's context.
         """
         if self._closed:
             raise QeEdgeError("the model was closed")
         if not answer.prompt:
             raise BadInput("the prompt is empty")
+        own = len(answer.prompt) - answer.prefix
+        if own > QUERY:  # a page; some scripts take a token for each byte
+            raise BadInput(f"the query takes {own} tokens, over {QUERY}. Shorten the query")
         if len(answer.prompt) + answer.budget > self._backend.context:
             raise BadInput(
                 f"the query takes {len(answer.prompt)} tokens with its prompt; with {answer.budget} for the "
@@ -151,8 +159,10 @@ class Decoder:
                     raise QeEdgeError("the engine has no room for a prompt")
                 return True
             finished = False
-            for batch in {batch for batch, _ in self._running}:
-                for number, token in batch.step().items():
+            # Whoever writes waits for at most a piece of somebody's prompt at each token.
+            writing = any(answer.tokens for answer in self._running.values())
+            for batch in self._turn():
+                for number, token in batch.step(PIECE if writing else None).items():
                     answer = self._running[batch, number]
                     if not answer.done:  # it may have become late meanwhile
                         answer.take(token, self._end)
@@ -176,6 +186,19 @@ class Decoder:
             self._clear()
             raise
 
+    def _turn(self) -> list[Batch]:
+        """The batches that compute this step.
+
+        A step of an answer alone costs about as much as one of several together. With n of these running,
+        it gets every n-th, so that each answer has its share.
+        """
+        self._steps += 1
+        together = sum(batch is self._several for batch, _ in self._running)
+        turn = {batch for batch, _ in self._running}
+        if together and self._steps % together:
+            turn.discard(self._alone)
+        return list(turn)
+
     @property
     def _batches(self) -> list[Batch]:
         return [self._several, self._alone] if self._several else [self._alone]
@@ -196,18 +219,23 @@ class Decoder:
         batch.remove(number)
 
     def _admit(self) -> None:
-        """Start those who wait, the first ones first, as far as there is room."""
+        """Start those who wait, as far as there is room.
+
+        A long one waits for the place of those alone, and nobody behind it waits for that as well. Among
+        those that want the same batch the first one is first, so none is passed over for ever.
+        """
         if self._slots > self._made:
             if any(batch is self._several for batch, _ in self._running):
                 return  # when these are done, there will be a larger one
             self._make_room()
-        while self._waiting:
-            answer = self._waiting[0]
+        full: set[Batch] = set()
+        for answer in list(self._waiting):
             if not (answer.abandoned or answer.is_late()):
                 tokens = len(answer.prompt) + answer.budget
                 batch = next(batch for batch in self._batches if tokens <= batch.longest)
-                if not batch.fits(tokens):
-                    return
+                if batch in full or not batch.fits(tokens):
+                    full.add(batch)
+                    continue
                 answer.begin = time.perf_counter()
                 number = batch.add(
                     answer.prompt,
@@ -217,7 +245,7 @@ class Decoder:
                     seed=answer.seed,
                 )
                 self._running[batch, number] = answer
-            self._waiting.popleft()
+            self._waiting.remove(answer)
 
     def _make_room(self) -> None:
         """A batch of as many slots as were wished for, or as memory has room for."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
+from time import sleep
 
 import pytest
 
@@ -183,7 +184,7 @@ def test_a_bad_query_ends_many_after_those_before_it(expander: Expander, alone: 
         for expanded in expander.expand_many([*QUERIES[:5], " ", QUERIES[5]]):
             found.append(expanded.text)
     assert found == alone[:5]
-    with pytest.raises(BadInput, match="over the model's context"):
+    with pytest.raises(BadInput, match="tokens, over 512"):
         list(expander.expand_many(["word " * 5000]))
     assert expander.expand(QUERIES[0]).text == alone[0]
 
@@ -217,3 +218,50 @@ def test_a_warm_query_is_read_from_its_own_words_on(expander: Expander, sizes: l
     sizes.clear()
     expander.expand("what causes tides")
     assert sizes[:2] == [prefix, own]
+
+
+# Fairness
+
+
+def test_long_queries_keep_nobody_waiting(gguf: Path) -> None:
+    """Three that are decoded alone, then ten short ones: these take the other places at once."""
+    long = [f"{i} " + "what causes the tides of the sea " * 29 for i in range(3)]
+    short = [f"tides {i}" for i in range(10)]
+    with Expander.load(gguf, parallel=4, budget_tokens=40, gate=OPEN) as expander:
+        ended: list[str] = []
+
+        def ask(query: str) -> None:
+            expander.expand(query)
+            ended.append(query)
+
+        threads = [Thread(target=ask, args=(query,)) for query in [*long, *short]]
+        for thread in threads:
+            thread.start()
+            sleep(0.01)  # in this order
+        for thread in threads:
+            thread.join(60)
+    assert set(ended) == {*long, *short}
+    assert [query for query in ended if query in long] == long  # among them, the first one is first
+    assert sum(ended.index(query) < ended.index(long[1]) for query in short) >= 4
+
+
+def test_a_prompt_is_read_in_pieces_while_others_write(expander: Expander) -> None:
+    backend = expander.backend
+    batch = LlamaBatch(backend, 4)  # type: ignore[arg-type]
+    writer = batch.add(backend.tokenize("tides", False), prefix=0, answer=50)
+    assert set(batch.step()) == {writer}
+    reader = batch.add([5] * 150, prefix=0, answer=4)
+    steps = [set(batch.step(64)) for _ in range(3)]
+    assert steps == [{writer}, {writer}, {writer, reader}]
+    whole = batch.add([5] * 150, prefix=0, answer=4)
+    assert set(batch.step()) == {writer, reader, whole}
+    batch.close()
+
+
+def test_a_query_of_too_many_tokens_is_searched_as_it_is(gguf: Path) -> None:
+    rare = "".join(chr(0x1F300 + i) for i in range(446))
+    with Expander.load(gguf, parallel=4, budget_tokens=4) as expander:
+        assert "tokens, over 512" in expander.expand(rare).fallback
+        expander.gate = OPEN
+        with pytest.raises(BadInput, match=r"the query takes \d+ tokens, over 512"):
+            expander.expand(rare)

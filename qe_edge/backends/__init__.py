@@ -86,8 +86,11 @@ class Batch(Protocol):
         """
         ...
 
-    def step(self) -> dict[int, int]:
-        """Compute on: sequence -> its next token, for those that have got one."""
+    def step(self, piece: int | None = None) -> dict[int, int]:
+        """Compute on: sequence -> its next token, for those that have got one.
+
+        Of prompts, at most `piece` tokens are read, if the engine can read them in pieces.
+        """
         ...
 
     def remove(self, number: int) -> None:
@@ -126,7 +129,7 @@ class OneByOne:
         self._tokens = self._generate(prompt, temperature=temperature, seed=seed)
         return 0
 
-    def step(self) -> dict[int, int]:
+    def step(self, piece: int | None = None) -> dict[int, int]:
         assert self._tokens is not None
         token = next(self._tokens, None)
         if token is None:

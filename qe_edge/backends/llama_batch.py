@@ -96,17 +96,19 @@ class LlamaBatch:
         self._running[self._numbers] = _Running(place, list(prompt[start:]), start, pick)
         return self._numbers
 
-    def step(self) -> dict[int, int]:
+    def step(self, piece: int | None = None) -> dict[int, int]:
         with self._lifetime:
-            return self._step()
+            return self._step(piece or BATCH)
 
-    def _step(self) -> dict[int, int]:
+    def _step(self, piece: int) -> dict[int, int]:
         self._close_gaps()
-        # One token of each answer first; newcomers' prompts get what is left of the batch.
+        # One token of each answer first; newcomers' prompts get what is left of the batch, or of the piece.
         room, taken = BATCH, {}
         for number, sequence in sorted(self._running.items(), key=lambda item: len(item[1].pending)):
-            taken[number] = sequence.pending[:room]
+            writing = len(sequence.pending) == 1
+            taken[number] = sequence.pending[: room if writing else min(room, piece)]
             room -= len(taken[number])
+            piece -= 0 if writing else len(taken[number])
         size, asked = 0, {}
         for number, sequence in sorted(self._running.items(), key=lambda item: item[1].place):
             tokens = taken[number]

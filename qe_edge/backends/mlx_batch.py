@@ -114,7 +114,7 @@ class MlxBatch:
         self._prefixes[prefix] = cache
         return cache
 
-    def step(self) -> dict[int, int]:
+    def step(self, piece: int | None = None) -> dict[int, int]:
         found = self._in_thread(self._generator.next_generated)
         return {answer.uid: answer.token for answer in found}
 
