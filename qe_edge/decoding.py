@@ -17,7 +17,6 @@ from typing import Literal
 from qe_edge.backends import Backend, Batch
 from qe_edge.errors import BadInput, QeEdgeError
 
-
 QUERY = 512  # tokens that a prompt may have of its own
 PIECE = 64  # tokens of prompts that are read between two steps of those who write
 
