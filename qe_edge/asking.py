@@ -6,13 +6,13 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
 from qe_edge.analysis import words_of
-from qe_edge.arguments import check_deadline, check_number, check_scores, check_text, check_whole
+from qe_edge.arguments import check_number, check_scores, check_text, check_whole
 from qe_edge.backends import Backend
 from qe_edge.cache import ExpansionCache
 from qe_edge.decoding import Answer, Decoder
@@ -22,6 +22,8 @@ from qe_edge.gate import OPEN, Gate
 from qe_edge.prompt import clean_query
 
 HOTTEST = 10  # temperature, above which all words are as likely
+PATIENCE = 0.1  # seconds for a cache that another process holds
+PAUSE = 1.0  # seconds after that in which nobody waits for it
 
 
 class Completion(NamedTuple):
@@ -36,12 +38,13 @@ class Completion(NamedTuple):
 
 @dataclass
 class Asked:
-    """A query on its way: its expansion if that needs no student, else the answer that is awaited."""
+    """A query on its way; once it is asked: its expansion, or the answer that is awaited."""
 
     query: str
     ready: ExpandedQuery | None = None
     answer: Answer | None = None
     key: str = ""
+    abandoned: bool = False  # nobody waits for it any more
 
 
 class Asker:
@@ -75,33 +78,36 @@ class Asker:
             for pair in (("a", "7"), ("水", "火"))
         ]
         self._dry, self._cache = stop_when_dry, cache
+        self._patient_from = 0.0  # on `time.perf_counter`'s clock
         self._settings = f"{digest} {self.spec.to_json()} {budget_tokens} {stop_when_dry}"
 
     def ask(
         self,
-        query: str,
+        asked: Asked,
         *,
-        deadline_ms: float | None = None,
+        deadline: float = math.inf,
         scores: Sequence[float] = (),
         temperature: float = 0.0,
         seed: int = 0,
         streamed: bool = False,
     ) -> Asked:
-        """Let it be written from now on, unless the gate or the cache make that needless."""
-        check_text("a query", query)
-        check_deadline(deadline_ms)
+        """Let it be written from now on, unless the gate or the cache make that needless.
+
+        It may wait for the cache and for the tokenizer. Another thread may abandon it meanwhile.
+        """
+        query, cleaned = asked.query, _cleaned(asked.query)
         check_scores(scores)
         check_number("temperature", temperature, 0, HOTTEST)
         check_whole("seed", seed, -(2**63), 2**63 - 1)
-        deadline = math.inf if deadline_ms is None else time.perf_counter() + deadline_ms / 1000
-        if reason := self.gate.before(clean_query(query), scores, languages=self.spec.prompt.languages):
-            return Asked(query, ready=ExpandedQuery(query, "", self.spec.join, fallback=reason))
-        key = ""
+        if reason := self.gate.before(cleaned, scores, languages=self.spec.prompt.languages):
+            asked.ready = ExpandedQuery(query, "", self.spec.join, fallback=reason)
+            return asked
         if self._cache and temperature == 0:
-            key = hashlib.sha256(f"{self._settings} {clean_query(query)}".encode()).hexdigest()
-            with suppress(BadInput):  # what is kept must not be in the way of what can be written
-                if found := self._cache.get(key, Completion):
-                    return Asked(query, ready=self._judged(query, found, cached=True))
+            asked.key = hashlib.sha256(f"{self._settings} {cleaned}".encode()).hexdigest()
+            with self._waiting_for_cache(deadline) as wait:
+                if found := self._cache.get(asked.key, Completion, wait=wait):
+                    asked.ready = self._judged(query, found, cached=True)
+                    return asked
         prompt = self.spec.prompt.encode(query, self.backend.tokenize)
         prefix = max(len(known) if prompt[: len(known)] == known else 0 for known in self.prefixes)
         enough = None if self._dry is None else dried(query, self._dry, self.backend.detokenize)
@@ -113,8 +119,25 @@ class Asker:
         except BadInput as error:
             if self.gate == OPEN:
                 raise
-            return Asked(query, ready=ExpandedQuery(query, "", self.spec.join, fallback=str(error)))
-        return Asked(query, answer=answer, key=key)
+            asked.ready = ExpandedQuery(query, "", self.spec.join, fallback=str(error))
+            return asked
+        asked.answer = answer
+        if asked.abandoned:  # looked at last: `abandon` sets it first
+            self.abandon(asked)
+        return asked
+
+    @contextmanager
+    def _waiting_for_cache(self, deadline: float = math.inf) -> Iterator[float]:
+        """For how many seconds; an error is no more than a cache without an answer.
+
+        What is kept must not be in the way of what can be written: where one waited in vain, the next ones
+        don't wait.
+        """
+        now = time.perf_counter()
+        try:
+            yield max(0.0, min(PATIENCE, deadline - now)) if now >= self._patient_from else 0.0
+        except BadInput:
+            self._patient_from = time.perf_counter() + PAUSE
 
     def completed(self, answer: Answer, *, beyond: float = math.inf) -> Completion:
         """What is written when the answer is done, or has more than `beyond` tokens."""
@@ -125,6 +148,9 @@ class Asker:
             raise
         if answer.abandoned and not answer.done:
             raise QeEdgeError("the expansion was given up")
+        return self._written(answer)
+
+    def _written(self, answer: Answer) -> Completion:
         tokens = list(answer.tokens)  # an answer that is late may still get one
         return Completion(
             text=self.backend.detokenize(tokens),
@@ -146,9 +172,25 @@ class Asker:
             asked.ready = self._judged(asked.query, written, prompt_tokens=len(asked.answer.prompt))
             # A failed one may succeed the next time, and one that was cut says nothing about the next.
             if asked.key and self._cache and not asked.ready.fallback and written.finish_reason != "deadline":
-                with suppress(BadInput):
-                    self._cache.put(asked.key, written)
+                with self._waiting_for_cache() as wait:
+                    self._cache.put(asked.key, written, wait=wait)
         return asked.ready
+
+    def late(self, asked: Asked) -> ExpandedQuery:
+        """What there is now that its time is up, asked or not yet: nothing is waited for.
+
+        Raises:
+            QeEdgeError: as `expanded`; BadInput for a blank query.
+        """
+        _cleaned(asked.query)
+        if asked.ready:
+            return asked.ready
+        if asked.answer is None:
+            return self._judged(asked.query, Completion("", (), "deadline", 0.0, 0.0))
+        if asked.answer.error:
+            raise asked.answer.error
+        written = self._written(asked.answer)
+        return self._judged(asked.query, written, prompt_tokens=len(asked.answer.prompt))
 
     def _judged(
         self, query: str, written: Completion, *, prompt_tokens: int = 0, cached: bool = False
@@ -174,9 +216,15 @@ class Asker:
 
     def abandon(self, asked: Asked) -> None:
         """Nobody waits for it any more."""
+        asked.abandoned = True
         if asked.answer:
             asked.answer.abandoned = True
             self.decoder.wake()
+
+
+def _cleaned(query: str) -> str:
+    check_text("a query", query)
+    return clean_query(query)
 
 
 def _common(one: list[int], other: list[int]) -> list[int]:

@@ -56,9 +56,13 @@ class ExpansionCache:
         except sqlite3.DatabaseError as error:
             raise BadInput(f"can't be used as a cache of expansions: {error}", path=self.path) from None
 
-    def get(self, key: str, kind: type[T]) -> T | None:
-        """What was put under the key; None too for what another version wrote."""
-        with self._connected() as db:
+    def get(self, key: str, kind: type[T], *, wait: float = WAIT) -> T | None:
+        """What was put under the key; None too for what another version wrote.
+
+        Raises:
+            BadInput: it can't be read, or another process held it for `wait` seconds.
+        """
+        with self._connected(wait=wait) as db:
             row = db.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
         if row is None:
             return None
@@ -70,10 +74,14 @@ class ExpansionCache:
         except msgspec.MsgspecError:
             return None
 
-    def put(self, key: str, value: object) -> None:
-        """Keep a value, and drop those that weren't used for longest where there is no room."""
+    def put(self, key: str, value: object, *, wait: float = WAIT) -> None:
+        """Keep a value, and drop those that weren't used for longest where there is no room.
+
+        Raises:
+            BadInput: as `get`.
+        """
         content = msgspec.json.encode(value)
-        with self._connected() as db:
+        with self._connected(wait=wait) as db:
             db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, content, time.time()))
             while _held(db) > self._limit:
                 # A tenth at once, so that not every new answer has to delete an old one.

@@ -156,7 +156,7 @@ class Expander:
             BadInput: the query is blank or, with an open gate, doesn't fit the model's context.
         """
         asked = self._asker.ask(
-            query, deadline_ms=deadline_ms, scores=scores, temperature=temperature, seed=seed
+            Asked(query), deadline=_deadline(deadline_ms), scores=scores, temperature=temperature, seed=seed
         )
         return self._asker.expanded(asked)
 
@@ -183,7 +183,7 @@ class Expander:
 
     def stream(self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()) -> Stream:
         """As `expand`, but the text can be read while it is written."""
-        asked = self._asker.ask(query, deadline_ms=deadline_ms, scores=scores, streamed=True)
+        asked = self._asker.ask(Asked(query), deadline=_deadline(deadline_ms), scores=scores, streamed=True)
         return Stream(self._asker, asked)
 
     def expand_many(self, queries: Iterable[str], *, parallel: int = PARALLEL) -> Iterator[ExpandedQuery]:
@@ -206,7 +206,7 @@ class Expander:
                 # As many again wait for their turn, or a place would be empty until the oldest is yielded.
                 while coming is not None and len(waiting) < 2 * parallel:
                     try:
-                        waiting.append(self._asker.ask(next(coming)))
+                        waiting.append(self._asker.ask(Asked(next(coming))))
                     except StopIteration:
                         coming = None
                     except Exception as error:  # when those before it are yielded
@@ -226,14 +226,14 @@ class Expander:
         self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()
     ) -> ExpandedQuery:
         """`expand` for asyncio; a cancelled one is no longer written."""
-        asked = self._asker.ask(query, deadline_ms=deadline_ms, scores=scores)
-        work = partial(self._asker.expanded, asked)
+        asked = Asked(query)
+        ask = partial(self._asker.ask, asked, deadline=_deadline(deadline_ms), scores=scores)
         try:
             # A moment later than the deadline, which whoever has a thread notices by themselves.
             limit = None if deadline_ms is None else deadline_ms / 1000 + 0.01
-            return await asyncio.wait_for(self._in_thread(asked, work), limit)
-        except TimeoutError:  # all threads are taken; it ends with what is there
-            return work()
+            return await asyncio.wait_for(self._in_thread(asked, lambda: self._asker.expanded(ask())), limit)
+        except TimeoutError:  # all threads are taken, or its own is in the middle of something
+            return self._asker.late(asked)
 
     async def aexpand_many(
         self, queries: Iterable[str], *, parallel: int = PARALLEL
@@ -244,8 +244,10 @@ class Expander:
         coming, waiting = iter(queries), deque[Asked]()
         try:
             while True:
-                for query in islice(coming, 2 * parallel - len(waiting)):
-                    waiting.append(self._asker.ask(query))
+                new = [Asked(query) for query in islice(coming, 2 * parallel - len(waiting))]
+                waiting.extend(new)
+                if new:
+                    await self._in_thread(None, partial(list, map(self._asker.ask, new)))
                 if not waiting:
                     break
                 asked = waiting[0]
@@ -284,18 +286,20 @@ class Expander:
         self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()
     ) -> AsyncIterator[str | ExpandedQuery]:
         """`stream` for asyncio: pieces of text, then the expanded query."""
-        asked = self._asker.ask(query, deadline_ms=deadline_ms, scores=scores, streamed=True)
+        asked = Asked(query)
+        ask = partial(self._asker.ask, asked, deadline=_deadline(deadline_ms), scores=scores, streamed=True)
         stream = Stream(self._asker, asked)
         pieces = iter(stream)
         try:
+            await self._in_thread(asked, ask)
             while (piece := await self._in_thread(asked, lambda: next(pieces, None))) is not None:
                 yield piece
-            yield stream.expanded
+            yield await self._in_thread(asked, lambda: stream.expanded)
         finally:
             self._asker.abandon(asked)
 
     async def _in_thread(self, asked: Asked | None, work: Callable[[], T]) -> T:
-        """Wait for it in a thread of our own: asyncio has too few for many that wait."""
+        """Do it in a thread of our own, for the loop must not wait: asyncio has too few for many that do."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(WAITING, thread_name_prefix="qe-edge")
         try:
@@ -333,8 +337,9 @@ class Expander:
         """Give the memory back. Whoever still waits for an expansion gets an error."""
         self._passages.close()
         self._asker.decoder.close()
-        if self._threads:
-            self._threads.shutdown()
+        threads, self._threads = self._threads, None  # whoever comes now is told by another one
+        if threads:
+            threads.shutdown()
         self.backend.close()
 
     def __enter__(self) -> Expander:

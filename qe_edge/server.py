@@ -8,7 +8,6 @@ then is told when to come again.
 
 import asyncio
 import json
-import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -19,7 +18,7 @@ import prometheus_client as prometheus
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -32,6 +31,7 @@ from qe_edge.expansion import ExpandedQuery
 from qe_edge.join import DEFAULT_JOIN
 from qe_edge.prompt import clean_query
 from qe_edge.search import Collection
+from qe_edge.serving import Guard
 
 QUERY_CHARACTERS = 1000
 QUERIES = 64  # in one request
@@ -232,15 +232,9 @@ def create_app(
     """The service over a loaded student. With a `token`, all but /health and the documentation want it.
 
     `hosts` are the names that a request may call the server by (all if none): a page from elsewhere must not
-    reach a server on this machine by a name of its own that leads here.
+    reach a server on this machine by a name of its own that leads here. Nor may it ask by the right name.
     """
     service = Service(expander, collections, limits or Limits())
-    bearer = HTTPBearer(auto_error=False)
-
-    async def allowed(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        known = given is not None and secrets.compare_digest(given.credentials.encode(), token.encode())
-        if token and not known:
-            raise HTTPException(401, "give the server's token", headers={"WWW-Authenticate": "Bearer"})
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -252,10 +246,12 @@ def create_app(
         description="Query expansions by a small model, and search with them.",
     )  # fmt: skip
     app.state.service = service
+    documentation = (app.docs_url, app.redoc_url, app.openapi_url, app.swagger_ui_oauth2_redirect_url)
+    app.add_middleware(Guard, hosts=hosts or [], token=token, open_paths=["/health", *documentation])
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     app.add_middleware(_Counted, service=service)
-    guarded = [Depends(allowed)]
+    guarded = [Depends(HTTPBearer(auto_error=False))]  # for the documentation: `Guard` looks at the token
 
     @app.exception_handler(RequestValidationError)
     async def unusable(_: Request, error: RequestValidationError) -> Response:
@@ -301,11 +297,15 @@ def create_app(
             plain = await run_in_threadpool(collection.plain, request.query)
             expanded = ExpandedQuery(request.query, "", DEFAULT_JOIN)
             if request.expand:
-                passages = collection.passages(plain, expander.passages) if request.feedback else None
+                passages = None
+                if request.feedback:
+                    passages = await run_in_threadpool(collection.passages, plain, expander.passages)
                 expanded = await service.expand(
                     request.query, request.deadline_ms, list(plain.values()), passages
                 )
-            hits = await run_in_threadpool(collection.hits, collection.terms(expanded), plain, request.k)
+            hits = await run_in_threadpool(
+                lambda: collection.hits(collection.terms(expanded), plain, request.k)
+            )
         return SearchReply(
             index=name,
             expansion=Expanded.of(expanded) if request.expand else None,

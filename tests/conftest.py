@@ -37,6 +37,17 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
 
 
+@pytest.fixture(scope="session")
+def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Qwen3 as a GGUF; copy it before changing anything."""
+    pytest.importorskip("llama_cpp")
+    from qe_edge.export.gguf import convert_gguf
+    from qe_edge.spec import read_spec
+
+    out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
+    return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
+
+
 @pytest.fixture
 def three(tmp_path: Path) -> Any:
     """A data set of three queries without judgments."""

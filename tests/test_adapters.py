@@ -11,18 +11,10 @@ import pytest
 
 from qe_edge import Expander
 from qe_edge.expansion import ExpandedQuery
-from qe_edge.export.gguf import convert_gguf
 from qe_edge.gate import OPEN
-from qe_edge.spec import read_spec
 
 pytest.importorskip("llama_cpp")
 QUERY = "what causes tides"
-
-
-@pytest.fixture(scope="module")
-def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
-    return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
 
 
 @pytest.fixture(scope="module")

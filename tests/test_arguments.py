@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,19 +12,12 @@ from qe_edge import Expander, Gate, Index
 from qe_edge.arguments import check_number, check_whole
 from qe_edge.cache import ExpansionCache
 from qe_edge.errors import BadArgument, BadInput
-from qe_edge.export.gguf import convert_gguf
 from qe_edge.join import Join
 from qe_edge.records import configured
 from qe_edge.spec import parse_spec, read_spec
 
 pytest.importorskip("llama_cpp")
 NAN, INF = math.nan, math.inf
-
-
-@pytest.fixture(scope="module")
-def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
-    return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
 
 
 @pytest.fixture(scope="module")

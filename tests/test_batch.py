@@ -13,9 +13,7 @@ import pytest
 from qe_edge import Expander
 from qe_edge.backends.llama_batch import LlamaBatch
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
-from qe_edge.export.gguf import convert_gguf
 from qe_edge.gate import OPEN
-from qe_edge.spec import read_spec
 
 pytest.importorskip("llama_cpp")
 # Of different lengths, in both languages, more than there are places.
@@ -23,12 +21,6 @@ QUERIES = [
     f"{words} {i}" for i in range(5) for words in ("what causes tides", "潮汐", "how does bread rise at home")
 ]
 TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
-    return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
 
 
 @pytest.fixture

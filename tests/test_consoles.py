@@ -13,19 +13,11 @@ import pytest
 
 from qe_edge.console import json_bytes, shown
 from qe_edge.errors import NotInstalled, require
-from qe_edge.export.gguf import convert_gguf
 from qe_edge.manifest import read_json
 from qe_edge.models import resolve
-from qe_edge.spec import read_spec
 
 pytest.importorskip("llama_cpp")
 CAFE = os.fsdecode(b"caf\xe9")  # a name that is no UTF-8, as an old disk may hold it
-
-
-@pytest.fixture(scope="module")
-def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
-    return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
 
 
 def qe_edge(

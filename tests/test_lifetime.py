@@ -6,22 +6,14 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from qe_edge.backends.lifetime import Lifetime
 from qe_edge.errors import QeEdgeError
-from qe_edge.export.gguf import convert_gguf
 from qe_edge.spec import read_spec
 
 pytest.importorskip("llama_cpp")
-
-
-@pytest.fixture(scope="module")
-def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
-    return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
 
 
 def run(code: str, *arguments: object) -> str:

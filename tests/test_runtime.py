@@ -14,18 +14,10 @@ from engines import says
 
 from qe_edge import Expander, Gate
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
-from qe_edge.export.gguf import convert_gguf
 from qe_edge.gate import OPEN
-from qe_edge.spec import read_spec
 
 pytest.importorskip("llama_cpp")
 QUERIES = ["what causes tides", "潮汐是怎么形成的", "iron deficiency", "how does dns work", "moon", "sea"]
-
-
-@pytest.fixture(scope="module")
-def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
-    return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
 
 
 def test_the_gate_spares_the_student_or_refuses_what_it_wrote(gguf: Path) -> None:

@@ -153,7 +153,8 @@ def test_its_documentation_is_there(server: Server) -> None:
 
 
 def test_it_finishes_what_it_began_when_it_is_stopped(gguf: Path, tmp_path: Path) -> None:
-    running = Server(tmp_path, "--model", gguf, "--budget-tokens", 1500)
+    # With one thread: several wait long for each other on a busy machine.
+    running = Server(tmp_path, "--model", gguf, "--budget-tokens", 1500, "--threads", 1)
     replies: list[Reply] = []
     client = threading.Thread(target=lambda: replies.append(running.post("/expand", query="a long one")))
     client.start()

@@ -1,4 +1,4 @@
-"""Two commands in one work folder: each has a folder of its own, and kept rows are used for the same alone."""
+"""Two commands in one work folder: each has a folder of its own, and kept rows serve the same settings."""
 
 from __future__ import annotations
 
@@ -14,18 +14,10 @@ import pytest
 from qe_edge.bench.kept import generate_once
 from qe_edge.bench.speed import Generated, Request
 from qe_edge.errors import BadArgument
-from qe_edge.export.gguf import convert_gguf
 from qe_edge.records import encode_jsonl, read_jsonl
-from qe_edge.spec import read_spec
 from qe_edge.workdir import RunFolder, Workdir
 
 pytest.importorskip("llama_cpp")
-
-
-@pytest.fixture(scope="module")
-def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
-    return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
 
 
 def test_two_benches_at_once_keep_both_results_apart(gguf, tmp_path):
@@ -33,8 +25,10 @@ def test_two_benches_at_once_keep_both_results_apart(gguf, tmp_path):
     budgets = (4, 16, 8)
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "qe_edge.cli", "bench", "-d", "demo-en", "-m", gguf, "--workdir", work]
-            + ["--max-tokens", str(budget), "--json"],
+            [
+                *(sys.executable, "-m", "qe_edge.cli", "bench", "-d", "demo-en", "-m", gguf),
+                *("--workdir", work, "--max-tokens", str(budget), "--json"),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )

@@ -60,19 +60,18 @@ def serve(
     loopback = is_loopback(host)
     if not loopback and not token:
         raise BadArgument(f"{host} can be reached from elsewhere: give a --token that clients must send")
-    import uvicorn
-
     from qe_edge.server import Limits, create_app
+    from qe_edge.serving import run
 
     collections = open_collections(index, workdir)
     settings = {"budget_tokens": budget_tokens, "passages": passages, "threads": threads, "cache": cache}
     expander = load_expander(model, workdir, parallel=parallel, **settings)
-    expander.expand("what causes tides")  # what the first query would wait for
+    expander.expand("what causes tides").terms()  # what the first query would wait for
     hosts = ["localhost", "127.0.0.1", "[::1]", host] if loopback else None
     limits = Limits(parallel + queue, deadline_ms)
     app = create_app(expander, collections, limits=limits, token=token, hosts=hosts)
     last = math.ceil(deadline_ms / 1000) + 5  # seconds until what was begun is answered
-    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=last)
+    run(app, host=host, port=port, last=last)
 
 
 def is_loopback(host: str) -> bool:
