@@ -17,13 +17,13 @@ _OWN = {"general.file_type", "general.quantization_version", KIND_KEY, PROVENANC
 _OF_QUANTIZER = "quantize.imatrix."
 
 
-def check_metadata(file: Path, model: Path, spec: ModelSpec) -> None:
-    """Compare an export's keys with those that its source, a model folder, gives.
+def check_metadata(found: dict[str, Any], file: Path, model: Path, spec: ModelSpec) -> None:
+    """Compare the keys of an export, as `read_keys` found them, with those that its source folder gives.
 
     Raises:
         QeEdgeError: one is missing, was added or has another value.
     """
-    expected, found = expected_keys(model, spec), read_keys(file)
+    expected = expected_keys(model, spec)
     for name in sorted(expected.keys() | found.keys()):
         if name in _OWN or name.startswith(_OF_QUANTIZER):
             continue

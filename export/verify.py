@@ -16,7 +16,7 @@ import numpy as np
 from qe_edge.backends.llama_cpp import FileName, kept_off_amx
 from qe_edge.backends.mlx import NO_CODE
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
-from qe_edge.export.metadata import check_metadata
+from qe_edge.export.metadata import check_metadata, read_keys
 from qe_edge.export.probes import QUERIES, Reference, load_reference
 from qe_edge.export.quantize import KINDS, MIXED, bits_of, captured_log
 from qe_edge.lines import read_lines
@@ -149,7 +149,11 @@ def verify_gguf(file: Path, source: Path | Reference, *, adapter: Path | None = 
     reference = source if isinstance(source, Reference) else load_reference(source)
     longest = max(len(reference.sequence(query)) for query in range(len(QUERIES)))
     if adapter is None:  # before llama-cpp-python compiles the chat template, which may be anybody's
-        check_metadata(file, reference.model, reference.spec)
+        keys = read_keys(file)
+        _check_spec(
+            parse_spec(str(keys[GGUF_KEY]), source=file) if GGUF_KEY in keys else None, reference, file
+        )
+        check_metadata(keys, file, reference.model, reference.spec)
     with captured_log() as log, kept_off_amx(llama_cpp):
         try:
             llama = llama_cpp.Llama(
@@ -163,8 +167,6 @@ def verify_gguf(file: Path, source: Path | Reference, *, adapter: Path | None = 
         except (ValueError, RuntimeError):
             raise QeEdgeError(f"llama.cpp can't load {file}: {'; '.join(log[-3:])}") from None
     with closing(llama):
-        spec = llama.metadata.get(GGUF_KEY)
-        _check_spec(parse_spec(spec, source=file) if spec else None, reference, file)
         _check_ids(
             lambda text, special: llama.tokenize(text.encode(), add_bos=False, special=special),
             reference,

@@ -13,8 +13,9 @@ from typing import TypeVar
 import msgspec
 
 from qe_edge.arguments import check_number
+from qe_edge.console import note
 from qe_edge.errors import BadInput
-from qe_edge.manifest import sha256
+from qe_edge.manifest import remove, sha256
 
 T = TypeVar("T")
 _SCHEMA = """
@@ -24,6 +25,7 @@ CREATE TABLE IF NOT EXISTS models (file TEXT PRIMARY KEY, sha256 TEXT NOT NULL);
 """
 
 
+_MAGIC = b"SQLite format 3\0"
 WAIT = 1.0  # seconds for another process's transaction, of some milliseconds
 
 
@@ -31,7 +33,8 @@ class ExpansionCache:
     """Answers by key, those that were used last, up to `max_mb` million bytes.
 
     Args:
-        path: the SQLite file, made if it isn't there. One file serves any number of models.
+        path: the SQLite file, made if it isn't there. One file serves any number of models. A damaged one is
+            set aside, as `<name>.damaged`, and made anew.
 
     Raises:
         BadInput: it is no SQLite file, or another program's.
@@ -41,10 +44,29 @@ class ExpansionCache:
         check_number("max_mb", max_mb, 0, 1e9)
         self.path, self._limit = Path(path), max_mb * 1e6
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._is_damaged():
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            note(f"{self.path} is damaged; it is kept as {aside.name}, and a new cache is begun")
+            self.path.replace(aside)
+            for log in ("-wal", "-shm"):
+                remove(self.path.with_name(self.path.name + log))
         with self._connected() as db:
             with suppress(sqlite3.OperationalError):  # another process is just doing so
                 db.execute("PRAGMA journal_mode=WAL")  # readers don't wait for a writer
             db.executescript(_SCHEMA)
+
+    def _is_damaged(self) -> bool:
+        """Whether it is an SQLite file that SQLite can't use; any other file is none of ours to move."""
+        if not self.path.is_file():
+            return False
+        with self.path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                return False
+        try:
+            with self._connected() as db:
+                return bool(db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",))
+        except BadInput as error:
+            return not _is_busy(error)
 
     @contextmanager
     def _connected(self, *, wait: float = WAIT) -> Iterator[sqlite3.Connection]:
@@ -53,7 +75,7 @@ class ExpansionCache:
             with closing(sqlite3.connect(self.path, timeout=wait)) as db, db:
                 db.execute("PRAGMA synchronous=NORMAL")
                 yield db
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter for a damaged name in its schema
             raise BadInput(f"can't be used as a cache of expansions: {error}", path=self.path) from None
 
     def get(self, key: str, kind: type[T], *, wait: float = WAIT) -> T | None:
@@ -71,7 +93,7 @@ class ExpansionCache:
             db.execute("UPDATE answers SET used = ? WHERE key = ?", (time.time(), key))
         try:
             return msgspec.json.decode(row[0], type=kind)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError, TypeError):
             return None
 
     def put(self, key: str, value: object, *, wait: float = WAIT) -> None:
@@ -99,12 +121,16 @@ class ExpansionCache:
         key = hashlib.sha256(msgspec.json.encode(state)).hexdigest()
         with self._connected() as db:
             row = db.execute("SELECT sha256 FROM models WHERE file = ?", (key,)).fetchone()
-        if row:
+        if row and isinstance(row[0], str):
             return row[0]
         found = sha256(model)
         with self._connected() as db:
             db.execute("INSERT OR REPLACE INTO models VALUES (?, ?)", (key, found))
         return found
+
+
+def _is_busy(error: BadInput) -> bool:
+    return "locked" in str(error) or "busy" in str(error)
 
 
 def _held(db: sqlite3.Connection) -> int:

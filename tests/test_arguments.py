@@ -223,3 +223,28 @@ def test_what_passes_is_a_number_within_its_bounds(value):
             continue
         assert isinstance(value, kinds) and not isinstance(value, bool)
         assert 1 <= value <= 5
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ('{"query": "tides", "deadline_ms": NaN}', 422),
+        ('{"query": "tides", "deadline_ms": Infinity}', 422),
+        ('{"query": "tides", "deadline_ms": 1e15}', 422),
+        ('{"query": "tides", "deadline_ms": -1}', 422),
+        ('{"query": 5}', 422),
+        ('{"query": "tides", "deadline_ms": 500}', 200),
+    ],
+)
+def test_numbers_of_a_request(expander, sent, status):
+    pytest.importorskip("fastapi")
+    from fastapi.testclient import TestClient
+
+    from qe_edge.server import create_app
+
+    client = TestClient(create_app(expander, {}), base_url="http://localhost")
+    answer = client.post("/expand", content=sent, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status
+    deadline = sent.partition("_ms")[2].strip('": }')
+    if deadline:
+        assert client.get(f"/expand/stream?query=tides&deadline_ms={deadline}").status_code == status

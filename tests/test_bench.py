@@ -277,7 +277,7 @@ def test_an_interrupted_bench_keeps_what_was_generated(done, student, tmp_path):
     written = next((folder / "generated").rglob("*.jsonl")).read_bytes().splitlines(keepends=True)
     request = Request(
         model=str(student), lang="en", queries=load_dataset("demo-en").queries, out=str(tmp_path / "g.jsonl"),
-        label="again", max_tokens=20,
+        label="again", max_tokens=20, key=msgspec.json.decode(written[0])["key"],
     )  # fmt: skip
     marked = written[0].replace(b'"text":"', b'"text":"KEPT ', 1)
     (tmp_path / "g.jsonl").write_bytes(marked + b"".join(written[1:20]))

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -249,3 +249,30 @@ def test_errors_come_from_the_await(gguf: Path) -> None:
 
     with Expander.load(gguf, gate=OPEN, budget_tokens=4) as expander:
         asyncio.run(ask(expander))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_cache_is_set_aside_or_refused_and_never_fatal(tmp_path, seed, capsys):
+    import random
+
+    path, chance = tmp_path / "x.db", random.Random(seed)
+    cache = ExpansionCache(path)
+    for number in range(50):
+        cache.put(f"k{number}", {"text": "the moon " * 20})
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        db.execute("PRAGMA journal_mode=DELETE")
+    content = bytearray(path.read_bytes())
+    for _ in range(chance.choice([3, 50, 2000])):
+        # behind the words that make it an SQLite file
+        content[chance.randrange(16, 4096 if seed % 2 else len(content))] = chance.randrange(256)
+    path.write_bytes(bytes(content))
+    cache = ExpansionCache(path)
+    for number in range(50):
+        with suppress(BadInput):
+            cache.get(f"k{number}", dict)
+    if (tmp_path / "x.db.damaged").exists():
+        assert "x.db is damaged; it is kept as x.db.damaged" in capsys.readouterr().err
+        assert (tmp_path / "x.db.damaged").read_bytes() == bytes(content)
+        cache.put("new", {"a": 1})
+        assert cache.get("new", dict) == {"a": 1}
