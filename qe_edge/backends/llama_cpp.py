@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from qe_edge.backends import default_spec, whole
+from qe_edge.backends.gguf_check import check_gguf
 from qe_edge.backends.lifetime import Lifetime
 from qe_edge.backends.llama_batch import CONTEXT, KEPT, LlamaBatch
 from qe_edge.backends.llama_reader import LlamaReader
@@ -24,6 +25,8 @@ class LlamaCppBackend:
 
     def __init__(self, ref: ModelRef, *, threads: int):
         self.lib = lib = require("llama_cpp", "llama")
+        assert ref.path is not None
+        architecture = check_gguf(ref.path)
         # llama.cpp tells what it does, and how a load failed; we say it in our own words.
         logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
         lib.llama_backend_init()
@@ -32,7 +35,11 @@ class LlamaCppBackend:
         params.use_extra_bufts = not has_amx(lib)
         self.model = lib.llama_model_load_from_file(os.fsencode(ref.source), params)
         if not self.model:
-            raise BadInput(_why_unloadable(ref), path=ref.path)
+            raise BadInput(
+                f"llama.cpp can't load it (architecture {architecture!r}); qe-edge exports qwen3 and llama, "
+                "and this build of llama.cpp may not know others",
+                path=ref.path,
+            )
         self.lifetime = Lifetime(self, partial(lib.llama_model_free, self.model))
         self._vocab = lib.llama_model_get_vocab(self.model)
         self.vocabulary: int = lib.llama_vocab_n_tokens(self._vocab)
@@ -127,20 +134,3 @@ class FileName(str):
 
     def encode(self, *_: object) -> bytes:
         return os.fsencode(str(self))
-
-
-def _why_unloadable(ref: ModelRef) -> str:
-    """llama.cpp says only that it failed; look into the file for the reason."""
-    try:
-        import gguf
-
-        reader = gguf.GGUFReader(str(ref.path))
-        field = reader.get_field("general.architecture")
-        architecture = field.contents() if field else None
-    except Exception:
-        # The reader maps arrays over the file, and fails in many ways where the file ends too early.
-        return "the file is damaged or truncated; download or export it again"
-    return (
-        f"llama.cpp can't load it (architecture {architecture!r}); qe-edge exports qwen3 and llama, "
-        "and this build of llama.cpp may not know others"
-    )
