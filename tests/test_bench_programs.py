@@ -70,3 +70,11 @@ def test_export_speed_converts_each_way(tmp_path: Path) -> None:
     assert size["write"] == pytest.approx(size["gguf ours"], rel=0.02)
     assert size["gguf ours"] > 2 * size["Q4_K_M"]
     assert size["mlx ours"] == pytest.approx(size["mlx mlx-lm"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_survival_counts_each_fault(gguf: Path) -> None:
+    title, *rows = run("survival", gguf, "--rounds", 1, "--kills", 3)
+    assert title[:3] == ["what", "tried", "failed"]
+    assert [row[1] for row in rows] == ["3", "3", "1", "1", "1", "1"]
+    assert {row[2] for row in rows} == {"0"}

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from qe_edge import manifest
+from qe_edge.bench.survival import REPLACING, WAYS, is_whole
 from qe_edge.exchange import exchange
 from qe_edge.manifest import atomic_path, check_output, recover
 from qe_edge.workdir import RunFolder, Workdir
@@ -30,7 +31,7 @@ def state(path):
     return {file.name: file.read_text() for file in path.iterdir()}
 
 
-@pytest.fixture(params=["in one step", "by two renames"])
+@pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """As this system does it, and as those do that can't exchange two names."""
     if request.param == "by two renames":
@@ -118,24 +119,7 @@ def test_an_old_run_that_was_just_replaced_is_not_taken_for_an_interrupted_one(t
     assert json.loads((run.partial / "run.json").read_text())["state"] == "running"
 
 
-REPLACING = """
-import sys
-from itertools import count
-from pathlib import Path
-from qe_edge import manifest
-
-if sys.argv[2] == "by two renames":
-    manifest.exchange = lambda one, other: False
-for number in count():
-    with manifest.atomic_path(sys.argv[1]) as partial:
-        partial.mkdir()
-        for name in ("a.txt", "b.txt"):
-            (partial / name).write_text(str(number))
-    print(number, flush=True)
-"""
-
-
-@pytest.mark.parametrize("way", ["in one step", "by two renames"])
+@pytest.mark.parametrize("way", WAYS)
 def test_killed_at_any_moment_a_whole_folder_is_there(tmp_path, way):
     out, chance = tmp_path / "out", random.Random(0)
     for _ in range(12):
@@ -149,9 +133,7 @@ def test_killed_at_any_moment_a_whole_folder_is_there(tmp_path, way):
         process.wait()
         if way == "by two renames":
             recover(out)
-        found = state(out)
-        assert set(found) == {"a.txt", "b.txt"}
-        assert len(set(found.values())) == 1
+        assert is_whole(out)
     with atomic_path(out) as partial:
         put(partial, "last")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

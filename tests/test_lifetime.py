@@ -10,6 +10,7 @@ import time
 import pytest
 
 from qe_edge.backends.lifetime import Lifetime
+from qe_edge.bench.survival import CLOSED_BESIDE, LEFT_BEHIND
 from qe_edge.errors import QeEdgeError
 from qe_edge.spec import read_spec
 
@@ -28,50 +29,6 @@ def run(code: str, *arguments: object) -> str:
     return done.stdout
 
 
-CLOSED_BESIDE = """
-import sys, threading, time
-from qe_edge import Expander, QeEdgeError
-from qe_edge.gate import OPEN
-
-model, engine, what = sys.argv[1:]
-passages = [f"the moon pulls the sea {i}" for i in range(20)]
-calls = {
-    "feedback": lambda e: e.feedback("what causes tides", passages),
-    "tokenize": lambda e: e.backend.tokenize("what causes tides " * 50, False),
-    "detokenize": lambda e: e.backend.detokenize([5] * 500),
-    "expand": lambda e: e.expand("what causes tides"),
-    "stream": lambda e: list(e.stream("what causes tides")),
-    "all": None,
-}
-del calls["all"]
-chosen = list(calls.values()) if what == "all" else [calls[what]]
-for turn in range(4 if engine == "llama.cpp" else 2):
-    expander = Expander.load(model, engine=engine, gate=OPEN, budget_tokens=16, parallel=4)
-    ended, wrong = [], []
-
-    def use(number):
-        try:
-            while True:
-                chosen[number % len(chosen)](expander)
-        except QeEdgeError as error:
-            ended.append(str(error))
-        except BaseException as error:
-            wrong.append(repr(error))
-
-    threads = [threading.Thread(target=use, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.05 + 0.05 * turn)
-    expander.close()
-    for thread in threads:
-        thread.join(30)
-    assert not wrong, wrong
-    assert ended == ["the model was closed"] * 6, ended
-    expander.close()
-print("done")
-"""
-
-
 @pytest.mark.parametrize("what", ["feedback", "tokenize", "detokenize", "expand", "stream", "all"])
 def test_closed_beside_six_threads(gguf, what):
     assert run(CLOSED_BESIDE, gguf, "llama.cpp", what) == "done\n"
@@ -87,28 +44,6 @@ def test_mlx_closed_beside_six_threads(tiny_qwen3, tmp_path):
 
     folder = convert_mlx(tiny_qwen3, tmp_path / "mlx", bits=None, spec=read_spec(tiny_qwen3))
     assert run(CLOSED_BESIDE, folder, "mlx", "all") == "done\n"
-
-
-LEFT_BEHIND = """
-import sys, threading, time
-from qe_edge import Expander
-from qe_edge.gate import OPEN
-
-expander = Expander.load(sys.argv[1], gate=OPEN, budget_tokens=400)
-passages = [f"the moon pulls the sea {i}" for i in range(20)]
-
-def forever():
-    while True:
-        if sys.argv[2] == "expand":
-            expander.expand("what causes tides")
-        else:
-            expander.feedback("what causes tides", passages)
-
-for _ in range(3):
-    threading.Thread(target=forever, daemon=True).start()
-time.sleep(0.3)
-print("done")
-"""
 
 
 @pytest.mark.parametrize("what", ["expand", "feedback"])
