@@ -36,10 +36,11 @@ test: $(READY)  ## Run the tests, but not the slow ones
 test-all: $(READY)  ## Run all tests
 	$(BIN)/pytest
 
-lint: $(READY)  ## Check style and types
+lint: $(READY)  ## Check style, layers and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python tests/typecheck.py
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
 
 format: $(READY)  ## Format the code
 	$(BIN)/ruff check --fix .

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from qe_edge.feedback import Passages
-from qe_edge.join import TEACHER_JOIN
 from qe_edge.records import Count, Threads
+from qe_edge.student.feedback import Passages
+from qe_edge.student.join import TEACHER_JOIN
 
 TUNE_JOINS = (
     "mass:0.3",

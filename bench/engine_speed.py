@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from qe_edge import synthetic
+from qe_edge.bench import synthetic
 from qe_edge.bench.speed import peak_memory_mb
 from qe_edge.console import note
 from qe_edge.errors import BadArgument, QeEdgeError, require
-from qe_edge.expander import PARALLEL
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.quantize import KINDS, NEED_IMPORTANCE, quantize_gguf
-from qe_edge.manifest import atomic_path, usable_cores
-from qe_edge.models import ModelRef, resolve
+from qe_edge.runtime.expander import PARALLEL
+from qe_edge.student.models import ModelRef, resolve
+from qe_edge.work.files import atomic_path
+from qe_edge.work.machine import usable_cores
 
 if TYPE_CHECKING:
     from qe_edge.backends.llama_batch import LlamaBatch
@@ -92,7 +93,7 @@ def _measure(ref: ModelRef, threads: int, rounds: int) -> EngineSpeed:
     start = time.perf_counter()
     backend = LlamaCppBackend(ref, threads=threads)
     load_s = time.perf_counter() - start
-    prompt = np.random.default_rng(0).integers(0, backend.vocabulary, PROMPT).tolist()
+    prompt = np.random.default_rng(0).integers(0, backend.model.vocabulary, PROMPT).tolist()
     ours, loop = [], []
     with closing(backend):
         batch = backend.batch(1)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qe_edge.console import shown
-from qe_edge.datasets import BUILTIN, builtin_folder, split_name
 from qe_edge.errors import BadInput
-from qe_edge.models import resolve
-from qe_edge.workdir import Workdir
+from qe_edge.retrieval.datasets import BUILTIN, builtin_folder, split_name
+from qe_edge.student.models import resolve
+from qe_edge.work.folder import Workdir
 
 
 def parse_model(text: str) -> tuple[str, str]:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import msgspec
 
 from qe_edge.bench.result import System
-from qe_edge.datasets import Dataset
-from qe_edge.index import Ranking, Retriever
-from qe_edge.join import Join
-from qe_edge.measures import holm, mean_interval, per_query, randomization_test, ratio_interval
+from qe_edge.retrieval.datasets import Dataset
+from qe_edge.retrieval.index import Retriever
+from qe_edge.retrieval.measures import holm, mean_interval, per_query, randomization_test, ratio_interval
+from qe_edge.retrieval.trec import Ranking
+from qe_edge.student.join import Join
 
 MEASURE = "nDCG@10"
 # Deep enough for R@1000, so that any tool can compute any usual measure from the run files.

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from qe_edge.datasets import DatasetInfo
 from qe_edge.errors import BadInput, NotFound
-from qe_edge.measures import Interval
+from qe_edge.retrieval.datasets import DatasetInfo
+from qe_edge.retrieval.measures import Interval
 
 SCHEMA_VERSION = 1
 RESULT = "result.json"

@@ -23,13 +23,13 @@ from qe_edge.bench.energy import EnergyMeter
 from qe_edge.bench.result import Speed
 from qe_edge.console import json_bytes, prepare_streams, progress
 from qe_edge.errors import DEBUG, BadInput, QeEdgeError, explained
-from qe_edge.expander import Expander
-from qe_edge.expansion import FinishReason
-from qe_edge.gate import OPEN
-from qe_edge.manifest import usable_cores
-from qe_edge.models import Engine, resolve
 from qe_edge.records import Lang, encode_jsonl, read_jsonl
-from qe_edge.spec import ModelSpec
+from qe_edge.runtime.expander import Expander
+from qe_edge.runtime.expansion import FinishReason
+from qe_edge.student.gate import OPEN
+from qe_edge.student.models import Engine, resolve
+from qe_edge.student.spec import ModelSpec
+from qe_edge.work.machine import usable_cores
 
 WARM_UP = "warm up"
 # Where the text of one generation is cut, to see what more tokens buy.

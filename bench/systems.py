@@ -10,23 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from qe_edge.bench.config import BenchConfig
-from qe_edge.bench.feedback import found_texts, rm3
-from qe_edge.bench.kept import generate_once
+from qe_edge.bench.generations import generate_once
+from qe_edge.bench.prf import found_texts, rm3
 from qe_edge.bench.quality import DEPTH, MEASURE, compare_all, retrieve, values_of
 from qe_edge.bench.result import DatasetResult, Kind, Speed, System, Tuning
 from qe_edge.bench.speed import BUDGETS, Generated, Request, WrongLanguage
 from qe_edge.console import note
-from qe_edge.datasets import Dataset, describe
 from qe_edge.errors import QeEdgeError
-from qe_edge.expansion import ExpandedQuery
-from qe_edge.feedback import MOST_PASSAGES, RelevanceModel
-from qe_edge.index import Index, Ranking, Retriever
-from qe_edge.join import DEFAULT_JOIN, Join
-from qe_edge.measures import Interval, depth, evaluate, mean_interval, write_run
-from qe_edge.opensearch import OpenSearchIndex
 from qe_edge.records import Expansion, read_jsonl
-from qe_edge.spec import ModelSpec
-from qe_edge.workdir import Workdir
+from qe_edge.retrieval.datasets import Dataset, describe
+from qe_edge.retrieval.index import Index, Retriever
+from qe_edge.retrieval.measures import Interval, depth, evaluate, mean_interval
+from qe_edge.retrieval.opensearch import OpenSearchIndex
+from qe_edge.retrieval.trec import Ranking, write_run
+from qe_edge.runtime.expansion import ExpandedQuery
+from qe_edge.student.feedback import MOST_PASSAGES, RelevanceModel
+from qe_edge.student.join import DEFAULT_JOIN, Join
+from qe_edge.student.spec import ModelSpec
+from qe_edge.work.folder import Workdir
 
 
 class Systems:

@@ -14,8 +14,9 @@ import msgspec
 from qe_edge.errors import BadArgument, BadInput, NotFound, require
 from qe_edge.export.gguf import add_description, permute_rotary
 from qe_edge.export.source import Source
-from qe_edge.manifest import atomic_path, read_json, read_record
-from qe_edge.spec import ModelSpec
+from qe_edge.student.spec import ModelSpec
+from qe_edge.work.files import atomic_path, read_json
+from qe_edge.work.runs import read_record
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

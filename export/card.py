@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qe_edge.export.imatrix import Importance
-from qe_edge.spec import ModelSpec, is_hub_id
+from qe_edge.student.spec import ModelSpec, is_hub_id
 
 CARD, MODELFILE = "README.md", "Modelfile"
 _STAGES = {"base": "not trained", "sft": "supervised fine-tuning", "dpo": "supervised fine-tuning, then DPO"}

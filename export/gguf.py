@@ -20,8 +20,8 @@ import numpy as np
 from qe_edge.errors import BadArgument, require
 from qe_edge.export.source import Source
 from qe_edge.export.vocab import add_vocabulary
-from qe_edge.manifest import atomic_path
-from qe_edge.spec import GGUF_KEY, PROVENANCE_KEY, ModelSpec, is_hub_id
+from qe_edge.student.spec import GGUF_KEY, PROVENANCE_KEY, ModelSpec, is_hub_id
+from qe_edge.work.files import atomic_path
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -16,9 +16,9 @@ import numpy as np
 from qe_edge.errors import BadInput, require
 from qe_edge.export.source import Source
 from qe_edge.export.streamed import Streamed
-from qe_edge.manifest import sha256
-from qe_edge.spec import ModelSpec
+from qe_edge.student.spec import ModelSpec
 from qe_edge.train.config import SftConfig
+from qe_edge.work.files import sha256
 
 ROWS = 128  # of about 190 tokens; llama.cpp's usual hundred chunks of 512 are twice that
 BATCH = 16  # of rows that go through the model together, which is read once for them
@@ -47,7 +47,7 @@ def calibration_rows(
     Raises:
         BadInput: the files hold no usable row.
     """
-    from qe_edge.prompt import hugging_face
+    from qe_edge.student.prompt import hugging_face
     from qe_edge.train.sft import encode_rows, select_rows
 
     rows = select_rows(expansions, selection)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from qe_edge.console import note
-from qe_edge.manifest import read_record, sha256
 from qe_edge.records import configured
-from qe_edge.spec import ModelSpec
+from qe_edge.student.spec import ModelSpec
 from qe_edge.train.config import SftConfig
+from qe_edge.work.files import sha256
+from qe_edge.work.runs import read_record
 
 _MAY_BE_PATHS = ("student", "eval_dataset")
 

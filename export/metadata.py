@@ -10,7 +10,7 @@ import numpy as np
 from qe_edge.errors import QeEdgeError, require
 from qe_edge.export.gguf import add_header
 from qe_edge.export.source import Source
-from qe_edge.spec import GGUF_KEY, KIND_KEY, PROVENANCE_KEY, ModelSpec
+from qe_edge.student.spec import GGUF_KEY, KIND_KEY, PROVENANCE_KEY, ModelSpec
 
 # What differs between the kinds of one export; the spec is compared as what it means, not as a text.
 _OWN = {"general.file_type", "general.quantization_version", KIND_KEY, PROVENANCE_KEY, GGUF_KEY}

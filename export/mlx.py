@@ -14,8 +14,8 @@ from typing import Any
 
 from qe_edge.errors import BadArgument, require
 from qe_edge.export.source import HfConfig, Source, read_config
-from qe_edge.manifest import atomic_path, read_json, write_json
-from qe_edge.spec import PROVENANCE_FILE, ModelSpec, write_spec
+from qe_edge.student.spec import PROVENANCE_FILE, ModelSpec, write_spec
+from qe_edge.work.files import atomic_path, read_json, write_json
 
 # What MLX's affine quantization has kernels for.
 BITS = (2, 3, 4, 5, 6, 8)

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qe_edge.backends.pretrained import load_pretrained
 from qe_edge.errors import BadInput, require
 from qe_edge.export.source import Source
 from qe_edge.export.streamed import Streamed
-from qe_edge.pretrained import load_pretrained
-from qe_edge.prompt import hugging_face
-from qe_edge.spec import ModelSpec, read_spec
+from qe_edge.student.prompt import hugging_face
+from qe_edge.student.spec import ModelSpec, read_spec
 
 # The source answers these greedily; logits are compared at every position of prompt and answer.
 QUERIES = (

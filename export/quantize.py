@@ -13,8 +13,8 @@ from typing import Any
 
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.imatrix import Importance
-from qe_edge.manifest import atomic_path
-from qe_edge.spec import KIND_KEY
+from qe_edge.student.spec import KIND_KEY
+from qe_edge.work.files import atomic_path
 
 # `enum llama_ftype` in llama.h; the file states its own under `general.file_type`. All of llama.cpp's but
 # those for mixtures of experts and for models that were trained with weights of one to two bits.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from qe_edge.errors import BadInput, require
-from qe_edge.manifest import read_json
+from qe_edge.work.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qe_edge.backends.pretrained import load_pretrained
 from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, require
 from qe_edge.export.source import EMBEDDING, HEAD, Source
-from qe_edge.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor

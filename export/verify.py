@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qe_edge.backends.llama_cpp import FileName, kept_off_amx
+from qe_edge.backends.llama_model import FileName, kept_off_amx
 from qe_edge.backends.mlx import NO_CODE
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.metadata import check_metadata, read_keys
 from qe_edge.export.probes import QUERIES, Reference, load_reference
 from qe_edge.export.quantize import KINDS, MIXED, bits_of, captured_log
 from qe_edge.lines import read_lines
-from qe_edge.manifest import MANIFEST, read_record, sha256
-from qe_edge.prompt import Tokenize, hugging_face
-from qe_edge.spec import GGUF_KEY, KIND_KEY, ModelSpec, parse_spec, read_spec
+from qe_edge.student.prompt import Tokenize, hugging_face
+from qe_edge.student.spec import GGUF_KEY, KIND_KEY, ModelSpec, parse_spec, read_spec
+from qe_edge.work.files import MANIFEST, sha256
+from qe_edge.work.runs import read_record
 
 CHECKSUMS = "SHA256SUMS"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qe_edge.errors import BadInput, require
-from qe_edge.manifest import read_json
+from qe_edge.work.files import read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -5,15 +5,55 @@
     expander = Expander.load("student-Q4_K_M.gguf")
     print(expander.expand("what causes tides"))
 
-Importing this loads no torch, transformers, mlx or llama_cpp.
+What is named here is the public interface. Each name is imported when it is first used: importing this loads
+no torch, transformers, mlx or llama_cpp.
 """
 
-from qe_edge.errors import QeEdgeError
-from qe_edge.expander import Expander
-from qe_edge.expansion import ExpandedQuery
-from qe_edge.gate import Gate
-from qe_edge.index import Index
-from qe_edge.join import Join
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["ExpandedQuery", "Expander", "Gate", "Index", "Join", "QeEdgeError"]
+if TYPE_CHECKING:
+    from qe_edge.errors import QeEdgeError
+    from qe_edge.retrieval.index import Index
+    from qe_edge.runtime.cache import ExpansionCache
+    from qe_edge.runtime.expander import Expander
+    from qe_edge.runtime.expansion import ExpandedQuery
+    from qe_edge.student.gate import OPEN, Gate
+    from qe_edge.student.join import Join
+    from qe_edge.text import get_analyzer, words_of
+
+_MODULES = {
+    "Expander": "runtime.expander",
+    "ExpandedQuery": "runtime.expansion",
+    "ExpansionCache": "runtime.cache",
+    "Gate": "student.gate",
+    "OPEN": "student.gate",
+    "Join": "student.join",
+    "Index": "retrieval.index",
+    "words_of": "text",
+    "get_analyzer": "text",
+    "QeEdgeError": "errors",
+}
+__all__ = [
+    "OPEN",
+    "ExpandedQuery",
+    "Expander",
+    "ExpansionCache",
+    "Gate",
+    "Index",
+    "Join",
+    "QeEdgeError",
+    "get_analyzer",
+    "words_of",
+]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

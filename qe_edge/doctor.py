@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qe_edge.manifest import machine, versions
-from qe_edge.models import BUILTIN
+from qe_edge.student.models import BUILTIN
+from qe_edge.work.machine import machine, versions
 
 # extra -> (what it is for, a module it brings)
 EXTRAS = {

@@ -42,7 +42,7 @@ def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Qwen3 as a GGUF; copy it before changing anything."""
     pytest.importorskip("llama_cpp")
     from qe_edge.export.gguf import convert_gguf
-    from qe_edge.spec import read_spec
+    from qe_edge.student.spec import read_spec
 
     out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
     return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
@@ -51,7 +51,7 @@ def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def three(tmp_path: Path) -> Any:
     """A data set of three queries without judgments."""
-    from qe_edge.datasets import load_queries
+    from qe_edge.retrieval.datasets import load_queries
 
     file = tmp_path / "three.jsonl"
     texts = ("what causes tides", "how does bread rise", "why is the sky blue")

@@ -8,7 +8,7 @@ from itertools import repeat
 from typing import Any
 
 from qe_edge import Expander
-from qe_edge.backends import OneByOne
+from qe_edge.backends.protocol import OneByOne
 
 
 def says(expander: Expander, text: str, *, pause: float = 0.0, end: bool = True) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from qe_edge.bench.result import BenchResult, DatasetResult, Kind, Speed, System
-from qe_edge.datasets import DatasetInfo
-from qe_edge.measures import Interval, mean_interval, ratio_interval
 from qe_edge.records import Lang
+from qe_edge.retrieval.datasets import DatasetInfo
+from qe_edge.retrieval.measures import Interval, mean_interval, ratio_interval
 
 HOSTILE = "</script><b>x"
 ENGLISH = [HOSTILE, *(f"what makes tide number {n} rise at noon" for n in range(2, 27))]

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from qe_edge import Expander, Gate, Index
 from qe_edge.arguments import check_number, check_whole
-from qe_edge.cache import ExpansionCache
 from qe_edge.errors import BadArgument, BadInput
-from qe_edge.join import Join
 from qe_edge.records import configured
-from qe_edge.spec import parse_spec, read_spec
+from qe_edge.runtime.cache import ExpansionCache
+from qe_edge.student.join import Join
+from qe_edge.student.spec import parse_spec, read_spec
 
 pytest.importorskip("llama_cpp")
 NAN, INF = math.nan, math.inf
@@ -198,8 +198,8 @@ def test_settings_from_flags_and_recipes(kind, name, value):
     from qe_edge.bench.config import BenchConfig
     from qe_edge.train.config import DpoConfig, SftConfig
     from qe_edge.train.pairs import PairsConfig
-    from qe_edge.train.plan import TeachConfig
-    from qe_edge.train.teach import AskConfig
+    from qe_edge.train.teach.plan import TeachConfig
+    from qe_edge.train.teach.teach import AskConfig
 
     kinds = {
         "teach": (AskConfig, {"price_in": 1.0}),
@@ -240,7 +240,7 @@ def test_numbers_of_a_request(expander, sent, status):
     pytest.importorskip("fastapi")
     from fastapi.testclient import TestClient
 
-    from qe_edge.server import create_app
+    from qe_edge.serve.http import create_app
 
     client = TestClient(create_app(expander, {}), base_url="http://localhost")
     answer = client.post("/expand", content=sent, headers={"Content-Type": "application/json"})

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 from results import bench
 
+from qe_edge.backends.pretrained import load_pretrained
 from qe_edge.bench.result import read_result
 from qe_edge.errors import BadInput, NotFound
-from qe_edge.manifest import check_output, read_record
-from qe_edge.official import read_origin
-from qe_edge.pretrained import load_pretrained
 from qe_edge.records import Query, read_jsonl
-from qe_edge.spec import parse_spec, read_spec
-from qe_edge.workdir import RunFolder
+from qe_edge.retrieval.official import read_origin
+from qe_edge.student.spec import parse_spec, read_spec
+from qe_edge.work.runs import RunFolder, check_output, read_record
 
 NESTED = "[" * 20_000 + "]" * 20_000
 

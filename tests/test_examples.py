@@ -17,7 +17,7 @@ from engines import says
 
 from qe_edge import Expander
 from qe_edge.export.gguf import convert_gguf
-from qe_edge.spec import read_spec
+from qe_edge.student.spec import read_spec
 
 pytest.importorskip("llama_cpp")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "notes"

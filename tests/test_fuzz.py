@@ -17,9 +17,9 @@ from serving import Server
 
 from qe_edge.errors import BadInput
 from qe_edge.export.gguf import convert_gguf
-from qe_edge.join import Join
-from qe_edge.prompt import load_prompt
-from qe_edge.spec import MAX_BYTES, ModelSpec, parse_spec, read_spec
+from qe_edge.student.join import Join
+from qe_edge.student.prompt import load_prompt
+from qe_edge.student.spec import MAX_BYTES, ModelSpec, parse_spec, read_spec
 
 SPEC = json.loads(ModelSpec(load_prompt(), Join(), base_model="a/b").to_json())
 anything = st.recursive(

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qe_edge.datasets import load_dataset, load_queries
 from qe_edge.errors import BadInput, NotFound
 from qe_edge.lines import cut, decoded, read_lines
-from qe_edge.official import import_dataset
 from qe_edge.records import Expansion, read_jsonl
+from qe_edge.retrieval.datasets import load_dataset, load_queries
+from qe_edge.retrieval.official import import_dataset
 
 # What `str.splitlines` cuts at, and a line feed does not.
 ENDS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
@@ -92,7 +92,7 @@ def test_an_import_keeps_no_byte_order_mark_and_no_half_line(tmp_path):
 
 def test_an_imported_expansion_is_one_line(tmp_path):
     pytest.importorskip("openai")
-    from qe_edge.train.importing import ImportConfig, import_expansions
+    from qe_edge.train.teach.importing import ImportConfig, import_expansions
 
     file = tmp_path / "x.tsv"
     file.write_bytes(BOM + f"q01\tThe moon{ENDS}pulls\rthe sea.\r\n".encode())

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qe_edge.join import Join
-from qe_edge.prompt import prompt_for
-from qe_edge.spec import ModelSpec, write_spec
+from qe_edge.student.join import Join
+from qe_edge.student.prompt import prompt_for
+from qe_edge.student.spec import ModelSpec, write_spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from qe_edge.backends import Backend
+    from qe_edge.backends.protocol import Backend
 
 TEXT = """\
 Search engines answer short queries with long documents, and the words of the two often differ. A query

@@ -12,7 +12,7 @@ import msgspec
 
 from qe_edge.records import Expansion, Pair, encode_jsonl
 from qe_edge.train.config import DpoConfig, SftConfig
-from qe_edge.workdir import Workdir
+from qe_edge.work.folder import Workdir
 
 QUERIES = ("what causes tides", "how does bread rise", "what is a gene", "why is iron good for blood")
 GOOD = ("The moon's gravity.", "Yeast makes gas.", "A stretch of DNA.", "Doctors measure ferritin in adults.")
@@ -71,7 +71,7 @@ import qe_edge.train.loop as loop
 from qe_edge.train.config import DpoConfig, SftConfig
 from qe_edge.train.dpo import dpo
 from qe_edge.train.sft import sft
-from qe_edge.workdir import Workdir
+from qe_edge.work.folder import Workdir
 step, config, work, *inputs = sys.argv[1:]
 original = loop._callback_class()
 class Killed(original):

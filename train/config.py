@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from qe_edge.models import DEFAULT_STUDENT
 from qe_edge.records import Mode, Problem
+from qe_edge.student.models import DEFAULT_STUDENT
 
 Device = Literal["auto", "cuda", "cpu"]
 Precision = Literal["auto", "bfloat16", "float16", "float32"]

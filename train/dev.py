@@ -9,17 +9,17 @@ from typing import Any
 import msgspec
 
 from qe_edge.console import is_main_process, note
-from qe_edge.datasets import load_dataset
 from qe_edge.errors import BadArgument, require
-from qe_edge.index import Index
-from qe_edge.join import Join
-from qe_edge.manifest import atomic_path, read_json, remove, write_json
-from qe_edge.measures import mean, per_query
-from qe_edge.prompt import hugging_face
-from qe_edge.spec import ModelSpec
+from qe_edge.retrieval.datasets import load_dataset
+from qe_edge.retrieval.index import Index
+from qe_edge.retrieval.measures import mean, per_query
+from qe_edge.student.join import Join
+from qe_edge.student.prompt import hugging_face
+from qe_edge.student.spec import ModelSpec
 from qe_edge.train.config import TrainConfig
 from qe_edge.train.hardware import Hardware
-from qe_edge.workdir import Workdir
+from qe_edge.work.files import atomic_path, read_json, remove, write_json
+from qe_edge.work.folder import Workdir
 
 BEST = "best"
 RECORD = "best.json"

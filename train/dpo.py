@@ -11,9 +11,10 @@ import msgspec
 
 from qe_edge.console import note
 from qe_edge.errors import BadArgument, BadInput, require
-from qe_edge.prompt import Tokenize, hugging_face
 from qe_edge.records import Pair, read_jsonl
-from qe_edge.spec import ModelSpec
+from qe_edge.student.prompt import Tokenize, hugging_face
+from qe_edge.student.spec import ModelSpec
+from qe_edge.train.base_model import load_config, load_model, load_tokenizer, load_trained, open_trained
 from qe_edge.train.config import DpoConfig
 from qe_edge.train.dev import load_dev
 from qe_edge.train.estimate import announce, estimate
@@ -21,8 +22,7 @@ from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware
 from qe_edge.train.loop import TrainingRun, counted, trainer_arguments
 from qe_edge.train.lora import rank_of
 from qe_edge.train.rows import CHECKED, Row, check_batch, check_texts
-from qe_edge.train.student import load_config, load_model, load_tokenizer, load_trained, open_trained
-from qe_edge.workdir import Workdir
+from qe_edge.work.folder import Workdir
 
 
 def dpo(

@@ -10,8 +10,8 @@ from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
 from qe_edge.errors import BadArgument, QeEdgeError, require
-from qe_edge.manifest import cpu_name
 from qe_edge.train.config import DpoConfig, SftConfig, TrainConfig
+from qe_edge.work.machine import cpu_name
 
 # How torch says so where it doesn't raise its own error.
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")

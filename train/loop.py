@@ -12,13 +12,13 @@ import msgspec
 
 from qe_edge.console import is_main_process, note, progress
 from qe_edge.errors import BadInput, QeEdgeError, require
-from qe_edge.manifest import read_json, remove, write_bytes
-from qe_edge.spec import ModelSpec, write_spec
+from qe_edge.student.spec import ModelSpec, write_spec
 from qe_edge.train.config import TrainConfig
 from qe_edge.train.curve import draw
 from qe_edge.train.dev import BEST, Best, DevSet, keep_best, take_best
 from qe_edge.train.hardware import Hardware, explain_out_of_memory
-from qe_edge.workdir import RunFolder
+from qe_edge.work.files import read_json, remove, write_bytes
+from qe_edge.work.runs import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

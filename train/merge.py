@@ -7,12 +7,13 @@ from pathlib import Path
 import msgspec
 
 from qe_edge.errors import QeEdgeError, require
-from qe_edge.join import Join
-from qe_edge.manifest import MANIFEST, atomic_path, check_output, run_record, write_json
-from qe_edge.prompt import hugging_face
-from qe_edge.spec import write_spec
-from qe_edge.train.student import load_config, load_tokenizer, load_trained, open_trained, save_model
-from qe_edge.workdir import Workdir
+from qe_edge.student.join import Join
+from qe_edge.student.prompt import hugging_face
+from qe_edge.student.spec import write_spec
+from qe_edge.train.base_model import load_config, load_tokenizer, load_trained, open_trained, save_model
+from qe_edge.work.files import MANIFEST, atomic_path, write_json
+from qe_edge.work.folder import Workdir
+from qe_edge.work.runs import check_output, run_record
 
 PROBES = ("what causes tides", "how long does bread keep", "2023 tax rate")
 # A merged weight is rounded once more, to the base's precision; bf16 keeps 8 bits.

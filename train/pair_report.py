@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from qe_edge.measures import mean
 from qe_edge.records import Candidate, Pair
+from qe_edge.retrieval.measures import mean
 
 # Lower edges of the histogram of each query's gap between best and worst reward.
 GAPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)

@@ -11,17 +11,18 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
-from qe_edge.analysis import count_words
-from qe_edge.datasets import Dataset, load_dataset
 from qe_edge.errors import BadInput
-from qe_edge.index import Index
-from qe_edge.join import DEFAULT_JOIN, Join
-from qe_edge.manifest import MANIFEST, atomic_path, check_output, run_record, write_json
-from qe_edge.opensearch import OpenSearchIndex
 from qe_edge.records import Candidate, Count, Expansion, Pair, Problem, encode_jsonl, read_jsonl
+from qe_edge.retrieval.datasets import Dataset, load_dataset
+from qe_edge.retrieval.index import Index
+from qe_edge.retrieval.opensearch import OpenSearchIndex
+from qe_edge.student.join import DEFAULT_JOIN, Join
+from qe_edge.text import count_words
 from qe_edge.train.pair_report import summarize
 from qe_edge.train.scoring import NDCG, Executor, Reward, score
-from qe_edge.workdir import Workdir
+from qe_edge.work.files import MANIFEST, atomic_path, write_json
+from qe_edge.work.folder import Workdir
+from qe_edge.work.runs import check_output, run_record
 
 PAIRS, CANDIDATES, REPORT = "pairs.jsonl", "candidates.jsonl", "report.json"
 Strategy = Literal["best-worst", "all-above-gap", "best-vs-sampled"]

@@ -8,8 +8,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from qe_edge.errors import BadInput, QeEdgeError, require
-from qe_edge.prompt import hugging_face
-from qe_edge.spec import ModelSpec
+from qe_edge.student.prompt import hugging_face
+from qe_edge.student.spec import ModelSpec
 
 CHECKED = 16  # rows whose text is compared: a wrong tokenizer shows at once
 

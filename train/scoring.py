@@ -17,15 +17,16 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
-from qe_edge.bulk import BulkSearch
 from qe_edge.console import progress
-from qe_edge.datasets import Dataset
 from qe_edge.errors import BadArgument, QeEdgeError, require
-from qe_edge.index import Index, Ranking
-from qe_edge.join import Join
-from qe_edge.manifest import usable_cores, versions
-from qe_edge.measures import Qrels, check_measure, depth, evaluate
-from qe_edge.opensearch import OpenSearchIndex
+from qe_edge.retrieval.bulk import BulkSearch
+from qe_edge.retrieval.datasets import Dataset
+from qe_edge.retrieval.index import Index
+from qe_edge.retrieval.measures import check_measure, depth, evaluate
+from qe_edge.retrieval.opensearch import OpenSearchIndex
+from qe_edge.retrieval.trec import Qrels, Ranking
+from qe_edge.student.join import Join
+from qe_edge.work.machine import usable_cores, versions
 
 Executor = Literal["local", "ray"]
 CHUNK = 128  # candidates that travel to a worker together

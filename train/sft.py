@@ -12,9 +12,16 @@ import msgspec
 
 from qe_edge.console import note
 from qe_edge.errors import BadArgument, BadInput, require
-from qe_edge.prompt import Tokenize, hugging_face
 from qe_edge.records import Expansion, read_jsonl
-from qe_edge.spec import ModelSpec
+from qe_edge.student.prompt import Tokenize, hugging_face
+from qe_edge.student.spec import ModelSpec
+from qe_edge.train.base_model import (
+    check_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    prepare_student,
+)
 from qe_edge.train.config import SftConfig, Task
 from qe_edge.train.dev import load_dev
 from qe_edge.train.estimate import announce, estimate
@@ -22,14 +29,7 @@ from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware
 from qe_edge.train.loop import TrainingRun, counted, trainer_arguments
 from qe_edge.train.lora import lora_config
 from qe_edge.train.rows import CHECKED, Row, check_batch, check_texts
-from qe_edge.train.student import (
-    check_vocabulary,
-    load_config,
-    load_model,
-    load_tokenizer,
-    prepare_student,
-)
-from qe_edge.workdir import Workdir
+from qe_edge.work.folder import Workdir
 
 
 def sft(

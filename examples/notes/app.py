@@ -13,9 +13,9 @@ from threading import Lock
 from urllib.parse import parse_qs, urlsplit
 
 from qe_edge import Expander
-from qe_edge.analysis import words_of
-from qe_edge.expansion import ExpandedQuery
-from qe_edge.queries import fts5
+from qe_edge.runtime.expansion import ExpandedQuery
+from qe_edge.runtime.queries import fts5
+from qe_edge.text import words_of
 
 HERE = Path(__file__).parent
 CHIPS, RESULTS, AROUND = 24, 10, 90

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from haystack import component
 
-from qe_edge.expander import Expander
+from qe_edge.runtime.expander import Expander
 
 
 @component

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from langchain_core.runnables import Runnable, RunnableLambda
 
-from qe_edge.expander import Expander
-from qe_edge.expansion import ExpandedQuery
+from qe_edge.runtime.expander import Expander
+from qe_edge.runtime.expansion import ExpandedQuery
 
 Render = Callable[[ExpandedQuery], str]
 

@@ -13,8 +13,8 @@ from typing import Any
 from llama_index.core.indices.query.query_transform.base import BaseQueryTransform
 from llama_index.core.schema import QueryBundle
 
-from qe_edge.expander import Expander
-from qe_edge.expansion import ExpandedQuery
+from qe_edge.runtime.expander import Expander
+from qe_edge.runtime.expansion import ExpandedQuery
 
 
 class QueryExpansion(BaseQueryTransform):

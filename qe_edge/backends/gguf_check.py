@@ -1,8 +1,6 @@
 """What llama.cpp divides by, indexes with or asserts on in a GGUF's header, looked at before it.
 
 llama.cpp says no to some damaged files; on others it ends the whole process, in load or at the first token.
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package's own reader takes
-seconds for a large vocabulary, and fails in many ways on a damaged file.
 """
 
 from __future__ import annotations
@@ -10,20 +8,28 @@ from __future__ import annotations
 import math
 import mmap
 from pathlib import Path
-from struct import Struct, error
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from qe_edge.backends.gguf_header import (
+    ARRAY,
+    FLOAT32,
+    FLOAT64,
+    INT32,
+    STRING,
+    UINT16,
+    UINT32,
+    Array,
+    Damaged,
+    Tensor,
+    Value,
+    get,
+    read_header,
+)
 from qe_edge.errors import BadInput
 
-# The types of values.
-UINT16, UINT32, INT32, FLOAT32, STRING, ARRAY, UINT64, FLOAT64 = 2, 4, 5, 6, 8, 9, 10, 12
-SCALARS = {
-    code: Struct("<" + letter) for code, letter in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True)
-}
 NAMES = {STRING: "texts", INT32: "int32", FLOAT32: "float32"}
-_UINT32, _UINT64 = SCALARS[UINT32], SCALARS[UINT64]
 # ggml's types: how many elements a block has, and how many bytes.
 BLOCKS = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36),
@@ -60,35 +66,6 @@ LAYER: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-class Array(NamedTuple):
-    """Texts as bytes, or numbers."""
-
-    kind: int
-    values: list[bytes] | np.ndarray
-
-    def __repr__(self) -> str:
-        return f"a list of {len(self.values)}"
-
-
-class Value(NamedTuple):
-    kind: int
-    value: Any
-
-
-def _get(keys: dict[str, Value], name: str, kind: int, default: Any) -> Value:
-    return keys.get(name, Value(kind, default))
-
-
-class Tensor(NamedTuple):
-    shape: tuple[int, ...]
-    kind: int
-    offset: int
-
-
-class _Damaged(Exception):
-    """The header can't be read to its end."""
-
-
 class _Unusable(Exception):
     """It can be read, but not run."""
 
@@ -103,12 +80,12 @@ def check_gguf(path: Path) -> str | None:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            keys, tensors, start = _read(data)
+            keys, tensors, start = read_header(data)
             _check_places(keys, tensors, start, len(data))
         header = _Header(keys, tensors)
         header.check()
         return header.architecture
-    except (_Damaged, ValueError) as found:  # the latter for an empty file
+    except (Damaged, ValueError) as found:  # the latter for an empty file
         raise BadInput(
             f"the file is damaged or truncated ({found}); download or export it again", path=path
         ) from None
@@ -117,85 +94,9 @@ def check_gguf(path: Path) -> str | None:
         raise BadInput(message, path=path) from None
 
 
-def _read(data: mmap.mmap) -> tuple[dict[str, Value], dict[str, Tensor], int]:
-    """Key-values, tensors, and where the header ends."""
-    magic, reader = data[:4], _Reader(data, 4)
-    version = reader.number(_UINT32)
-    if magic != b"GGUF" or version not in (2, 3):
-        raise _Damaged(f"it begins with {magic!r} and version {version}, not with b'GGUF' and 2 or 3")
-    tensor_count, key_count = reader.number(_UINT64), reader.number(_UINT64)
-    if 13 * key_count + 24 * tensor_count > len(data):
-        raise _Damaged(f"it promises {key_count} keys and {tensor_count} tensors, more than it has room for")
-    keys: dict[str, Value] = {}
-    for _ in range(key_count):
-        name = reader.string().decode(errors="backslashreplace")
-        if not name or name in keys:
-            raise _Damaged(f"its key {name!r} is empty or there twice")
-        keys[name] = reader.value(name)
-    tensors: dict[str, Tensor] = {}
-    for _ in range(tensor_count):
-        name = reader.string().decode(errors="backslashreplace")
-        if not name or name in tensors:
-            raise _Damaged(f"its tensor {name!r} is without a name or there twice")
-        dimensions = reader.number(_UINT32)
-        if dimensions > 4:
-            raise _Damaged(f"tensor {name} has {dimensions} dimensions, over 4")
-        shape = tuple(reader.number(_UINT64) for _ in range(dimensions))
-        tensors[name] = Tensor(shape, reader.number(_UINT32), reader.number(_UINT64))
-    return keys, tensors, reader.at
-
-
-class _Reader:
-    def __init__(self, data: mmap.mmap, at: int):
-        self.data, self.at = data, at
-
-    def number(self, layout: Struct) -> Any:
-        try:
-            (value,) = layout.unpack_from(self.data, self.at)
-        except error:
-            raise _Damaged("it ends within its header") from None
-        self.at += layout.size
-        return value
-
-    def string(self) -> bytes:
-        return self.strings(1)[0]
-
-    def strings(self, count: int) -> list[bytes]:
-        """So many texts; written for 150 000 of them."""
-        data, at, size, unpack = self.data, self.at, len(self.data), _UINT64.unpack_from
-        found: list[bytes] = []
-        for _ in range(count):
-            start = at + _UINT64.size
-            if start > size or (at := start + unpack(data, at)[0]) > size:
-                raise _Damaged("a text ends after the file")
-            found.append(data[start:at])
-        self.at = at
-        return found
-
-    def value(self, name: str) -> Value:
-        kind = self.number(_UINT32)
-        if kind == STRING:  # which llama.cpp reads to its first zero byte
-            return Value(kind, self.string().partition(b"\0")[0].decode(errors="backslashreplace"))
-        if kind != ARRAY:
-            if kind not in SCALARS:
-                raise _Damaged(f"{name} is of the unknown type {kind}")
-            return Value(kind, self.number(SCALARS[kind]))
-        kind, count = self.number(_UINT32), self.number(_UINT64)
-        if kind != STRING and kind not in SCALARS:
-            raise _Damaged(f"{name} holds entries of the unknown type {kind}")
-        size = SCALARS[kind].size if kind != STRING else _UINT64.size
-        if count * size > len(self.data) - self.at:
-            raise _Damaged(f"{name} has {count} entries, more than the file has room for")
-        if kind == STRING:
-            return Value(ARRAY, Array(kind, self.strings(count)))
-        numbers = np.frombuffer(self.data, SCALARS[kind].format, count, self.at).copy()
-        self.at += count * size
-        return Value(ARRAY, Array(kind, numbers))
-
-
 def _check_places(keys: dict[str, Value], tensors: dict[str, Tensor], start: int, size: int) -> None:
     """Each tensor has a known type and a whole number of blocks, and lies in the file where it should."""
-    kind, alignment = _get(keys, "general.alignment", UINT32, PLACE)
+    kind, alignment = get(keys, "general.alignment", UINT32, PLACE)
     if kind != UINT32 or alignment == 0 or alignment & (alignment - 1):
         raise _Unusable(f"general.alignment is {alignment!r:.60}, not a power of two")
     start += -start % alignment
@@ -207,12 +108,12 @@ def _check_places(keys: dict[str, Value], tensors: dict[str, Tensor], start: int
         if 0 in tensor.shape or (tensor.shape or (1,))[0] % elements:
             raise _Unusable(f"{name} has the shape {_text(tensor.shape)}: no whole blocks of {elements}")
         if tensor.offset != expected:
-            raise _Damaged(f"{name} lies at {tensor.offset}, not at {expected}")
+            raise Damaged(f"{name} lies at {tensor.offset}, not at {expected}")
         if (start + expected) % PLACE:
             raise _Unusable(f"general.alignment is {alignment}, which puts {name} at no multiple of {PLACE}")
         length = math.prod(tensor.shape) // elements * size_of_block
         if start + expected + length > size:
-            raise _Damaged(f"{name} ends after the file")
+            raise Damaged(f"{name} ends after the file")
         expected += length + -length % alignment
 
 
@@ -225,11 +126,11 @@ class _Header:
 
     def __init__(self, keys: dict[str, Value], tensors: dict[str, Tensor]):
         self.keys, self.tensors = keys, tensors
-        kind, name = _get(keys, "general.architecture", STRING, None)
+        kind, name = get(keys, "general.architecture", STRING, None)
         self.architecture: str | None = name if kind == STRING else None
 
     def check(self) -> None:
-        if _get(self.keys, "split.count", UINT16, 0).value not in (0, 1):
+        if get(self.keys, "split.count", UINT16, 0).value not in (0, 1):
             raise _Unusable("split.count says that more parts belong to it (join them with llama-gguf-split)")
         known = self.architecture in LAYER
         tokens = self._vocabulary(known)
@@ -237,7 +138,7 @@ class _Header:
         if known or self._own("block_count") in self.keys:
             layers = self._number("block_count", 1, LAYERS)
             self._number("nextn_predict_layers", 0, 0 if known else layers, 0)
-        scaling = _get(self.keys, self._own("rope.scaling.type"), STRING, "none").value
+        scaling = get(self.keys, self._own("rope.scaling.type"), STRING, "none").value
         if scaling not in ROPE_SCALING:
             raise _Unusable(f"{self._own('rope.scaling.type')} is {scaling!r:.60}, none of {ROPE_SCALING}")
         if known:
@@ -263,7 +164,7 @@ class _Header:
     def _float(self, key: str, least: float, most: float, default: float | None = None) -> None:
         """The same for a float32 above `least`."""
         name = self._own(key)
-        kind, value = _get(self.keys, name, FLOAT32, default)
+        kind, value = get(self.keys, name, FLOAT32, default)
         if value is None:
             raise _Unusable(f"{name} is missing")
         if kind != FLOAT32 or not least < value <= most:
@@ -271,7 +172,7 @@ class _Header:
 
     def _experts(self) -> None:
         """Of a mixture, what llama.cpp asserts for every architecture."""
-        if _get(self.keys, self._own("expert_used_count"), UINT32, 0).kind == ARRAY:
+        if get(self.keys, self._own("expert_used_count"), UINT32, 0).kind == ARRAY:
             return  # a number for each layer, in architectures that llama.cpp judges
         count = self._number("expert_count", 0, EXPERTS, 0)
         self._number("expert_used_count", min(1, count), count, 0 if count == 0 else None)
@@ -358,7 +259,7 @@ class _Header:
 
     def _vocabulary(self, known: bool) -> int:
         """How many tokens there are."""
-        kind, model = _get(self.keys, "tokenizer.ggml.model", STRING, None)
+        kind, model = get(self.keys, "tokenizer.ggml.model", STRING, None)
         if known and (kind != STRING or model not in TOKENIZERS):
             raise _Unusable(f"tokenizer.ggml.model is {model!r:.60}, none of {TOKENIZERS}")
         tokens = self._array("tokenizer.ggml.tokens", known, STRING)

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from qe_edge.backends.lifetime import Lifetime
+from qe_edge.backends.llama_model import LlamaModel
 from qe_edge.errors import QeEdgeError
-
-if TYPE_CHECKING:
-    from qe_edge.backends.llama_cpp import LlamaCppBackend
 
 Pick = Callable[[np.ndarray], int]
 """Logits [vocabulary] -> the next token."""
@@ -50,25 +48,25 @@ class LlamaBatch:
         QeEdgeError: there is no memory for the cache.
     """
 
-    def __init__(self, backend: LlamaCppBackend, slots: int):
-        self._backend = backend  # keeps the model loaded
-        self._lib = lib = backend.lib
-        self.vocabulary = backend.vocabulary
+    def __init__(self, model: LlamaModel, slots: int):
+        self._model = model  # which stays loaded
+        self._lib = lib = model.lib
+        self.vocabulary = model.vocabulary
         self._slots, self._alone = slots, slots == 1
-        self.longest = backend.context if self._alone else min(STREAM, backend.context)
-        cells = backend.context + PREFIX_CELLS if self._alone else (slots + KEPT) * STREAM
+        self.longest = model.context if self._alone else min(STREAM, model.context)
+        cells = model.context + PREFIX_CELLS if self._alone else (slots + KEPT) * STREAM
         params = lib.llama_context_default_params()
         params.n_ctx = cells
         params.n_batch = params.n_ubatch = BATCH
         params.n_seq_max = slots + KEPT
-        params.n_threads = params.n_threads_batch = backend.threads
+        params.n_threads = params.n_threads_batch = model.threads
         params.kv_unified = self._alone
-        self.context = lib.llama_init_from_model(backend.model, params)
+        self.context = lib.llama_init_from_model(model.pointer, params)
         if not self.context:
             raise QeEdgeError(f"llama.cpp can't make a cache of {cells} tokens: memory is short")
         self._batch = lib.llama_batch_init(BATCH, 0, 1)
         release = partial(free, lib, self._batch, self.context)
-        self._lifetime = Lifetime(self, release, backend.lifetime)
+        self._lifetime = Lifetime(self, release, model.lifetime)
         self._memory = lib.llama_get_memory(self.context)
         self._numbers = 0  # of all that ever ran
         self._running: dict[int, _Running] = {}

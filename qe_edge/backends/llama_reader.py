@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qe_edge.backends import PROMPTS, READ, groups
 from qe_edge.backends.lifetime import Lifetime
 from qe_edge.backends.llama_batch import PREFIX_CELLS, free, put
+from qe_edge.backends.llama_model import LlamaModel
+from qe_edge.backends.protocol import PROMPTS, READ, groups
 from qe_edge.errors import BadInput, QeEdgeError
-
-if TYPE_CHECKING:
-    from qe_edge.backends.llama_cpp import LlamaCppBackend
 
 PREFIX = 0  # the sequence of what all prompts begin with
 
@@ -26,21 +23,21 @@ class LlamaReader:
         QeEdgeError: there is no memory for the cache.
     """
 
-    def __init__(self, backend: LlamaCppBackend):
-        self._backend = backend  # keeps the model loaded
-        self._lib = lib = backend.lib
+    def __init__(self, model: LlamaModel):
+        self._model = model  # which stays loaded
+        self._lib = lib = model.lib
         params = lib.llama_context_default_params()
         params.n_ctx = PREFIX_CELLS + READ
         params.n_batch = params.n_ubatch = READ
         params.n_seq_max = 1 + PROMPTS
-        params.n_threads = params.n_threads_batch = backend.threads
+        params.n_threads = params.n_threads_batch = model.threads
         params.kv_unified = True
-        self._context = lib.llama_init_from_model(backend.model, params)
+        self._context = lib.llama_init_from_model(model.pointer, params)
         if not self._context:
             raise QeEdgeError(f"llama.cpp can't make a cache of {params.n_ctx} tokens: memory is short")
         self._batch = lib.llama_batch_init(READ, 0, 1)
         release = partial(free, lib, self._batch, self._context)
-        self._lifetime = Lifetime(self, release, backend.lifetime)
+        self._lifetime = Lifetime(self, release, model.lifetime)
         self._memory = lib.llama_get_memory(self._context)
         self._prefix: list[int] = []
 
@@ -84,7 +81,7 @@ class LlamaReader:
 
     def _log_probability(self, row: int, token: int) -> float:
         pointer = self._lib.llama_get_logits_ith(self._context, row)
-        logits = np.ctypeslib.as_array(pointer, (self._backend.vocabulary,))
+        logits = np.ctypeslib.as_array(pointer, (self._model.vocabulary,))
         top = logits.max()
         return float(logits[token] - top - np.log(np.exp(logits - top).sum(dtype=np.float64)))
 

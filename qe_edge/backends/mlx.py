@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from qe_edge.backends import Batch, default_spec, groups, whole
 from qe_edge.backends.lifetime import Lifetime
 from qe_edge.backends.mlx_batch import MlxBatch, OneThread
+from qe_edge.backends.protocol import Batch, groups, whole
 from qe_edge.errors import BadArgument, BadInput, require
-from qe_edge.models import Engine, ModelRef
-from qe_edge.prompt import hugging_face
-from qe_edge.spec import read_spec
+from qe_edge.student.models import Engine, ModelRef, default_spec
+from qe_edge.student.prompt import hugging_face
+from qe_edge.student.spec import read_spec
 
 # All of MLX happens here, whatever the number of models: Metal's command buffers are shared by all threads,
 # and two that evaluate at once crash.

@@ -7,14 +7,14 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qe_edge.backends import Batch, OneByOne, default_spec, groups, whole
 from qe_edge.backends.lifetime import Lifetime
+from qe_edge.backends.pretrained import load_pretrained
+from qe_edge.backends.protocol import Batch, OneByOne, groups, whole
 from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, NotFound, require
-from qe_edge.models import Engine, ModelRef
-from qe_edge.pretrained import load_pretrained
-from qe_edge.prompt import hugging_face
-from qe_edge.spec import read_spec
+from qe_edge.student.models import Engine, ModelRef, default_spec
+from qe_edge.student.prompt import hugging_face
+from qe_edge.student.spec import read_spec
 
 
 class TransformersBackend:

@@ -10,9 +10,9 @@ import typer
 
 from qe_edge.arguments import MOST_THREADS
 from qe_edge.console import note, print_json
-from qe_edge.feedback import MOST_PASSAGES
 from qe_edge.redact import redact
-from qe_edge.workdir import DEFAULT_WORKDIR
+from qe_edge.student.feedback import MOST_PASSAGES
+from qe_edge.work.folder import DEFAULT_WORKDIR
 
 WorkdirOption = Annotated[
     Path,

@@ -24,8 +24,8 @@ def doctor(workdir: WorkdirOption = WORKDIR, json: JsonOption = False) -> None:
 @data_app.command("list")
 def data_list(json: JsonOption = False) -> None:
     """List the named data sets."""
-    from qe_edge.datasets import BUILTIN, SHORT_NAMES, data_home
-    from qe_edge.official import ORIGIN
+    from qe_edge.retrieval.datasets import BUILTIN, SHORT_NAMES, data_home
+    from qe_edge.retrieval.official import ORIGIN
 
     home = data_home()
     imported = sorted(path.parent.name for path in home.glob(f"[!.]*/{ORIGIN}"))
@@ -48,7 +48,7 @@ def data_info(
     """Count a data set, and check that its judgments fit its documents."""
     import msgspec
 
-    from qe_edge.datasets import describe, load_dataset
+    from qe_edge.retrieval.datasets import describe, load_dataset
 
     dataset = load_dataset(name)
     info = msgspec.to_builtins(describe(dataset)) | {"fingerprint": dataset.fingerprint()}
@@ -60,7 +60,7 @@ def data_fetch(
     name: Annotated[str, typer.Argument(help="A data set, as NAME or NAME@SPLIT.")], json: JsonOption = False
 ) -> None:
     """Download a data set by ir_datasets, which shows its progress and keeps it."""
-    from qe_edge.datasets import load_dataset
+    from qe_edge.retrieval.datasets import load_dataset
 
     dataset = load_dataset(name)
     next(iter(dataset.documents()), None)  # ir_datasets downloads documents when the first is asked for
@@ -88,9 +88,9 @@ def data_import(
     """Make a data set of official topics, judgments and passages, where the host is out of reach."""
     import msgspec
 
-    from qe_edge.datasets import BUILTIN, data_home
     from qe_edge.errors import BadArgument
-    from qe_edge.official import import_dataset
+    from qe_edge.retrieval.datasets import BUILTIN, data_home
+    from qe_edge.retrieval.official import import_dataset
 
     if name in BUILTIN:
         raise BadArgument(f"{name} ships with qe-edge; choose another name")

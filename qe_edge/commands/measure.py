@@ -23,7 +23,7 @@ from qe_edge.commands.common import (
 from qe_edge.console import note
 from qe_edge.errors import BadArgument, NotFound, PartlyDone
 from qe_edge.records import configured
-from qe_edge.workdir import Workdir
+from qe_edge.work.folder import Workdir
 
 
 def export(
@@ -70,7 +70,7 @@ def export(
     json: JsonOption = False,
 ) -> None:
     """Turn a merged model into quantized GGUF and MLX, checked against the original."""
-    from qe_edge.export import MlxOptions, check_choices, export_model
+    from qe_edge.export.export import MlxOptions, check_choices, export_model
     from qe_edge.export.source import Source
 
     if no_calibrate and calibrate:
@@ -118,9 +118,9 @@ def verify(
     json: JsonOption = False,
 ) -> None:
     """Check an export against its source: checksums, token ids, spec, logits, and nDCG@10 if asked."""
-    from qe_edge.datasets import load_dataset
-    from qe_edge.export.retrieval import compare_retrieval
+    from qe_edge.export.compare import compare_retrieval
     from qe_edge.export.verify import source_of, verify_export
+    from qe_edge.retrieval.datasets import load_dataset
 
     if dataset:
         load_dataset(dataset)  # a name that is wrong is found before the work
@@ -208,8 +208,8 @@ def bench(
         return
     if not dataset:
         raise BadArgument("name at least one data set with --dataset")
+    from qe_edge.bench.bench import bench as verb
     from qe_edge.bench.config import BenchConfig
-    from qe_edge.bench.harness import bench as verb
     from qe_edge.bench.inputs import default_models, default_teachers
 
     work = Workdir(workdir)
@@ -270,7 +270,7 @@ def bench_speed(
     import msgspec
 
     from qe_edge.bench.engine_speed import engine_speed, synthetic_gguf, table
-    from qe_edge.models import resolve
+    from qe_edge.student.models import resolve
 
     folder = Workdir(workdir).root / "synthetic"
     names = list(model or [])
@@ -289,8 +289,8 @@ def bench_speed(
 
 def emit_bench(json: bool, command: str, folder: Path, *, report: Path | None = None) -> None:
     """Print a bench's table; then, if a model failed, exit with the code for work done in part."""
+    from qe_edge.bench.report.table import console_table
     from qe_edge.bench.result import RESULT, read_result
-    from qe_edge.bench.table import console_table
 
     result = read_result(folder)
     rows = {
@@ -331,11 +331,11 @@ def report(
     json: JsonOption = False,
 ) -> None:
     """Draw one self-contained HTML report from bench results of one or several machines."""
-    from qe_edge.bench.report import chart_png
-    from qe_edge.bench.report import report as verb
+    from qe_edge.bench.report.report import chart_png
+    from qe_edge.bench.report.report import report as verb
+    from qe_edge.bench.report.table import csv_rows, latex_table, markdown_table
     from qe_edge.bench.result import read_result
-    from qe_edge.bench.table import csv_rows, latex_table, markdown_table
-    from qe_edge.manifest import write_bytes
+    from qe_edge.work.files import write_bytes
 
     if markdown and latex:
         raise BadArgument("give either --markdown or --latex")

@@ -11,7 +11,7 @@ import typer
 
 from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption
 from qe_edge.commands.measure import emit_bench
-from qe_edge.workdir import Workdir
+from qe_edge.work.folder import Workdir
 
 
 def run(
@@ -37,9 +37,9 @@ def run(
     json: JsonOption = False,
 ) -> None:
     """Run a recipe: pairs, SFT, DPO, merge, export, bench and report. Run again, it goes on."""
-    from qe_edge.bench.report import report as draw
-    from qe_edge.datasets import load_dataset
-    from qe_edge.recipe import load_recipe, run_recipe
+    from qe_edge.bench.report.report import report as draw
+    from qe_edge.pipeline import load_recipe, run_recipe
+    from qe_edge.retrieval.datasets import load_dataset
 
     work = Workdir(workdir)
     if dataset and not expansions:

@@ -10,18 +10,11 @@ from typing import Annotated
 import typer
 
 from qe_edge.arguments import LONGEST_MS
-from qe_edge.commands.common import (
-    WORKDIR,
-    ModelOption,
-    PassagesOption,
-    ThreadsOption,
-    WorkdirOption,
-    finite,
-)
+from qe_edge.commands.common import WORKDIR, ModelOption, PassagesOption, ThreadsOption, WorkdirOption, finite
 from qe_edge.commands.use import load_expander
 from qe_edge.console import note
 from qe_edge.errors import BadArgument, require
-from qe_edge.search import Collection
+from qe_edge.serve.collection import Collection
 
 IndexOption = Annotated[
     list[str] | None,
@@ -60,8 +53,8 @@ def serve(
     loopback = is_loopback(host)
     if not loopback and not token:
         raise BadArgument(f"{host} can be reached from elsewhere: give a --token that clients must send")
-    from qe_edge.server import Limits, create_app
-    from qe_edge.serving import run
+    from qe_edge.serve.guard import run
+    from qe_edge.serve.http import Limits, create_app
 
     collections = open_collections(index, workdir)
     settings = {"budget_tokens": budget_tokens, "passages": passages, "threads": threads, "cache": cache}
@@ -113,7 +106,7 @@ def mcp(
 ) -> None:
     """Offer expansion and search to an MCP client over stdin and stdout."""
     require("mcp", "mcp")
-    from qe_edge.mcp import create_mcp
+    from qe_edge.serve.mcp import create_mcp
 
     collections = open_collections(index, workdir)
     settings = {"budget_tokens": budget_tokens, "passages": passages, "threads": threads, "cache": cache}

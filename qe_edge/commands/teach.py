@@ -71,15 +71,15 @@ def teach(
     json: JsonOption = False,
 ) -> None:
     """Ask a teacher for candidate expansions. Run again, it asks for what is still missing."""
-    from qe_edge.train.plan import TeachConfig
-    from qe_edge.train.teach import EXPANSIONS, AskConfig
-    from qe_edge.train.teach import teach as verb
-    from qe_edge.workdir import Workdir
+    from qe_edge.train.teach.plan import TeachConfig
+    from qe_edge.train.teach.teach import EXPANSIONS, AskConfig
+    from qe_edge.train.teach.teach import teach as verb
+    from qe_edge.work.folder import Workdir
 
     data = _queries(dataset, queries)
     out = out or Workdir(workdir).teach_folder(str(data) if data else import_file.stem if import_file else "")
     if import_file is not None:
-        from qe_edge.train.importing import ImportConfig, import_expansions
+        from qe_edge.train.teach.importing import ImportConfig, import_expansions
 
         imported = configured(ImportConfig, format=format, model=model, mode=mode, keep_bad=keep_bad)
         counts = import_expansions(import_file, imported, data, out=out)
@@ -146,7 +146,7 @@ def teach(
 
 
 def _queries(dataset: str | None, queries: Path | None):  # type: ignore[no-untyped-def]
-    from qe_edge.datasets import load_dataset, load_queries
+    from qe_edge.retrieval.datasets import load_dataset, load_queries
 
     if dataset and queries:
         raise BadArgument("give either --dataset or --queries")

@@ -23,7 +23,7 @@ from qe_edge.console import is_main_process
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.records import configured
 from qe_edge.train.config import DpoConfig, SftConfig
-from qe_edge.workdir import Workdir
+from qe_edge.work.folder import Workdir
 
 ShowOption = Annotated[
     bool, typer.Option("--show-example", help="Print the first row as it would be trained on, and stop.")
@@ -72,12 +72,12 @@ def pairs(
     """Score candidate expansions by retrieval and build preference pairs."""
     import msgspec
 
-    from qe_edge.datasets import load_dataset
-    from qe_edge.manifest import read_json
+    from qe_edge.retrieval.datasets import load_dataset
     from qe_edge.train.pair_report import describe
     from qe_edge.train.pairs import REPORT, PairsConfig
     from qe_edge.train.pairs import pairs as verb
     from qe_edge.train.scoring import Executor
+    from qe_edge.work.files import read_json
 
     config = configured(
         PairsConfig,
@@ -187,7 +187,7 @@ def recipe_section(recipe: str | None, name: str, data: Path | None) -> dict[str
     Raises:
         BadInput: the recipe has no such section.
     """
-    from qe_edge.recipe import read_recipe
+    from qe_edge.pipeline import read_recipe
 
     if not recipe:
         return {}
@@ -205,8 +205,8 @@ def print_toml(section: str, config: Any) -> None:
 
 
 def end_training(json: bool, command: str, folder: Path) -> None:
-    from qe_edge.manifest import read_record
     from qe_edge.train.hardware import leave_group
+    from qe_edge.work.runs import read_record
 
     leave_group()
     if not is_main_process():
@@ -227,9 +227,9 @@ def merge(
     json: JsonOption = False,
 ) -> None:
     """Merge an adapter into its base model: a plain Hugging Face folder."""
-    from qe_edge.join import Join
-    from qe_edge.manifest import read_record
+    from qe_edge.student.join import Join
     from qe_edge.train.merge import merge as verb
+    from qe_edge.work.runs import read_record
 
     work = Workdir(workdir)
     if adapter is None:

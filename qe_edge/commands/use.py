@@ -20,10 +20,10 @@ from qe_edge.commands.common import (
 )
 from qe_edge.console import note
 from qe_edge.errors import BadArgument, BadInput, PartlyDone
-from qe_edge.expander import Expander
-from qe_edge.expansion import ExpandedQuery
 from qe_edge.lines import cut, decoded
-from qe_edge.workdir import Workdir
+from qe_edge.runtime.expander import Expander
+from qe_edge.runtime.expansion import ExpandedQuery
+from qe_edge.work.folder import Workdir
 
 
 def load_expander(model: str | None, workdir: Path, **settings: Any) -> Expander:
@@ -114,8 +114,8 @@ def search(
     """Search a data set with the expanded query, and show what the expansion changed."""
     import msgspec
 
-    from qe_edge.search import CANDIDATES, Collection
-    from qe_edge.search import search as verb
+    from qe_edge.serve.collection import CANDIDATES, Collection
+    from qe_edge.serve.collection import search as verb
 
     if plain and feedback:
         raise BadArgument("give either --plain or --feedback")

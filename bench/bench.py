@@ -1,0 +1,97 @@
+"""`bench`: BM25, models and teachers on one or several data sets, quality and cost side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from qe_edge.bench.config import BenchConfig
+from qe_edge.bench.inputs import parse_model
+from qe_edge.bench.result import RESULT, BenchResult
+from qe_edge.bench.systems import Systems, is_of
+from qe_edge.console import note
+from qe_edge.errors import BadArgument, QeEdgeError
+from qe_edge.records import Expansion, read_jsonl
+from qe_edge.retrieval.datasets import Dataset, load_dataset
+from qe_edge.retrieval.measures import RESAMPLES, check_measure
+from qe_edge.student.join import Join
+from qe_edge.student.models import resolve
+from qe_edge.work.files import write_json
+from qe_edge.work.folder import Workdir
+from qe_edge.work.machine import cpu_name, machine, versions
+from qe_edge.work.runs import RunFolder, now
+
+
+def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> Path:
+    """Run a benchmark; returns its folder.
+
+    It holds `result.json`, TREC runs under `runs/` and every generation under `generated/`. A model that
+    fails is named in the result's `failures`, and the others' rows are there all the same.
+
+    Raises:
+        QeEdgeError: every model failed.
+    """
+    if not config.datasets:
+        raise BadArgument("name at least one data set with --dataset")
+    for join in (*config.joins, *config.tune_joins, config.teacher_join):
+        Join.parse(join)
+    for measure in config.measures:
+        check_measure(measure)
+    loaded = [load_dataset(name) for name in config.datasets]
+    dev = _load_dev(config, loaded)
+    models = dict(parse_model(text) for text in config.models)
+    if len(models) < len(config.models):
+        raise BadArgument("two models have the same name; tell them apart with --model LABEL=MODEL")
+    paths = {label: resolve(model).path for label, model in models.items()}
+    inputs: dict[str, Path | str] = {label: path or models[label] for label, path in paths.items()}
+    inputs |= {f"teachers[{i}]": path for i, path in enumerate(config.teachers)}
+    run = RunFolder("bench", msgspec.to_builtins(config), inputs, out or workdir.new("bench"))
+    digests = {label: run.record["inputs"][label]["sha256"] for label in models}
+    warnings: list[str] = []
+    failures: list[str] = []
+    results = []
+    for path in config.teachers:  # a bad file is found before hours of generation
+        if not any(is_of(row, data) for row in read_jsonl(path, Expansion) for data in loaded):
+            warnings.append(f"{path} holds no expansion of these queries")
+            note(f"bench: {warnings[-1]}")
+    tuning = Systems(dev, config, run.partial, workdir).tune(models, digests, failures) if dev else []
+    tuned = {found.model: found.chosen for found in tuning}
+    for data in loaded:
+        note(f"bench: {data}")
+        one = Systems(data, config, run.partial, workdir)
+        results.append(one.measure(models, digests, tuned, warnings, failures))
+    result = BenchResult(
+        created=now(),
+        label=config.label or cpu_name(),
+        machine=machine(),
+        versions=versions(),
+        datasets=results,
+        settings=run.record["settings"],
+        resamples=RESAMPLES,
+        warnings=warnings,
+        failures=failures,
+        tuning=tuning,
+    )
+    if failures and not any(system.kind == "model" for data in results for system in data.systems):
+        raise QeEdgeError(f"every model failed: {'; '.join(failures)}")
+    write_json(run.partial / RESULT, msgspec.to_builtins(result))
+    return run.finish()
+
+
+def _load_dev(config: BenchConfig, measured: Sequence[Dataset]) -> Dataset | None:
+    """The data set to tune on, which must not be one that is measured."""
+    if not config.tune_on:
+        return None
+    if config.joins:
+        raise BadArgument("give either --join or --tune-on")
+    dev = load_dataset(config.tune_on)
+    for data in measured:
+        shared = set(dev.queries.values()) & set(data.queries.values())
+        if shared:
+            raise BadArgument(
+                f"{dev} and {data} share {len(shared)} queries, such as {min(shared)!r}; "
+                "tune on others than those that are measured"
+            )
+    return dev

@@ -1,0 +1,61 @@
+"""Expansions of earlier benchmarks, so that no model writes the same ones twice under the same settings."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qe_edge.bench.result import Speed
+from qe_edge.bench.speed import Generated, Request, generate
+from qe_edge.console import note
+from qe_edge.student.spec import ModelSpec
+from qe_edge.work.files import atomic_path
+from qe_edge.work.machine import cpu_name, usable_cores, versions
+
+
+def generate_once(
+    request: Request, digest: str | None, cache: Path
+) -> tuple[list[Generated], Speed, ModelSpec]:
+    """As `generate`, but starts from what an earlier run wrote, and leaves its own for later ones.
+
+    `digest` is the model's SHA-256, which its prompt is part of; without one (a hub id) nothing is kept.
+    Times are kept with the texts, so what changes them makes another file: the processor, its threads, the
+    engines as they were built and the GPUs that they may use.
+    """
+    if digest is None:
+        return generate(request)
+    settings = [request.lang, request.queries, request.engine, request.threads, request.max_tokens]
+    key: list[Any] = [digest, *settings, cpu_name(), usable_cores(), versions(), *_engines()]
+    if request.passages is not None:
+        key += [request.passages, request.most]
+    name = hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:24]
+    request, kept = msgspec.structs.replace(request, key=name), cache / f"{name}.jsonl"
+    own = Path(request.out)
+    if kept.exists() and not own.exists():
+        own.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(own) as partial:
+            shutil.copyfile(kept, partial)
+        note(
+            f"bench: {request.label}: texts and times of an earlier run; "
+            f"delete {kept} to have them written anew"
+        )
+    found = generate(request)
+    if not kept.exists():
+        with atomic_path(kept) as partial:
+            shutil.copyfile(own, partial)
+    return found
+
+
+def _engines() -> list[str | None]:
+    """llama.cpp as it was built, which its version doesn't tell, and the GPUs that are shown."""
+    found = [os.environ.get("CUDA_VISIBLE_DEVICES")]
+    with suppress(PackageNotFoundError):
+        found.append(distribution("llama-cpp-python").read_text("RECORD"))
+    return found

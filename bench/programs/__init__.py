@@ -1,0 +1,1 @@
+"""qe-edge's own measurements: `python -m qe_edge.bench.programs.NAME --help`."""

@@ -1,0 +1,296 @@
+"""How fast is training, and how much memory does it take? Ours beside TRL's defaults, in one run.
+
+    python -m qe_edge.bench.programs.train_speed --shape qwen3-4b --sft-batch 16 --dpo-batch 8     # on a GPU
+    python -m qe_edge.bench.programs.train_speed --shape smollm2-135m --steps 6                    # on a CPU
+
+Random weights of a real shape; rows of about 60 + 128 tokens, whose lengths vary as ours do. Both ways get
+the same rows and the same LoRA adapter. TRL's defaults are what its trainers do when they are told nothing
+else: float32 weights, activations computed twice, eight rows at a time in any order, bfloat16 arithmetic.
+Where that is emulated (a CPU without it), it is far slower, so there TRL gets float32 as we do.
+
+Each way runs in a process of its own, in turns. Tokens are those of the rows, padding not counted; of DPO,
+those of both sides. The share of the peak counts 4 N operations a token: 2 forward, 2 backward through frozen
+weights.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
+import typer
+
+from qe_edge.bench import synthetic
+from qe_edge.bench.speed import peak_memory_mb
+from qe_edge.console import note
+from qe_edge.errors import QeEdgeError, require
+from qe_edge.train.config import DpoConfig, SftConfig
+from qe_edge.train.estimate import estimate, matmul_rate
+from qe_edge.train.hardware import hardware
+from qe_edge.train.lora import lora_config
+from qe_edge.work.files import write_json
+from qe_edge.work.machine import usable_cores
+
+Way = Literal["ours", "trl"]
+Method = Literal["sft", "dpo"]
+PROMPT, EXPANSION, SPREAD = 60, 128, 32
+RANK = 16
+WARM_UP = 2  # steps
+# Dense bfloat16 operations per second, from the makers' data sheets; elsewhere a matrix product is measured.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "L4": 121e12}
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What a child process measures."""
+
+    way: Way
+    method: Method
+    shape: str
+    layers: int | None
+    steps: int
+    batch: int
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """What it found; `estimated_gb` is what `qe-edge train` would have announced."""
+
+    tokens_per_s: float
+    peak_gb: float
+    estimated_gb: float
+    parameters: int
+    peak_flops: float
+    peak_from: str
+    device: str
+    precision: str
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(synthetic.SHAPES)}.")] = "qwen3-0.6b",
+    layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
+    steps: Annotated[int, typer.Option(min=WARM_UP + 1, help="Steps of a turn; two warm up.")] = 12,
+    sft_batch: Annotated[int, typer.Option(min=1, help="Our rows at a time; TRL's default is 8.")] = 8,
+    dpo_batch: Annotated[int, typer.Option(min=0, help="Our pairs at a time; 0 leaves DPO out.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each way.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Write all that was measured to this JSON file.")] = None,
+) -> None:
+    """Print a table of tokens per second, peak memory and share of the device's peak."""
+    on = hardware(SftConfig())
+    ways: tuple[Way, ...] = get_args(Way)
+    what = f"{shape}, {layers} layers" if layers else shape
+    print(f"{what}; {on.name} ({usable_cores()} cores) in {on.precision}; {rounds} rounds of {steps} steps\n")
+    print("| method | way | tokens/s | times TRL | of the peak | memory GB | estimated GB |")
+    print("| :-- | :-- | --: | --: | --: | --: | --: |")
+    found: dict[str, list[Measured | None]] = {}
+    batches: dict[Method, int] = {"sft": sft_batch, "dpo": dpo_batch}
+    for method, batch in batches.items():
+        if not batch:
+            continue
+        turns: dict[Way, list[Measured | None]] = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way in ways:
+                turns[way].append(_run(Request(way, method, shape, layers, steps, batch)))
+        for way in ways:
+            print(_row(method, way, turns), flush=True)
+            found[f"{method} {way}"] = turns[way]
+    if out:
+        write_json(out, {"shape": shape, "layers": layers, "steps": steps, "measured": found})
+
+
+def _row(method: str, way: Way, turns: dict[Way, list[Measured | None]]) -> str:
+    done = [turn for turn in turns[way] if turn]
+    if not done:
+        return f"| {method} | {way} | out of memory | – | – | – | – |"
+    rate = median(turn.tokens_per_s for turn in done)
+    # Within a round, so that a machine whose speed wanders does not decide.
+    ratios = [
+        a.tokens_per_s / b.tokens_per_s for a, b in zip(turns[way], turns["trl"], strict=True) if a and b
+    ]
+    times = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "–"
+    share = 4 * done[0].parameters * rate / done[0].peak_flops
+    estimated = f"{done[0].estimated_gb:.1f}" if way == "ours" else "–"
+    memory = max(turn.peak_gb for turn in done)
+    return f"| {method} | {way} | {rate:,.0f} | {times} | {share:.0%} | {memory:.1f} | {estimated} |"
+
+
+def _run(request: Request) -> Measured | None:
+    """One turn in a child process; None where memory ran out."""
+    note(f"{request.method} {request.way}")
+    child = subprocess.run(
+        [sys.executable, "-P", "-m", "qe_edge.bench.programs.train_speed", "--child"],
+        input=msgspec.json.encode(request),
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    if child.returncode == QeEdgeError.exit_code:
+        return None
+    if child.returncode:
+        raise QeEdgeError(f"the process of {request.method} {request.way} died ({child.returncode})")
+    return msgspec.json.decode(child.stdout, type=Measured)
+
+
+def rows(count: int, method: Method, name: str, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Rows or pairs of random ids, as `encode_rows` and `encode_pairs` give them."""
+    import numpy as np
+
+    draw = np.random.default_rng(seed)
+    shape = synthetic.SHAPES[name]
+    end, _ = synthetic.ENDS[shape.family]
+
+    def ids(size: int) -> list[int]:
+        return draw.integers(3, shape.vocabulary - 1000, size).tolist()
+
+    def expansion() -> list[int]:
+        return [*ids(max(8, round(draw.normal(EXPANSION, SPREAD)))), end]
+
+    if method == "dpo":
+        return [
+            {"prompt_ids": ids(PROMPT), "chosen_ids": expansion(), "rejected_ids": expansion()}
+            for _ in range(count)
+        ]
+    made = [(ids(PROMPT), expansion()) for _ in range(count)]
+    return [{"input_ids": p + e, "labels": [-100] * len(p) + e} for p, e in made]
+
+
+def tokens_of(row: dict[str, list[int]], method: str) -> int:
+    """The tokens that are computed for a row; a pair's prompt goes with both sides."""
+    if method == "sft":
+        return len(row["input_ids"])
+    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+
+def measure(request: Request) -> Measured:
+    """In the child: train for some steps on random weights and time all but the first ones."""
+    torch = require("torch", "train")
+    common = {"accumulate": 1, "logging_steps": 1_000_000, "save_steps": 1_000_000}
+    kind = SftConfig if request.method == "sft" else DpoConfig
+    batch = request.batch if request.way == "ours" else 8
+    config = kind(batch_size=batch, **common)  # type: ignore[arg-type]
+    on = hardware(config)
+    encoded = rows(batch * request.steps, request.method, request.shape)
+    tokens = [tokens_of(row, request.method) for row in encoded]
+    needs = estimate(
+        synthetic.shape(request.shape, layers=request.layers),
+        config,
+        on,
+        rank=RANK,
+        longest=max(tokens) if request.method == "sft" else max(tokens) // 2,
+        tokens=sum(tokens),
+    )
+    with TemporaryDirectory() as folder:
+        if request.way == "ours":
+            trainer = _ours(request, config, on, encoded, Path(folder))
+        else:
+            trainer = _trl(request, on, encoded, Path(folder))
+        clock = _clock(torch, on.device)
+        trainer.add_callback(clock)
+        trainer.train()
+        parameters = sum(p.numel() for p in trainer.model.parameters() if not p.requires_grad)
+    seconds = (clock.times[-1] - clock.times[WARM_UP - 1]) / (len(clock.times) - WARM_UP)
+    known = next((flops for name, flops in PEAKS.items() if name in on.name), None)
+    cuda = on.device == "cuda"
+    return Measured(
+        tokens_per_s=sum(tokens) / len(clock.times) / seconds,
+        peak_gb=torch.cuda.max_memory_allocated() / 2**30 if cuda else peak_memory_mb() * 1e6 / 2**30,
+        estimated_gb=needs.memory_gb,
+        parameters=parameters,
+        peak_flops=known or matmul_rate(on),
+        peak_from="data sheet" if known else "a matrix product, measured",
+        device=on.name,
+        precision=on.precision,
+    )
+
+
+def _model(request: Request, dtype: Any, device: str) -> Any:
+    return synthetic.model(request.shape, layers=request.layers, dtype=dtype, device=device)
+
+
+def _ours(request: Request, config: Any, on: Any, encoded: list[dict[str, list[int]]], folder: Path) -> Any:
+    """The trainer as `qe-edge train` makes it."""
+    from qe_edge.train import dpo, sft
+
+    model = _model(request, on.weights(full=False), on.device)
+    if request.method == "sft":
+        config = msgspec.structs.replace(config, rank=RANK, alpha=RANK)
+        return sft.make_trainer(config, on, model, synthetic.tokenizer(request.shape), encoded, folder)
+    peft = require("peft", "train")
+    adapted = peft.get_peft_model(model, lora_config(RANK, RANK))
+    return dpo.make_trainer(config, on, adapted, None, synthetic.tokenizer(request.shape), encoded, folder)
+
+
+def _trl(request: Request, on: Any, encoded: list[dict[str, list[int]]], folder: Path) -> Any:
+    """TRL's trainer with its defaults; only where it runs, and that it keeps quiet, is set."""
+    trl, datasets, torch = require("trl", "train"), require("datasets", "train"), require("torch", "train")
+    quiet: dict[str, Any] = {
+        "output_dir": str(folder),
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "num_train_epochs": 1,
+        "use_cpu": on.device == "cpu",
+    }
+    if on.precision == "float32":
+        quiet["bf16"] = False
+    model = _model(request, torch.float32, on.device)  # what TRL loads a model's name in
+    shared: dict[str, Any] = {
+        "model": model,
+        "train_dataset": datasets.Dataset.from_list(encoded),
+        "processing_class": synthetic.tokenizer(request.shape),
+        "peft_config": lora_config(RANK, RANK),
+    }
+    if request.method == "sft":
+        # The rows are ids already, which is how TRL would have them after its own preparation.
+        return trl.SFTTrainer(
+            args=trl.SFTConfig(**quiet, dataset_kwargs={"skip_prepare_dataset": True}), **shared
+        )
+
+    class TokenizedDPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    return TokenizedDPOTrainer(args=trl.DPOConfig(**quiet), **shared)
+
+
+def _clock(torch: Any, device: str) -> Any:
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        """When each step was over."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+
+    return Clock()
+
+
+def _child() -> None:
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # trainers print; the figures alone go to stdout
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    from qe_edge.train.hardware import explain_out_of_memory
+
+    try:
+        with explain_out_of_memory(SftConfig(batch_size=request.batch), hardware(SftConfig()), False):
+            os.write(stdout, msgspec.json.encode(measure(request)))
+    except QeEdgeError as error:
+        note(str(error))
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--child"]:
+        _child()
+    else:
+        typer.run(main)

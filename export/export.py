@@ -1,0 +1,335 @@
+"""`qe-edge export`: a merged student -> GGUF files for llama.cpp and MLX folders, each one checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from qe_edge.errors import BadArgument, BadInput, NotFound, NotInstalled, require
+from qe_edge.export.adapter import adapter_of, base_folder, convert_adapter
+from qe_edge.export.card import write_card, write_modelfile
+from qe_edge.export.gguf import convert_gguf
+from qe_edge.export.imatrix import Importance, calibration_rows, measure_importance
+from qe_edge.export.lineage import provenance, training_data, training_selection
+from qe_edge.export.mixed import choose_types
+from qe_edge.export.mlx import RECIPES, check_mlx, convert_mlx, low_bits
+from qe_edge.export.probes import Reference, load_reference
+from qe_edge.export.quantize import KINDS, MIXED, NEED_IMPORTANCE, bits_of, quantize_gguf
+from qe_edge.export.source import Source
+from qe_edge.export.verify import CHECKSUMS, verify_gguf, verify_mlx
+from qe_edge.student.spec import ModelSpec, read_spec
+from qe_edge.train.base_model import load_tokenizer
+from qe_edge.train.config import SftConfig
+from qe_edge.work.files import MANIFEST, atomic_path, sha256, write_json
+from qe_edge.work.runs import check_output, run_record
+
+FORMATS = ("gguf", "mlx")
+ADAPTER = "adapter"  # the folder of the adapter's GGUF
+UNQUANTIZED = ("BF16", "F16")
+
+Progress = Callable[[str], None]
+
+
+class MlxOptions(NamedTuple):
+    """What `convert_mlx` is told apart from what the kinds say; `bits` and `recipe` take their place."""
+
+    bits: int | None = None
+    group_size: int = 64
+    recipe: str | None = None
+
+
+def export_model(
+    model: Path,
+    out: Path,
+    *,
+    kinds: Sequence[str] = ("Q4_K_M",),
+    formats: Sequence[str] = FORMATS,
+    budget_mb: float | None = None,
+    adapter: bool = False,
+    calibrate: Sequence[Path] | None = None,
+    mlx: MlxOptions | None = None,
+    verify: bool = True,
+    progress: Progress = lambda message: None,
+) -> dict[str, Any]:
+    """Export a merged model folder to the folder `out`, whole or not at all.
+
+    Writes `student-<kind>.gguf` for every kind, one `student-mlx-<bits>bit` folder for every number of
+    bits among the kinds (`student-mlx-bf16` for BF16 and F16), a model card (README.md), a Modelfile
+    for Ollama, SHA256SUMS and run.json. An older `out` is replaced, and stays if anything fails.
+
+    With `budget_mb` comes `student-mixed.gguf` of at most so many million bytes, whose tensors have the
+    types that change the answers least (see `choose_types`).
+
+    With `adapter` comes `adapter/student-lora.gguf`, the last LoRA adapter alone, for the base model's GGUF.
+
+    `calibrate` names the expansions that the importance matrix of the quantized GGUFs is measured on: by
+    default those that the student was trained on, where they are at hand; none at all if empty.
+
+    Returns:
+        `files` (name -> bytes), `checks` (name -> what `verify_gguf` or `verify_mlx` found), `calibration`
+        and, of a mixed file, `types` (GGUF tensor -> type); None without. The checks include the BF16 GGUF
+        that is quantized from, the only one exact enough to show a fault of the conversion itself.
+
+    Raises:
+        BadArgument: an unknown kind or format, one that needs calibration and has none, or an `out` that
+            holds something else.
+        NotInstalled: a format's extra is missing.
+        NotFound, BadInput: the model is missing, has no qe-edge spec, or can't be converted.
+        QeEdgeError: an export doesn't answer as its source does.
+    """
+    kinds, formats = list(dict.fromkeys(kinds)), list(dict.fromkeys(formats))
+    check_choices(kinds, formats, budget_mb=budget_mb, adapter=adapter, calibrate=calibrate, mlx=mlx)
+    if not model.is_dir():
+        raise NotFound(f"{model}: no such model folder")
+    spec = read_spec(model)
+    if spec is None:
+        raise BadInput("has no qe_edge.json, which holds its prompt; `qe-edge merge` writes it", path=model)
+    _check_installed(formats, verify)
+    source = Source(model)
+    check_output(out, "export")
+    if "mlx" in formats:
+        for width in mlx_widths(kinds, mlx):
+            check_mlx(source.config, width, (mlx or MlxOptions()).group_size)
+    lora = adapter_of(model) if adapter else None
+    base = base_folder(lora) if lora else None
+    calibration = None
+    if "gguf" in formats and (budget_mb is not None or any(bits_of(kind) < 8 for kind in kinds)):
+        needing = [kind for kind in kinds if kind in NEED_IMPORTANCE] + ["a mixed file"] * (
+            budget_mb is not None
+        )
+        calibration = _calibrate(source, spec, calibrate, needing, progress)
+    reference = None
+    if verify:
+        progress("asking the source model, in float32")
+        reference = load_reference(model)
+    origin, options = provenance(model, spec), mlx or MlxOptions()
+    checks: dict[str, Any] = {}
+    types: dict[str, str] | None = None
+    with atomic_path(out) as folder:
+        folder.mkdir()
+        work = _Export(source, folder, spec, origin, calibration, reference, progress)
+        if "gguf" in formats:
+            made, types = work.ggufs(kinds, budget_mb)
+            checks |= made
+            if lora and base:
+                checks |= work.adapter(lora, base)
+        if "mlx" in formats:
+            checks |= work.mlx(kinds, options)
+        files = {path.name: _size(path) for path in sorted(folder.iterdir())}
+        write_card(folder, spec, files, checks, calibration.importance if calibration else None)
+        if ggufs := [name for name in files if name.endswith(".gguf")]:
+            write_modelfile(folder, spec, min(ggufs, key=files.__getitem__))
+        _write_checksums(folder)
+        settings: dict[str, Any] = {
+            "kinds": kinds,
+            "formats": formats,
+            "budget_mb": budget_mb,
+            "adapter": adapter,
+        }
+        settings |= {"mlx": options._asdict(), "verify": verify}
+        measured = calibration.importance.describe() if calibration else None
+        found = {"files": files, "checks": checks, "calibration": measured, "types": types}
+        record = run_record("export", settings, {"model": model}, **found)
+        # So that both can be moved together.
+        record["inputs"]["model"]["path"] = os.path.relpath(model, out)
+        write_json(folder / MANIFEST, record)
+    return found
+
+
+class _Calibration(NamedTuple):
+    """Expansions as token ids, each with the place where its answer starts, and what they weigh."""
+
+    rows: list[tuple[list[int], int]]
+    importance: Importance
+
+
+def _calibrate(
+    source: Source,
+    spec: ModelSpec,
+    calibrate: Sequence[Path] | None,
+    needing: list[str],
+    progress: Progress,
+) -> _Calibration | None:
+    """On the named expansions, or those that the student was trained on; `needing` can't do without."""
+    named = calibrate is not None
+    selection = SftConfig() if named else training_selection(source.model)
+    files = list(calibrate or []) if named else training_data(source.model)
+    if files:
+        progress(f"importance matrix from {', '.join(path.name for path in files)}")
+        rows = calibration_rows(files, selection, spec, load_tokenizer(str(source.model)))
+        return _Calibration(rows, measure_importance(source, rows, files))
+    if needing:
+        raise BadArgument(
+            f"{', '.join(needing)} needs an importance matrix; name expansions for it with --calibrate"
+        )
+    if not named:
+        progress("no importance matrix: name expansions to measure it on with --calibrate")
+    return None
+
+
+def check_choices(
+    kinds: Sequence[str],
+    formats: Sequence[str],
+    *,
+    budget_mb: float | None = None,
+    adapter: bool = False,
+    calibrate: Sequence[Path] | None = None,
+    mlx: MlxOptions | None = None,
+) -> None:
+    """Refuse what is unknown, listing what is known, and what would be left out without a word."""
+    _check("kind", kinds, (*KINDS, *UNQUANTIZED))
+    _check("format", formats, FORMATS)
+    of_gguf = {"--budget-mb or --target-bpw": budget_mb is not None, "--adapter": adapter}
+    of_gguf["--calibrate"] = bool(calibrate)
+    of_mlx = {"--mlx-…": mlx is not None and mlx != MlxOptions()}
+    for given, needed in ((of_gguf, "gguf"), (of_mlx, "mlx")):
+        for name, is_given in given.items():
+            if is_given and needed not in formats:
+                raise BadArgument(f"{name} needs the format {needed}, which --format leaves out")
+    if calibrate and budget_mb is None and all(bits_of(kind) >= 8 for kind in kinds):
+        raise BadArgument(
+            f"--calibrate changes nothing for {', '.join(kinds)}: only kinds below 8 bits use it"
+        )
+    if mlx and mlx.recipe is not None and mlx.bits is not None:
+        raise BadArgument("give either MLX bits or a recipe, which says the bits itself")
+    if mlx and mlx.recipe is not None:
+        _check("MLX recipe", [mlx.recipe], RECIPES)
+
+
+def _check(what: str, chosen: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        problem = f"unknown {what} {', '.join(unknown)}" if unknown else f"no {what} given"
+        raise BadArgument(f"{problem}; choose from: {', '.join(known)}")
+
+
+def _check_installed(formats: list[str], verify: bool) -> None:
+    """Fail before the work, not after the half of it."""
+    if "gguf" in formats:
+        require("gguf", "llama")
+        require("llama_cpp", "llama")
+        require("torch", "train")
+    if verify:
+        require("torch", "train")
+        require("transformers", "train")
+    if "mlx" in formats:
+        try:
+            require("mlx_lm", "mlx")
+        except NotInstalled as error:
+            alone = "; or leave MLX out with --format gguf" if "gguf" in formats else ""
+            raise NotInstalled(f"{error}{alone}") from None
+
+
+class _Export(NamedTuple):
+    """One export on its way: what it is made from, and the folder that its files go to."""
+
+    source: Source
+    folder: Path
+    spec: ModelSpec
+    origin: dict[str, Any]
+    calibration: _Calibration | None
+    reference: Reference | None
+    progress: Progress
+
+    def ggufs(
+        self, kinds: list[str], budget_mb: float | None
+    ) -> tuple[dict[str, Any], dict[str, str] | None]:
+        """Write a GGUF of each kind, and a mixed one; returns what was found of each, and the mixed types."""
+        checks: dict[str, Any] = {}
+
+        def made(file: Path, note: str = "") -> None:
+            if self.reference:
+                checks[file.name] = verify_gguf(file, self.reference)
+            self.progress(_summary(file, checks) + note)
+
+        described: dict[str, Any] = {"spec": self.spec, "provenance": self.origin}
+        importance = self.calibration.importance if self.calibration else None
+        model, base = self.source.model, self.folder / "student-BF16.gguf"
+        if budget_mb is not None or any(kind != "F16" for kind in kinds):
+            convert_gguf(model, base, **described)
+            made(base, "" if "BF16" in kinds else " (to be quantized, not kept)")
+        for kind in kinds:
+            file = self.folder / f"student-{kind}.gguf"
+            if kind == "F16":
+                made(convert_gguf(model, file, dtype="f16", **described))
+            elif kind != "BF16":
+                made(quantize_gguf(base, file, kind, importance=importance))
+        types = self._mixed(base, budget_mb, made) if budget_mb is not None else None
+        if "BF16" not in kinds:
+            base.unlink(missing_ok=True)
+        return checks, types
+
+    def _mixed(self, base: Path, budget_mb: float, made: Callable[[Path], None]) -> dict[str, str]:
+        assert self.calibration  # checked before anything was written
+        self.progress("measuring what each type does to the answers")
+        rows, importance = self.calibration
+        with TemporaryDirectory(dir=self.folder) as scratch:
+            budget = int(budget_mb * 1e6)
+            types = choose_types(self.source, base, rows, importance, budget, Path(scratch))
+        file = self.folder / "student-mixed.gguf"
+        made(quantize_gguf(base, file, MIXED, importance=importance, types=types))
+        return types
+
+    def adapter(self, adapter: Path, base: Path) -> dict[str, Any]:
+        """Write the adapter's GGUF; it is checked on the base model's, which isn't kept."""
+        checks: dict[str, Any] = {}
+        described: dict[str, Any] = {"spec": self.spec, "provenance": self.origin}
+        # In a folder of its own, where nobody takes it for a model.
+        file = convert_adapter(adapter, self.source, self.folder / ADAPTER / "student-lora.gguf", **described)
+        if self.reference:
+            whole = convert_gguf(base, self.folder / "base.gguf", spec=self.spec)
+            checks[ADAPTER] = verify_gguf(whole, self.reference, adapter=file)
+            whole.unlink()
+        self.progress(_summary(file.parent, checks))
+        return checks
+
+    def mlx(self, kinds: list[str], options: MlxOptions) -> dict[str, Any]:
+        """Write an MLX folder of each number of bits; returns what was found of each."""
+        checks: dict[str, Any] = {}
+        for bits in mlx_widths(kinds, options):
+            name = options.recipe or (f"{bits}bit" if bits else "bf16")
+            target = convert_mlx(
+                self.source.model,
+                self.folder / f"student-mlx-{name}",
+                bits=bits,
+                group_size=options.group_size,
+                recipe=options.recipe,
+                spec=self.spec,
+                provenance=self.origin,
+            )
+            if self.reference:
+                checks[target.name] = verify_mlx(target, self.reference)
+            self.progress(_summary(target, checks))
+        return checks
+
+
+def mlx_widths(kinds: Sequence[str], options: MlxOptions | None) -> list[int | None]:
+    """The bits of each MLX folder to write, None for bfloat16; MLX has none below 2."""
+    if options and options.recipe is not None:
+        return [low_bits(options.recipe)]
+    if options and options.bits is not None:
+        return [options.bits]
+    return list(dict.fromkeys(None if kind in UNQUANTIZED else max(2, bits_of(kind)) for kind in kinds))
+
+
+def _summary(path: Path, checks: dict[str, Any]) -> str:
+    size = f"{path.name}: {_size(path) / 1e6:.1f} MB"
+    if check := checks.get(path.name):
+        closeness = f"logit cosine {check['logit_cosine']:.4f}, KL divergence {check['kl_divergence']:.4f}"
+        return f"{size}, token ids identical, {closeness} ({check['answer_divergence']:.4f} of answers)"
+    return f"{size}, not verified"
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files)
+
+
+def _write_checksums(folder: Path) -> None:
+    """One line a file, as `sha256sum -c` reads them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")

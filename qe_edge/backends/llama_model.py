@@ -1,0 +1,92 @@
+"""A GGUF file that llama.cpp has loaded: what its batches and readers compute with."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qe_edge.backends.gguf_check import check_gguf
+from qe_edge.backends.lifetime import Lifetime
+from qe_edge.errors import BadInput, require
+
+
+class LlamaModel:
+    """The model's own memory, which is freed when nothing refers to this object any more, or by `lifetime`.
+
+    `context` is the most tokens of a sequence that a cache is made for, `longest` at most.
+
+    Raises:
+        BadInput: the file is damaged, or of an architecture that llama.cpp doesn't know.
+    """
+
+    def __init__(self, path: Path, *, threads: int, longest: int):
+        self.lib = lib = require("llama_cpp", "llama")
+        architecture = check_gguf(path)
+        # llama.cpp tells what it does, and how a load failed; we say it in our own words.
+        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
+        lib.llama_backend_init()
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = -1  # all of them where llama.cpp was built for a GPU; ignored elsewhere
+        params.use_extra_bufts = not has_amx(lib)
+        self.pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.pointer:
+            raise BadInput(
+                f"llama.cpp can't load it (architecture {architecture!r}); qe-edge exports qwen3 and llama, "
+                "and this build of llama.cpp may not know others",
+                path=path,
+            )
+        self.lifetime = Lifetime(self, partial(lib.llama_model_free, self.pointer))
+        self.threads = threads
+        self.vocab = lib.llama_model_get_vocab(self.pointer)
+        self.vocabulary: int = lib.llama_vocab_n_tokens(self.vocab)
+        self.context = min(longest, lib.llama_model_n_ctx_train(self.pointer))
+
+    def metadata(self, key: str) -> str | None:
+        """The text of a key in the file's header, None where there is none."""
+        size = self.lib.llama_model_meta_val_str(self.pointer, key.encode(), None, 0)
+        if size < 0:
+            return None
+        buffer = ctypes.create_string_buffer(size + 1)
+        self.lib.llama_model_meta_val_str(self.pointer, key.encode(), buffer, size + 1)
+        return buffer.value.decode("utf-8", errors="replace")
+
+
+def has_amx(lib: Any) -> bool:
+    """Whether this build of llama.cpp multiplies on Intel's AMX, which ends the process.
+
+    A compiler whose `_tile_loadconfig` doesn't say that it reads all of its argument (GCC 12) leaves most of
+    the tiles' shapes out of the program: https://github.com/ggml-org/llama.cpp/pull/26954. Whether a build
+    was spared isn't told, so it keeps to the kernels that need no weights in another layout. (Without them,
+    Q4_0 reads at .7 of the speed of a build that knows no AMX; other kinds and writing don't change.)
+    """
+    return b"AMX_INT8 = 1" in lib.llama_print_system_info()
+
+
+@contextmanager
+def kept_off_amx(lib: Any) -> Iterator[None]:
+    """The same for a `llama_cpp.Llama` that is made within, which takes no such setting."""
+    functions, defaults = lib.llama_cpp, lib.llama_cpp.llama_model_default_params
+
+    def without() -> Any:
+        params = defaults()
+        params.use_extra_bufts = not has_amx(lib)
+        return params
+
+    functions.llama_model_default_params = without
+    try:
+        yield
+    finally:
+        functions.llama_model_default_params = defaults
+
+
+class FileName(str):
+    """A path for a `llama_cpp.Llama`, which encodes it itself: as the bytes of its name, UTF-8 or not."""
+
+    def encode(self, *_: object) -> bytes:
+        return os.fsencode(str(self))

@@ -1,0 +1,43 @@
+"""A model that was found, loaded into its engine."""
+
+from __future__ import annotations
+
+import os
+
+from qe_edge.backends.lifetime import check_not_forked
+from qe_edge.backends.protocol import Backend
+from qe_edge.errors import BadArgument
+from qe_edge.student.models import Engine, ModelRef
+from qe_edge.work.machine import usable_cores
+
+# The process that loaded the first model.
+_loaded_in: int | None = None
+
+
+def open_backend(ref: ModelRef, *, engine: Engine | None = None, threads: int | None = None) -> Backend:
+    """Load a model into its engine.
+
+    `engine` overrides the model's own, for the folders that both MLX and transformers can read.
+    `threads` (all usable cores by default) applies to llama.cpp and transformers on a CPU; MLX takes no
+    such setting.
+    """
+    global _loaded_in
+    _loaded_in = _loaded_in or os.getpid()
+    check_not_forked(_loaded_in)  # a model of its own would hang just so
+    engine = engine or ref.engine
+    threads = threads or usable_cores()  # llama.cpp's own default is half of them
+    if (engine == "llama.cpp") != ref.is_gguf:
+        raise BadArgument(
+            f"{engine} can't run {ref.name}: llama.cpp runs .gguf files, and they run nowhere else"
+        )
+    if engine == "llama.cpp":
+        from qe_edge.backends.llama_cpp import LlamaCppBackend
+
+        return LlamaCppBackend(ref, threads=threads)
+    if engine == "mlx":
+        from qe_edge.backends.mlx import MlxBackend
+
+        return MlxBackend(ref)
+    from qe_edge.backends.transformers import TransformersBackend
+
+    return TransformersBackend(ref, threads=threads)

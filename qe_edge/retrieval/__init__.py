@@ -1,0 +1,1 @@
+"""Collections, judgments, BM25 and measures."""

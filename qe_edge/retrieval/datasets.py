@@ -1,0 +1,324 @@
+"""Test collections: the two that ship with the package, BEIR folders, and ir_datasets ids.
+
+A data set is written `NAME` or `NAME@SPLIT`, where a split names a file of judgments:
+`demo-en`, `demo-en@train`, `path/to/beir-folder@dl19`, `dl19`, `beir/scifact/test`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+
+import msgspec
+
+from qe_edge.console import shown
+from qe_edge.errors import BadInput, NotFound, QeEdgeError, require
+from qe_edge.lines import read_lines
+from qe_edge.records import Document, Lang, Query, numbered_jsonl, read_jsonl
+from qe_edge.retrieval.judged import Once, check_id, check_ids, parse_grade
+from qe_edge.retrieval.official import ORIGIN, read_origin
+from qe_edge.retrieval.trec import Qrels
+from qe_edge.text import detect_language
+from qe_edge.work.files import read_json, write_json
+
+BUILTIN = ("demo-en", "demo-zh")
+# Short names of the collections this field reports on -> their ir_datasets ids.
+SHORT_NAMES = {
+    "dl19": "msmarco-passage/trec-dl-2019/judged",
+    "dl20": "msmarco-passage/trec-dl-2020/judged",
+    "dl21": "msmarco-passage-v2/trec-dl-2021/judged",
+    "miracl-zh": "miracl/zh/dev",
+    "miracl-zh-train": "miracl/zh/train",
+    "scifact": "beir/scifact/test",
+    "nfcorpus": "beir/nfcorpus/test",
+    "fiqa": "beir/fiqa/test",
+    "trec-covid": "beir/trec-covid",
+    "arguana": "beir/arguana",
+    "scidocs": "beir/scidocs",
+}
+# Beside imported collections: the hashes of large ones, which take minutes to read.
+_HASHES, _LARGE = ".hashes.json", 50_000_000
+_HEADER = ["query-id", "corpus-id", "score"]
+
+
+class Dataset:
+    """A collection, its judged queries and their judgments; documents are read when asked for."""
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        queries: dict[str, str],
+        qrels: Qrels,
+        documents: Callable[[], Iterator[tuple[str, str]]],
+        folder: Path | None = None,
+        identity: str = "",
+    ):
+        self.name = shown(name)
+        self.split = shown(split)
+        self.queries = {query_id: queries[query_id] for query_id in qrels}  # judged queries only
+        self.qrels = qrels
+        self.documents = documents
+        self.folder = folder
+        self.identity = identity  # what changes when the documents do, if that is known without reading them
+
+    @cached_property
+    def lang(self) -> Lang:
+        """The language of most of the queries, English if none is."""
+        found = Counter(map(detect_language, self.queries.values()))
+        lang, most = found.most_common(1)[0] if found else ("en", 0)
+        return lang if most * 2 > len(self.queries) else "en"
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.split}" if self.split else self.name
+
+    def judgments(self) -> int:
+        return sum(len(grades) for grades in self.qrels.values())
+
+    def collection_hash(self) -> str:
+        """SHA-256 over the documents, in their order; of a large collection, kept for the next time."""
+        memo = data_home() / _HASHES
+        if self.identity and memo.is_file() and (known := read_json(memo).get(self.identity)):
+            return str(known)
+        digest = hashlib.sha256()
+        for document in self.documents():
+            digest.update(msgspec.json.encode(document))
+        if self.identity:
+            with suppress(QeEdgeError, OSError):  # it saves time only
+                found = read_json(memo) if memo.is_file() else {}
+                write_json(memo, found | {self.identity: digest.hexdigest()})
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over documents, queries and judgments: two results with the same one are comparable."""
+        judged = msgspec.json.encode([sorted(self.queries.items()), self.qrels], order="sorted")
+        return hashlib.sha256(self.collection_hash().encode() + judged).hexdigest()
+
+    def check_judgments(self, known: Iterable[str]) -> None:
+        """Check that the judgments fit the collection, of which `known` are the document ids.
+
+        Raises:
+            BadInput: they name documents that it lacks, so that the ideal ranking can't be reached.
+        """
+        missing = sorted({doc_id for grades in self.qrels.values() for doc_id in grades}.difference(known))
+        if missing:
+            raise BadInput(
+                f"the judgments of {self} name {len(missing)} documents that the collection lacks, "
+                f"such as {', '.join(missing[:3])}; take them out of the judgments or add the documents",
+                path=self.folder,
+            )
+
+
+def load_dataset(name: str) -> Dataset:
+    """Load `NAME[@SPLIT]`: a folder, else a built-in, an imported one, a short name, an ir_datasets id."""
+    base, split = split_name(name)
+    folder = Path(base)
+    if folder.is_dir():
+        return load_folder(folder, split)
+    if base in BUILTIN:
+        with resources.as_file(resources.files("qe_edge.retrieval") / "data" / base) as path:
+            return _load_beir(base, path, split or "test")
+    imported = data_home() / base
+    if base and (imported / ORIGIN).is_file():
+        return _load_beir(base, imported, split)
+    if base in SHORT_NAMES or "/" in base:
+        return _load_ir_datasets(base, split)
+    raise NotFound(
+        f"no data set {base!r}: it is neither a folder, nor one of {', '.join((*BUILTIN, *SHORT_NAMES))}, "
+        "nor an ir_datasets id such as beir/nfcorpus/test"
+    )
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`NAME[@SPLIT]` -> name and split, or an empty one; a folder that exists is a name as it is."""
+    if "@" not in name or Path(name).is_dir():
+        return name, ""
+    base, _, split = name.rpartition("@")
+    return base, split
+
+
+def load_folder(folder: Path, split: str = "") -> Dataset:
+    """Load a split of a folder in BEIR layout."""
+    return _load_beir(folder.resolve().name, folder, split)
+
+
+def data_home() -> Path:
+    """Where imported collections lie: QE_EDGE_DATA, or a folder of the user's."""
+    import typer
+
+    return Path(os.environ.get("QE_EDGE_DATA") or Path(typer.get_app_dir("qe-edge")) / "data")
+
+
+def load_queries(path: Path) -> Dataset:
+    """A file of queries (`_id` and `text`, JSON Lines) as a data set without documents and judgments.
+
+    Raises:
+        NotFound, BadInput: there is none, or it holds no query.
+    """
+    queries = _read_queries(path)
+    if not queries:
+        raise BadInput("holds no query", path=path)
+    return Dataset(path.stem, "", queries, {query_id: {} for query_id in queries}, lambda: iter(()))
+
+
+def builtin_folder(name: str) -> Path:
+    """Where a built-in data set's files lie."""
+    return Path(str(resources.files("qe_edge.retrieval") / "data" / name))
+
+
+def splits(folder: Path) -> list[str]:
+    """The splits of a BEIR folder. (Hidden files are no data: some systems leave theirs in any folder.)"""
+    return sorted(path.stem for path in (folder / "qrels").glob("[!.]*.tsv"))
+
+
+def _load_beir(name: str, folder: Path, split: str) -> Dataset:
+    for needed in ("corpus.jsonl", "queries.jsonl", "qrels"):
+        if not (folder / needed).exists():
+            raise NotFound(
+                f"{folder} has no {needed}; "
+                "a data set folder holds corpus.jsonl, queries.jsonl and qrels/<split>.tsv"
+            )
+    found = splits(folder)
+    if not split:
+        if "test" not in found and len(found) != 1:
+            raise NotFound(
+                f"{folder} has the splits {', '.join(found) or '(none)'}; name one, as in {name}@SPLIT"
+            )
+        split = "test" if "test" in found else found[0]
+    if split not in found:
+        raise NotFound(f"{folder} has no split {split!r}; there are: {', '.join(found) or '(none)'}")
+    origin = read_origin(folder)
+    if origin and origin.pool:
+        name = f"{name} pool"
+    queries = _read_queries(folder / "queries.jsonl")
+    qrels = _read_qrels(folder / "qrels" / f"{split}.tsv", queries)
+
+    def documents() -> Iterator[tuple[str, str]]:
+        for document in read_jsonl(folder / "corpus.jsonl", Document):
+            yield document.id, f"{document.title or ''} {document.text}".strip()
+
+    corpus = folder / "corpus.jsonl"
+    stat = corpus.stat()
+    large = stat.st_size > _LARGE
+    identity = f"{corpus.resolve()} {stat.st_size} {stat.st_mtime_ns}" if large else ""
+    return Dataset(name, split, queries, qrels, documents, folder, identity)
+
+
+def _read_queries(path: Path) -> dict[str, str]:
+    queries = Once[str, str]("query", path)
+    for number, query in numbered_jsonl(path, Query):
+        check_id(query.id, "query", path, number)
+        queries.add(number, query.id, query.text)
+    return queries.rows
+
+
+def _read_qrels(path: Path, queries: dict[str, str]) -> Qrels:
+    lines = read_lines(path)
+    if next(lines, (1, ""))[1].split("\t") != _HEADER:
+        raise BadInput(f"the first line must be {' '.join(_HEADER)}, separated by tabs", path=path, line=1)
+    judged = Once[tuple[str, str], int]("the judgment of", path)
+    for number, line in lines:
+        if not line:
+            continue
+        try:
+            query_id, doc_id, grade = line.split("\t")
+            score = parse_grade(grade)
+        except ValueError:
+            raise BadInput(
+                f"expected query-id, corpus-id and a whole-number score, got {line[:100]!r}",
+                path=path,
+                line=number,
+            ) from None
+        if query_id not in queries:
+            raise BadInput(f"query {query_id!r} is not in queries.jsonl", path=path, line=number)
+        judged.add(number, (query_id, doc_id), score)
+    if not judged.rows:
+        raise BadInput("holds no judgment", path=path)
+    return grouped(judged.rows)
+
+
+def grouped(judgments: Mapping[tuple[str, str], int]) -> Qrels:
+    """Grades by query and document id."""
+    qrels: Qrels = {}
+    for (query_id, doc_id), grade in judgments.items():
+        qrels.setdefault(query_id, {})[doc_id] = grade
+    return qrels
+
+
+def _load_ir_datasets(name: str, split: str) -> Dataset:
+    ir_datasets = require("ir_datasets", "data")
+    dataset_id = SHORT_NAMES.get(name, name) + (f"/{split}" if split else "")
+    try:
+        source = ir_datasets.load(dataset_id)
+    except KeyError:
+        raise NotFound(f"{name!r} is neither a folder nor an ir_datasets id ({dataset_id})") from None
+    try:
+        queries = {query.query_id: query.default_text() for query in source.queries_iter()}
+        qrels: Qrels = {}
+        for judgment in source.qrels_iter():
+            if judgment.query_id in queries:
+                grades = qrels.setdefault(judgment.query_id, {})
+                if grades.setdefault(judgment.doc_id, judgment.relevance) != judgment.relevance:
+                    raise BadInput(
+                        f"{dataset_id} has two grades of {judgment.doc_id} for query {judgment.query_id}"
+                    )
+    except AttributeError:
+        raise NotFound(
+            f"ir_datasets has no queries or no judgments for {dataset_id}; name a split of it"
+        ) from None
+    except (OSError, RuntimeError) as error:
+        raise _out_of_reach(name, dataset_id, error) from None
+
+    def documents() -> Iterator[tuple[str, str]]:
+        try:
+            for document in source.docs_iter():
+                yield document.doc_id, document.default_text()
+        except (OSError, RuntimeError) as error:
+            raise _out_of_reach(name, dataset_id, error) from None
+
+    for query_id in qrels:
+        check_id(query_id, "query", None)
+    version = importlib.metadata.version("ir-datasets")
+    identity = f"ir_datasets {version} {dataset_id}"
+    return Dataset(name, split, queries, qrels, documents, identity=identity)
+
+
+def _out_of_reach(name: str, dataset_id: str, error: Exception) -> NotFound:
+    return NotFound(
+        f"{dataset_id} could not be downloaded ({error}). Where its host is out of reach, bring the "
+        f"official files: `qe-edge data import {name} --topics FILE --qrels FILE --passages FILE`, or "
+        "give a folder in BEIR layout as the data set"
+    )
+
+
+class DatasetInfo(msgspec.Struct, frozen=True):
+    """The size of a data set, for people and for results."""
+
+    name: str
+    lang: Lang
+    documents: int
+    queries: int
+    judgments: int
+
+
+def describe(
+    dataset: Dataset, ids: Sequence[str] | None = None, *, documents: int | None = None
+) -> DatasetInfo:
+    """Count a data set, checking its judgments on the way; `ids` are its documents', if they are known.
+
+    With `documents`, they are elsewhere, and are not looked at.
+    """
+    if documents is not None:
+        return DatasetInfo(str(dataset), dataset.lang, documents, len(dataset.queries), dataset.judgments())
+    if ids is None:
+        ids = [doc_id for doc_id, _ in dataset.documents()]
+        check_ids(ids, dataset.folder)
+    dataset.check_judgments(ids)
+    return DatasetInfo(str(dataset), dataset.lang, len(ids), len(dataset.queries), dataset.judgments())

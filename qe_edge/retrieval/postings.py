@@ -1,0 +1,188 @@
+"""A collection -> its postings, in a stream: memory grows with vocabulary and ids, not with the text.
+
+The first pass writes each document's terms and counts to a file; the second sorts them by term, a chunk at a
+time, into the arrays that a search reads. Scores are bm25s's own (Lù, arXiv 2407.03618): as there, every
+term's score in every document is computed beforehand.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, overload
+
+import numpy as np
+
+from qe_edge.errors import BadInput
+from qe_edge.retrieval.judged import check_ids
+from qe_edge.text import Analyzer
+
+DATA, ROWS, STARTS = "data.npy", "rows.npy", "starts.npy"
+# Postings that are sorted at a time (some 700 MB), and documents that are analysed between two writes.
+CHUNK, FLUSH = 1 << 23, 20_000
+
+
+class Strings(Sequence[str]):
+    """Many short texts in one mapped file: nothing is read before it is asked for."""
+
+    def __init__(self, blob: bytes | mmap.mmap, ends: np.ndarray):
+        self.blob, self.ends = blob, ends
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[n] for n in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        i %= len(self)
+        start = int(self.ends[i - 1]) if i else 0
+        return self.blob[start : int(self.ends[i])].decode()
+
+    @classmethod
+    def save(cls, texts: Iterable[str], file: Path) -> None:
+        """Write `file` and, beside it, where each text ends; one text in memory at a time."""
+        ends = array("q")
+        with file.open("wb") as opened:
+            for text in texts:
+                opened.write(text.encode())
+                ends.append(opened.tell())
+        np.save(file.with_suffix(".npy"), np.frombuffer(ends, np.int64))
+
+    @classmethod
+    def open(cls, file: Path, *, mapped: bool = True) -> Strings:
+        """Raises ValueError where the file is too short or too long."""
+        ends = np.asarray(np.load(file.with_suffix(".npy"), mmap_mode="r" if mapped else None))
+        blob: bytes | mmap.mmap
+        if mapped and file.stat().st_size:
+            with file.open("rb") as opened:
+                blob = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        else:
+            blob = file.read_bytes()
+        if len(ends) and ends[-1] != len(blob):
+            raise ValueError(f"{file.name} has {len(blob)} bytes, {ends[-1]} expected")
+        return cls(blob, ends)
+
+
+class Collected(NamedTuple):
+    """The first pass: what is known of the collection, and the files with its terms and counts."""
+
+    vocab: dict[str, int]
+    ids: list[str]
+    frequencies: np.ndarray  # [vocabulary]: documents that hold the term
+    lengths: np.ndarray  # [documents]: terms, each as often as it occurs
+    sizes: np.ndarray  # [documents]: terms, each once
+
+
+def write_postings(
+    documents: Iterable[tuple[str, str]], analyze: Analyzer, folder: Path, *, k1: float, b: float
+) -> tuple[dict[str, int], list[str]]:
+    """Write data.npy (scores), rows.npy (documents) and starts.npy (of each term, in both) to `folder`.
+
+    Returns:
+        The vocabulary (term -> its place in starts) and the documents' ids.
+
+    Raises:
+        BadInput: no document has a term, or an id is there twice or holds blanks.
+    """
+    spool = folder / "spool"
+    with spool.open("wb") as file:
+        found = _collect(documents, analyze, file)
+    if not found.vocab:
+        raise BadInput("the collection has no text to index")
+    check_ids(found.ids, None)
+    starts = np.concatenate([[0], np.cumsum(found.frequencies)]).astype(np.int64)
+    np.save(folder / STARTS, starts)
+    data = _reserve(folder / DATA, np.float32, int(starts[-1]))
+    rows = _reserve(folder / ROWS, np.int32, int(starts[-1]))
+    idf = _idf(found.frequencies, len(found.ids))
+    cursors = starts[:-1].copy()
+    for documents_of, terms, counts in _chunks(spool, found.sizes):
+        scores = idf[terms] * _tfc(counts, found.lengths[documents_of], found.lengths.mean(), k1, b)
+        order = np.argsort(terms, kind="stable")  # of one term, documents stay in order
+        terms = terms[order]
+        first = np.flatnonzero(np.concatenate([[True], terms[1:] != terms[:-1]]))
+        runs = np.diff(np.append(first, len(terms)))
+        places = np.repeat(cursors[terms[first]] - first, runs) + np.arange(len(terms))
+        data[places] = scores[order]
+        rows[places] = documents_of[order]
+        cursors[terms[first]] += runs
+    spool.unlink()
+    return found.vocab, found.ids
+
+
+def _reserve(file: Path, dtype: type, size: int) -> np.ndarray:
+    """A mapped array whose room on the disk is taken: a page that finds none would end the process."""
+    array = np.lib.format.open_memmap(file, "w+", dtype, (size,))
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return array
+
+
+def _collect(documents: Iterable[tuple[str, str]], analyze: Analyzer, spool: BinaryIO) -> Collected:
+    vocab: dict[str, int] = {}
+    ids: list[str] = []
+    frequencies = np.zeros(0, np.int64)
+    lengths, sizes = [], []
+    terms: list[int] = []
+    counts: list[int] = []
+
+    def flush() -> None:
+        nonlocal frequencies
+        written = np.array([terms, counts], np.int32)
+        spool.write(written.T.tobytes())
+        frequencies = np.pad(frequencies, (0, len(vocab) - len(frequencies)))
+        frequencies += np.bincount(written[0], minlength=len(vocab))
+        terms.clear()
+        counts.clear()
+
+    for doc_id, text in documents:
+        ids.append(doc_id)
+        analysed = analyze(text)
+        found = Counter(analysed)
+        terms.extend([vocab.setdefault(term, len(vocab)) for term in found])
+        counts.extend(found.values())
+        lengths.append(len(analysed))
+        sizes.append(len(found))
+        if len(ids) % FLUSH == 0:
+            flush()
+    flush()
+    return Collected(vocab, ids, frequencies, np.array(lengths, np.int32), np.array(sizes, np.int32))
+
+
+def _chunks(spool: Path, sizes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Document, term and count of each posting, of as many whole documents at a time as CHUNK allows."""
+    ends = np.cumsum(sizes, dtype=np.int64)
+    first = done = 0
+    with spool.open("rb") as file:
+        while first < len(sizes):
+            last = max(first + 1, int(np.searchsorted(ends, done + CHUNK, side="right")))
+            size = int(ends[last - 1]) - done
+            pairs = np.fromfile(file, np.int32, 2 * size).reshape(-1, 2)
+            if size:
+                yield np.repeat(np.arange(first, last, dtype=np.int32), sizes[first:last]), *pairs.T
+            first, done = last, int(ends[last - 1])
+
+
+def _idf(frequencies: np.ndarray, documents: int) -> np.ndarray:
+    from bm25s.scoring import _select_idf_scorer
+
+    score = _select_idf_scorer("lucene")
+    distinct, inverse = np.unique(frequencies, return_inverse=True)
+    return np.array([score(int(df), documents) for df in distinct], np.float32)[inverse]
+
+
+def _tfc(counts: np.ndarray, lengths: np.ndarray, mean: float, k1: float, b: float) -> np.ndarray:
+    from bm25s.scoring import _select_tfc_scorer
+
+    return _select_tfc_scorer("lucene")(counts.astype(np.float32), lengths, mean, k1, b)

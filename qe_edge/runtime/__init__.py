@@ -1,0 +1,1 @@
+"""What an app uses: a student that expands queries, and their expansions."""

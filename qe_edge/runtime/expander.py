@@ -1,0 +1,360 @@
+"""`Expander`: load a student once, expand many queries."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from threading import Event
+from typing import TypeVar
+
+from qe_edge.arguments import MOST_PARALLEL, MOST_THREADS, check_deadline, check_texts, check_whole
+from qe_edge.backends.open import open_backend
+from qe_edge.backends.protocol import Backend
+from qe_edge.runtime.asking import Asked, Asker, Completion, Stream
+from qe_edge.runtime.cache import ExpansionCache
+from qe_edge.runtime.decoder import Answer
+from qe_edge.runtime.expansion import ExpandedQuery
+from qe_edge.runtime.reader import PassageReader, check_passages
+from qe_edge.student.gate import Gate
+from qe_edge.student.models import Engine, resolve
+from qe_edge.student.spec import ModelSpec
+
+T = TypeVar("T")
+PARALLEL = 16  # queries decoded together: more bring little, and each takes memory
+WAITING = 256  # tasks of asyncio that wait in a thread each
+
+
+class Expander:
+    """A student ready to expand queries, in as many threads as you like.
+
+    expander = Expander.load("student-Q4_K_M.gguf")
+    expander.expand("what causes tides").text
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        budget_tokens: int | None = None,
+        passages: int | None = None,
+        parallel: int = 1,
+        stop_when_dry: int | None = None,
+        gate: Gate | None = None,
+        cache: ExpansionCache | None = None,
+        digest: str = "",
+    ):
+        self.backend = backend
+        self.budget_tokens = backend.spec.prompt.max_tokens if budget_tokens is None else budget_tokens
+        self._asker = Asker(
+            backend,
+            budget_tokens=self.budget_tokens,
+            stop_when_dry=stop_when_dry,
+            gate=gate,
+            cache=cache,
+            digest=digest,
+        )
+        self._passages = PassageReader(
+            backend, backend.spec.feedback.passages if passages is None else passages
+        )
+        self._threads: ThreadPoolExecutor | None = None
+        self._room(parallel)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        engine: Engine | None = None,
+        threads: int | None = None,
+        budget_tokens: int | None = None,
+        passages: int | None = None,
+        parallel: int = 1,
+        stop_when_dry: int | None = None,
+        gate: Gate | None = None,
+        cache: ExpansionCache | Path | str | None = None,
+    ) -> Expander:
+        """Load a .gguf file, an MLX or Hugging Face folder, a hub id or a `builtin:` model.
+
+        Prompt, join, gate and token budget come from the model itself.
+
+        Args:
+            threads: that compute, 1 to 512; all cores by default.
+            budget_tokens: of an expansion, instead of the model's own.
+            passages: that `feedback` reads at most, instead of the model's own number; 1 to 50.
+            parallel: queries from several threads or tasks that are decoded together, on llama.cpp and MLX;
+                as many as the engine can, if that is fewer.
+            stop_when_dry: end an expansion after so many tokens that brought no new word.
+            gate: when the plain query is searched instead; `qe_edge.student.gate.OPEN` for never.
+            cache: a SQLite file for greedy expansions, to be used again by this and other processes. A hub
+                id's, whose weights may change, are not kept.
+
+        Raises:
+            NotFound, BadInput, NotInstalled: see `qe_edge.student.models.resolve` and the backends.
+            BadArgument: a number is out of its bounds.
+        """
+        if not isinstance(model, str | Path):
+            raise TypeError(f"a model is a str or a Path, not {type(model).__name__}")
+        # Before a large model is loaded.
+        if threads is not None:
+            check_whole("threads", threads, 1, MOST_THREADS)
+        if passages is not None:
+            check_passages(passages)
+        _check_parallel(parallel)
+        ref = resolve(model)
+        kept = ExpansionCache(cache) if isinstance(cache, str | Path) else cache
+        return cls(
+            open_backend(ref, engine=engine, threads=threads),
+            budget_tokens=budget_tokens,
+            passages=passages,
+            parallel=parallel,
+            stop_when_dry=stop_when_dry,
+            gate=gate,
+            cache=kept if ref.path else None,
+            digest=f"{kept.digest(ref.path)} {engine or ref.engine}" if kept and ref.path else "",
+        )
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.backend.spec
+
+    @property
+    def passages(self) -> int:
+        """How many passages `feedback` reads at most."""
+        return self._passages.most
+
+    @property
+    def gate(self) -> Gate:
+        """When the plain query is searched instead; the next query already meets what is set here."""
+        return self._asker.gate
+
+    @gate.setter
+    def gate(self, gate: Gate) -> None:
+        self._asker.gate = gate.checked()
+
+    def expand(
+        self,
+        query: str,
+        *,
+        deadline_ms: float | None = None,
+        scores: Sequence[float] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> ExpandedQuery:
+        """Write one expansion; greedy unless a temperature is given.
+
+        At `deadline_ms` after the call the expansion ends with what is there, if need be with nothing: at
+        most one step of the model later. `scores` are what plain BM25 found for the query, best first, for
+        the gate.
+
+        Raises:
+            BadInput: the query is blank or, with an open gate, doesn't fit the model's context.
+        """
+        asked = self._asker.ask(
+            Asked(query), deadline=_deadline(deadline_ms), scores=scores, temperature=temperature, seed=seed
+        )
+        return self._asker.expanded(asked)
+
+    def feedback(
+        self,
+        query: str,
+        passages: Sequence[str],
+        *,
+        deadline_ms: float | None = None,
+        scores: Sequence[float] = (),
+    ) -> ExpandedQuery:
+        """Expand a query with the passages that the plain one found, best first; the student writes nothing.
+
+        It reads the beginnings of the first few, at most the expander's `passages`, and each counts as far as
+        the query is likely after it (see `qe_edge.student.feedback`). At `deadline_ms` those count that were
+        read by then, three or so at a time. `scores` are plain BM25's, for the gate.
+
+        Raises:
+            BadInput: the query is blank or, with an open gate, too long.
+        """
+        return self._passages.feedback(
+            query, passages, gate=self.gate, deadline=_deadline(deadline_ms), scores=scores
+        )
+
+    def stream(self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()) -> Stream:
+        """As `expand`, but the text can be read while it is written."""
+        asked = self._asker.ask(Asked(query), deadline=_deadline(deadline_ms), scores=scores, streamed=True)
+        return Stream(self._asker, asked)
+
+    def expand_many(self, queries: Iterable[str], *, parallel: int = PARALLEL) -> Iterator[ExpandedQuery]:
+        """Expand queries greedily and yield them in their order, some of them read ahead.
+
+        On llama.cpp and MLX, `parallel` of them are decoded in one batch, which the next query joins as soon
+        as one is done; the room for them is kept, as far as memory has it. transformers takes one at a time.
+        A batch may round differently from a single sequence, so that a near tie is decided differently.
+
+        Raises:
+            BadInput: as `expand`, after the queries before it.
+        """
+        check_texts("queries", queries)
+        self._room(parallel)
+        coming: Iterator[str] | None = iter(queries)
+        problem: Exception | None = None
+        waiting: deque[Asked] = deque()
+        try:
+            while True:
+                # As many again wait for their turn, or a place would be empty until the oldest is yielded.
+                while coming is not None and len(waiting) < 2 * parallel:
+                    try:
+                        waiting.append(self._asker.ask(Asked(next(coming))))
+                    except StopIteration:
+                        coming = None
+                    except Exception as error:  # when those before it are yielded
+                        coming, problem = None, error
+                if not waiting:
+                    break
+                expanded = self._asker.expanded(waiting[0])
+                waiting.popleft()
+                yield expanded
+        finally:
+            for asked in waiting:
+                self._asker.abandon(asked)
+        if problem:
+            raise problem
+
+    async def aexpand(
+        self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()
+    ) -> ExpandedQuery:
+        """`expand` for asyncio; a cancelled one is no longer written."""
+        asked = Asked(query)
+        ask = partial(self._asker.ask, asked, deadline=_deadline(deadline_ms), scores=scores)
+        try:
+            # A moment later than the deadline, which whoever has a thread notices by themselves.
+            limit = None if deadline_ms is None else deadline_ms / 1000 + 0.01
+            return await asyncio.wait_for(self._in_thread(asked, lambda: self._asker.expanded(ask())), limit)
+        except TimeoutError:  # all threads are taken, or its own is in the middle of something
+            return self._asker.late(asked)
+
+    async def aexpand_many(
+        self, queries: Iterable[str], *, parallel: int = PARALLEL
+    ) -> AsyncIterator[ExpandedQuery]:
+        """`expand_many` for asyncio."""
+        check_texts("queries", queries)
+        self._room(parallel)
+        coming, waiting = iter(queries), deque[Asked]()
+        try:
+            while True:
+                new = [Asked(query) for query in islice(coming, 2 * parallel - len(waiting))]
+                waiting.extend(new)
+                if new:
+                    await self._in_thread(None, partial(list, map(self._asker.ask, new)))
+                if not waiting:
+                    break
+                asked = waiting[0]
+                expanded = await self._in_thread(asked, partial(self._asker.expanded, asked))
+                waiting.popleft()
+                yield expanded
+        finally:
+            for asked in waiting:
+                self._asker.abandon(asked)
+
+    async def afeedback(
+        self,
+        query: str,
+        passages: Sequence[str],
+        *,
+        deadline_ms: float | None = None,
+        scores: Sequence[float] = (),
+    ) -> ExpandedQuery:
+        """`feedback` for asyncio; the deadline counts from here, and a cancelled one reads no further."""
+        over = Event()
+        work = partial(
+            self._passages.feedback,
+            query,
+            passages,
+            gate=self.gate,
+            deadline=_deadline(deadline_ms),
+            scores=scores,
+            over=over,
+        )
+        try:
+            return await self._in_thread(None, work)
+        finally:
+            over.set()
+
+    async def astream(
+        self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()
+    ) -> AsyncIterator[str | ExpandedQuery]:
+        """`stream` for asyncio: pieces of text, then the expanded query."""
+        asked = Asked(query)
+        ask = partial(self._asker.ask, asked, deadline=_deadline(deadline_ms), scores=scores, streamed=True)
+        stream = Stream(self._asker, asked)
+        pieces = iter(stream)
+        try:
+            await self._in_thread(asked, ask)
+            while (piece := await self._in_thread(asked, lambda: next(pieces, None))) is not None:
+                yield piece
+            yield await self._in_thread(asked, lambda: stream.expanded)
+        finally:
+            self._asker.abandon(asked)
+
+    async def _in_thread(self, asked: Asked | None, work: Callable[[], T]) -> T:
+        """Do it in a thread of our own, for the loop must not wait: asyncio has too few for many that do."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(WAITING, thread_name_prefix="qe-edge")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except asyncio.CancelledError:
+            if asked:
+                self._asker.abandon(asked)
+            raise
+
+    def complete(
+        self, prompt: list[int], *, prefix: int = 0, temperature: float = 0.0, seed: int = 0
+    ) -> Completion:
+        """What the model writes after any prompt of token ids, up to its end token or the budget.
+
+        The first `prefix` tokens are kept for the next prompt that begins with them.
+
+        Raises:
+            BadInput: prompt and budget together don't fit the model's context.
+        """
+        answer = Answer(prompt, prefix, self.budget_tokens, temperature, seed)
+        self._asker.decoder.ask(answer)
+        return self._asker.completed(answer)
+
+    def _room(self, parallel: int) -> None:
+        _check_parallel(parallel)
+        if parallel > 1:
+            self._asker.decoder.room(parallel)
+
+    def forget(self) -> None:
+        """Drop what is kept of earlier prompts, so that the next one is computed whole."""
+        self._asker.decoder.forget()
+        self._passages.forget()
+
+    def close(self) -> None:
+        """Give the memory back. Whoever still waits for an expansion gets an error."""
+        self._passages.close()
+        self._asker.decoder.close()
+        threads, self._threads = self._threads, None  # whoever comes now is told by another one
+        if threads:
+            threads.shutdown()
+        self.backend.close()
+
+    def __enter__(self) -> Expander:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _check_parallel(parallel: int) -> None:
+    check_whole("parallel", parallel, 1, MOST_PARALLEL)
+
+
+def _deadline(milliseconds: float | None) -> float:
+    """So long from now, on `time.perf_counter`'s clock."""
+    check_deadline(milliseconds)
+    return math.inf if milliseconds is None else time.perf_counter() + milliseconds / 1000

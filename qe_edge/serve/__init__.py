@@ -1,0 +1,1 @@
+"""A student for other programs: HTTP, MCP, and collections to search."""

@@ -1,0 +1,350 @@
+"""`qe-edge serve`: expansion and search over HTTP, with one resident model for all clients.
+
+Requests are decoded together (see `qe_edge.runtime.decoder`), as many wait as the queue holds, and whoever
+comes then is told when to come again.
+"""
+
+# No postponed annotations: FastAPI reads those of functions inside a function.
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
+
+import prometheus_client as prometheus
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from qe_edge import __version__
+from qe_edge.arguments import LONGEST_MS
+from qe_edge.errors import BadInput, QeEdgeError
+from qe_edge.runtime.expander import Expander
+from qe_edge.runtime.expansion import ExpandedQuery
+from qe_edge.serve.collection import Collection
+from qe_edge.serve.guard import Guard
+from qe_edge.student.join import DEFAULT_JOIN
+from qe_edge.student.prompt import clean_query
+
+QUERY_CHARACTERS = 1000
+QUERIES = 64  # in one request
+BODY_BYTES = 12 * QUERIES * QUERY_CHARACTERS + 1024  # as \uXXXX, two for a rare character
+
+
+def _is_query(text: str) -> str:
+    try:
+        clean_query(text)
+    except BadInput as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+QueryText = Annotated[str, StringConstraints(max_length=QUERY_CHARACTERS), AfterValidator(_is_query)]
+Deadline = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        le=LONGEST_MS,
+        allow_inf_nan=False,
+        description="Milliseconds; never more than the server's own.",
+    ),
+]
+
+
+class ExpandRequest(BaseModel, extra="forbid"):
+    """One query, or several."""
+
+    query: QueryText | Annotated[list[QueryText], Field(min_length=1, max_length=QUERIES)]
+    deadline_ms: Deadline = None
+
+
+class Expanded(BaseModel):
+    """A query and its expansion; `fallback` says why `text` is empty and the query is searched as it is.
+
+    After feedback, `text` is the heaviest words.
+    """
+
+    query: str
+    text: str
+    words: dict[str, float]
+    terms: dict[str, float]
+    tokens: int
+    finish_reason: str
+    fallback: str
+    cached: bool
+    prefill_ms: float
+    decode_ms: float
+
+    @classmethod
+    def of(cls, expanded: ExpandedQuery) -> Self:
+        return cls(
+            query=expanded.query,
+            text=expanded.summary(),
+            words=expanded.words(),
+            terms=expanded.terms(),
+            tokens=expanded.tokens,
+            finish_reason=expanded.finish_reason,
+            fallback=expanded.fallback,
+            cached=expanded.cached,
+            prefill_ms=round(1000 * expanded.prefill_s, 2),
+            decode_ms=round(1000 * expanded.decode_s, 2),
+        )
+
+
+class ExpandReply(BaseModel):
+    expansions: list[Expanded]
+
+
+class SearchRequest(BaseModel, extra="forbid"):
+    """A query over a named index, as it is with `expand` false.
+
+    With `feedback` it is expanded by what it finds as it is, instead of by what the student writes; that
+    needs `expand`.
+    """
+
+    query: QueryText
+    index: str = ""
+    k: Annotated[int, Field(ge=1, le=1000)] = 10
+    expand: bool = True
+    feedback: bool = False
+    deadline_ms: Deadline = None
+
+
+class Result(BaseModel):
+    rank: int
+    doc_id: str
+    score: float
+    plain_rank: int | None
+    text: str
+
+
+class SearchReply(BaseModel):
+    index: str
+    expansion: Expanded | None
+    hits: list[Result]
+
+
+class Health(BaseModel):
+    status: str
+    version: str
+    model: str
+    indexes: list[str]
+    pending: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many queries may be asked and not answered yet, and after how many milliseconds each one is."""
+
+    pending: int = 80
+    deadline_ms: float = 10_000.0
+
+
+class Service:
+    """The model, the collections, and who waits for them."""
+
+    def __init__(self, expander: Expander, collections: Mapping[str, Collection], limits: Limits):
+        self.expander, self.collections, self.limits = expander, collections, limits
+        self.pending = 0
+        self.registry = prometheus.CollectorRegistry()
+        count, seconds = prometheus.Counter, prometheus.Histogram
+        self.requests = count("qe_edge_requests", "Requests.", ["path", "status"], registry=self.registry)
+        self.queries = count("qe_edge_queries", "Expanded queries.", registry=self.registry)
+        self.tokens = count("qe_edge_tokens", "Tokens written.", registry=self.registry)
+        self.fallbacks = count("qe_edge_fallbacks", "Queries left as they are.", registry=self.registry)
+        self.cached = count("qe_edge_cached", "Queries whose expansion was kept.", registry=self.registry)
+        self.refused = count(
+            "qe_edge_refused", "Queries refused, the queue being full.", registry=self.registry
+        )
+        self.seconds = seconds("qe_edge_expansion_seconds", "From request to text.", registry=self.registry)
+        waiting = prometheus.Gauge("qe_edge_pending", "Queries not answered yet.", registry=self.registry)
+        waiting.set_function(lambda: self.pending)
+        self._pace = 0.1  # seconds between two answers, lately
+
+    @asynccontextmanager
+    async def place(self, queries: int) -> AsyncIterator[None]:
+        """Room for so many queries; 429 if there is none, with the time until there may be."""
+        if queries > self.limits.pending:
+            raise HTTPException(413, f"this server takes at most {self.limits.pending} queries at once")
+        if self.pending + queries > self.limits.pending:
+            self.refused.inc(queries)
+            over = self.pending + queries - self.limits.pending
+            wait = max(1, round(min(over, self.limits.pending) * self._pace + 0.5))
+            raise HTTPException(
+                429, f"{self.pending} queries wait already; try again", headers={"Retry-After": str(wait)}
+            )
+        self.pending += queries
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            # Of those that are answered together, each takes a share.
+            self._pace += 0.1 * ((time.perf_counter() - start) / self.pending - self._pace)
+            self.pending -= queries
+
+    def deadline(self, wanted: float | None) -> float:
+        return min(wanted or self.limits.deadline_ms, self.limits.deadline_ms)
+
+    async def expand(
+        self,
+        query: str,
+        deadline_ms: float | None,
+        scores: Sequence[float] = (),
+        passages: list[str] | None = None,
+    ) -> ExpandedQuery:
+        """By what the student writes, or by the passages if there are any."""
+        start = time.perf_counter()
+        deadline = self.deadline(deadline_ms)
+        try:
+            if passages is None:
+                expanded = await self.expander.aexpand(query, deadline_ms=deadline, scores=scores)
+            else:
+                expanded = await self.expander.afeedback(query, passages, deadline_ms=deadline, scores=scores)
+        except QeEdgeError as error:  # the query is searched as it is
+            expanded = ExpandedQuery(query, "", DEFAULT_JOIN, fallback=str(error))
+        self.note(expanded, time.perf_counter() - start)
+        return expanded
+
+    def note(self, expanded: ExpandedQuery, seconds: float) -> None:
+        self.seconds.observe(seconds)
+        self.queries.inc()
+        self.fallbacks.inc(bool(expanded.fallback))
+        self.cached.inc(expanded.cached)
+        if not expanded.cached:
+            self.tokens.inc(expanded.tokens)
+
+
+def create_app(
+    expander: Expander,
+    collections: Mapping[str, Collection],
+    *,
+    limits: Limits | None = None,
+    token: str = "",
+    hosts: list[str] | None = None,
+) -> FastAPI:
+    """The service over a loaded student. With a `token`, all but /health and the documentation want it.
+
+    `hosts` are the names that a request may call the server by (all if none): a page from elsewhere must not
+    reach a server on this machine by a name of its own that leads here. Nor may it ask by the right name.
+    """
+    service = Service(expander, collections, limits or Limits())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(expander.close)
+
+    app = FastAPI(
+        title="qe-edge", version=__version__, lifespan=lifespan, max_body_size=BODY_BYTES,
+        description="Query expansions by a small model, and search with them.",
+    )  # fmt: skip
+    app.state.service = service
+    documentation = (app.docs_url, app.redoc_url, app.openapi_url, app.swagger_ui_oauth2_redirect_url)
+    app.add_middleware(Guard, hosts=hosts or [], token=token, open_paths=["/health", *documentation])
+    if hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    app.add_middleware(_Counted, service=service)
+    guarded = [Depends(HTTPBearer(auto_error=False))]  # for the documentation: `Guard` looks at the token
+
+    @app.exception_handler(RequestValidationError)
+    async def unusable(_: Request, error: RequestValidationError) -> Response:
+        # Without the input, which may hold half a character that no answer can be encoded with.
+        found = [{name: part[name] for name in ("type", "loc", "msg")} for part in error.errors()]
+        return Response(json.dumps({"detail": found}), 422, media_type="application/json")
+
+    @app.post("/expand", dependencies=guarded)
+    async def expand(request: ExpandRequest) -> ExpandReply:
+        """Expand one query, or several together."""
+
+        queries = [request.query] if isinstance(request.query, str) else request.query
+        async with service.place(len(queries)), asyncio.TaskGroup() as group:
+            tasks = [group.create_task(service.expand(query, request.deadline_ms)) for query in queries]
+        return ExpandReply(expansions=[Expanded.of(task.result()) for task in tasks])
+
+    async def one_place() -> AsyncIterator[None]:
+        async with service.place(1):
+            yield
+
+    @app.get(
+        "/expand/stream", dependencies=[*guarded, Depends(one_place)], response_class=EventSourceResponse
+    )
+    async def stream(query: QueryText, deadline_ms: Deadline = None) -> AsyncIterator[ServerSentEvent]:
+        """Server-sent events: `text` for each piece, then `expansion` with the whole."""
+        start = time.perf_counter()
+        async for piece in expander.astream(query, deadline_ms=service.deadline(deadline_ms)):
+            if isinstance(piece, str):
+                yield ServerSentEvent(event="text", data=piece)
+            else:
+                service.note(piece, time.perf_counter() - start)
+                yield ServerSentEvent(event="expansion", data=Expanded.of(piece))
+
+    @app.post("/search", dependencies=guarded)
+    async def search(request: SearchRequest) -> SearchReply:
+        """The best documents of an index for the expanded query, or for the plain one."""
+        name = request.index or next(iter(collections), "")
+        if name not in collections:
+            known = ", ".join(collections) or "none; start the server with --index"
+            raise HTTPException(404, f"no index {name!r}; there are: {known}")
+        collection = collections[name]
+        async with service.place(1):
+            plain = await run_in_threadpool(collection.plain, request.query)
+            expanded = ExpandedQuery(request.query, "", DEFAULT_JOIN)
+            if request.expand:
+                passages = None
+                if request.feedback:
+                    passages = await run_in_threadpool(collection.passages, plain, expander.passages)
+                expanded = await service.expand(
+                    request.query, request.deadline_ms, list(plain.values()), passages
+                )
+            hits = await run_in_threadpool(
+                lambda: collection.hits(collection.terms(expanded), plain, request.k)
+            )
+        return SearchReply(
+            index=name,
+            expansion=Expanded.of(expanded) if request.expand else None,
+            hits=[Result(**{field: getattr(hit, field) for field in Result.model_fields}) for hit in hits],
+        )
+
+    @app.get("/health")
+    async def health() -> Health:
+        """Whether the server works, and with what."""
+        return Health(
+            status="ok",
+            version=__version__,
+            model=expander.spec.base_model,
+            indexes=list(collections),
+            pending=service.pending,
+        )
+
+    @app.get("/metrics", dependencies=guarded)
+    async def metrics() -> Response:
+        """Counters and times, as Prometheus reads them."""
+        return Response(
+            prometheus.generate_latest(service.registry), media_type=prometheus.CONTENT_TYPE_LATEST
+        )
+
+    return app
+
+
+class _Counted:
+    """Counts responses by path and status."""
+
+    def __init__(self, app: Any, service: Service):
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def counted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                # What no route knows would make a counter for each path that somebody tries.
+                path = getattr(scope.get("route"), "path", "other")
+                self.service.requests.labels(path, message["status"]).inc()
+            await send(message)
+
+        await self.app(scope, receive, counted if scope["type"] == "http" else send)

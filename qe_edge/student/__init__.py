@@ -1,0 +1,1 @@
+"""What travels with a model: its prompt, join, gate and feedback."""

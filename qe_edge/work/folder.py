@@ -1,0 +1,81 @@
+"""Where outputs go, and how a command finds the newest output of the stage before it.
+
+qe-edge-work/
+    teach/<data set>/                            one folder a data set, which every `qe-edge teach` adds to
+    pairs/001/ sft/001/ dpo/001/ merge/001/ export/001/ bench/001/   one folder a run, newest = highest
+    base/ index/ generations/                                       caches; base/ is needed until merged
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qe_edge.errors import NotFound
+from qe_edge.work.files import claim, recover_all
+
+DEFAULT_WORKDIR = "qe-edge-work"
+_COMMAND = {
+    "pairs": "qe-edge pairs",
+    "sft": "qe-edge train sft",
+    "dpo": "qe-edge train dpo",
+    "merge": "qe-edge merge",
+    "export": "qe-edge export",
+    "bench": "qe-edge bench",
+}
+
+
+class Workdir:
+    """The work folder. Nothing is created until something is written."""
+
+    def __init__(self, root: Path | str | None = None):
+        self.root = Path(root or os.environ.get("QE_EDGE_WORKDIR") or DEFAULT_WORKDIR)
+
+    def _numbers(self, stage: str) -> list[int]:
+        folder = self.root / stage
+        recover_all(folder)
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def new(self, stage: str) -> Path:
+        """The folder of a stage's next run, which no other process is given until this one ends.
+
+        An interrupted run's folder is given again, to be resumed.
+        """
+        number = max(self._numbers(stage), default=0) + 1
+        # The processes of one training must get the same folder; its first one claims it later on.
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        while alone and not (claim(self._run(stage, number)) and not self._run(stage, number).exists()):
+            number += 1
+        return self._run(stage, number)
+
+    def _run(self, stage: str, number: int) -> Path:
+        return self.root / stage / f"{number:03d}"
+
+    def teach_folder(self, dataset: str) -> Path:
+        """Where a data set's candidates are collected."""
+        return self.root / "teach" / dataset.replace("/", "-")
+
+    def taught(self, dataset: str) -> Path:
+        """The candidates that `teach` collected for a data set."""
+        file = self.teach_folder(dataset) / "expansions.jsonl"
+        if not file.is_file():
+            raise NotFound(f"{file}: no such file; run `qe-edge teach`, or name a file with --expansions")
+        return file
+
+    def newest_taught(self) -> Path:
+        """The candidates that `teach` added to last."""
+        files = list(self.root.glob("teach/*/expansions.jsonl"))
+        if not files:
+            raise NotFound(f"{self.root} holds no output of `qe-edge teach`; name a file with --expansions")
+        return max(files, key=lambda file: file.stat().st_mtime)
+
+    def newest(self, *stages: str) -> Path:
+        """The newest finished output of any of the stages."""
+        last = [
+            self.root / stage / f"{numbers[-1]:03d}" for stage in stages if (numbers := self._numbers(stage))
+        ]
+        if last:
+            return max(last, key=lambda folder: folder.stat().st_mtime)
+        wanted = " or ".join(f"`{_COMMAND[stage]}`" for stage in stages)
+        raise NotFound(f"{self.root} holds no output of {wanted}; run it first, or name the input")

@@ -1,0 +1,63 @@
+"""What figures were measured with: the machine, and the versions that decide results."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+# Reported when installed; looked up by distribution name so that nothing heavy is imported.
+_PACKAGES = (
+    *(
+        "qe-edge",
+        "bm25s",
+        "ir-measures",
+        "PyStemmer",
+        "jieba",
+        "numpy",
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "datasets",
+    ),
+    *("gguf", "llama-cpp-python", "mlx", "mlx-lm"),
+)
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's marketing name where the system tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """The processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """What the figures of a run were measured on. No host or user name."""
+    import psutil
+
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+    }

@@ -1,0 +1,216 @@
+"""Tables for terminals and READMEs, headlines, merging, and where chart labels go."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+
+import msgspec
+import numpy as np
+import pytest
+from results import bench, small
+
+from qe_edge.bench.report.labels import HEIGHT, WIDTH, Plane, Point, Reference, text_width
+from qe_edge.bench.report.section import headline, merge, verdict
+from qe_edge.bench.report.table import (
+    console_table,
+    csv_rows,
+    latex_table,
+    markdown_table,
+    notes,
+    rate,
+    score,
+    signed,
+)
+from qe_edge.bench.result import BenchResult, Tuning
+from qe_edge.retrieval.measures import Interval
+
+
+def test_figures_are_written_as_the_field_does() -> None:
+    assert [score(v) for v in (0.4854, 1.0, 0, -0.0304, -0.0001)] == [
+        ".485",
+        "1.000",
+        ".000",
+        "−.030",
+        ".000",
+    ]
+    assert [signed(v) for v in (0.051, -0.051, 0.0001)] == ["+.051", "−.051", ".000"]
+    assert [rate(v) for v in (158.4, 9.96, 0.41)] == ["158", "10.0", "0.4"]
+
+
+def test_console_table() -> None:
+    lines = console_table(small()).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert [re.sub(r"\s{2,}", "  ", line.strip()) for line in lines if line.strip("─ ")] == [
+        "demo-en@test on laptop",
+        "of  of its  helped/  ms/  MB  MB",
+        "system  join  nDCG@10  vs BM25  teacher  gain  hurt  tok/s  query  file  mem",
+        "BM25  –  .434 [.360, .500]  –  –  –  –  –  –  –  –",
+        "my[bold]|Q4  mass:0.7  .485 [.412, .561]  +.051 [−.003, +.101]  61 %  −6 %  1/1  158  385  105  245",
+        "gpt-4.1 zero-shot  repeat:5  .800 [.700, .900]  –  –  –  2/0  –  –  –  –",
+        "2 queries, 95 % bootstrap intervals. "
+        "So few cannot tell small differences from chance: see the interval of “vs BM25”.",
+        "“Of teacher” and “of its gain” (over BM25) refer to gpt-4.1 zero-shot.",
+        "my[bold]|Q4: queries without an expansion, searched as they are: 2.",
+    ]
+
+
+def test_long_names_fold_and_figures_do_not() -> None:
+    result = small()
+    long = msgspec.structs.replace(
+        result.datasets[0].systems[1], name="a-very-long-model-name-of-the-student-Q4"
+    )
+    data = msgspec.structs.replace(result.datasets[0], systems=[long])
+    text = console_table(msgspec.structs.replace(result, datasets=[data]))
+    assert max(map(len, text.splitlines())) <= 120
+    assert "+.051 [−.003, +.101]     61 %" in text
+
+
+def test_markdown_table() -> None:
+    lines = markdown_table(small().datasets[0]).splitlines()
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)][1:-1] for line in lines[:5]]
+    assert [len(row) for row in cells] == [11] * 5
+    assert cells[0][-6:] == ["of its gain", "helped/hurt", "tok/s", "ms/query", "MB file", "MB mem"]
+    assert lines[3].startswith(
+        r"| my[bold]\|Q4 | mass:0.7 | .485 [.412, .561] | +.051 [−.003, +.101] | 61 % |"
+    )
+    assert lines[4].endswith("| .800 [.700, .900] | – | – | – | 2/0 | – | – | – | – |")
+    assert lines[5:] == ["", *notes(small().datasets[0])]
+
+
+def rich() -> BenchResult:
+    """The small result with other measures, budgets, p-values and a tuned join."""
+    result = small()
+    (data,) = result.datasets
+    bm25, model, teacher = data.systems
+    model = msgspec.structs.replace(
+        model,
+        p_vs_bm25=0.04,
+        measures={"R@100": Interval(0.61, 0.5, 0.7)},
+        budgets={16: Interval(0.45, 0.4, 0.5), 32: Interval(0.47, 0.4, 0.5)},
+    )
+    bm25 = msgspec.structs.replace(bm25, measures={"R@100": Interval(0.55, 0.5, 0.6)})
+    curve = {"mass:0.5": Interval(0.41, 0.4, 0.5), "mass:0.7": Interval(0.43, 0.4, 0.5)}
+    return msgspec.structs.replace(
+        result,
+        datasets=[msgspec.structs.replace(data, systems=[bm25, model, teacher])],
+        tuning=[Tuning("my[bold]|Q4", "dev@train", curve, "mass:0.7")],
+    )
+
+
+def test_other_measures_budgets_and_the_tuning_are_shown() -> None:
+    lines = [re.sub(r"\s{2,}", "  ", line.strip()) for line in console_table(rich()).splitlines()]
+    assert "system  join  R@100  tokens  tokens" in lines
+    assert "BM25  –  .550  –  –" in lines
+    assert "my[bold]|Q4  mass:0.7  .610  .450  .470" in lines
+    assert any("+.051 [−.003, +.101]*  61 %" in line for line in lines)
+    assert "* p < .05 against BM25: paired randomization test, corrected by Holm over 2 systems." in lines
+    assert "N tokens: nDCG@10 when each expansion ends after so many." in lines
+    assert lines[-1] == "my[bold]|Q4: join mass:0.7, the best of 2 on dev@train"
+    assert markdown_table(rich().datasets[0]).splitlines()[0].endswith("| R@100 | 16 tokens | 32 tokens |")
+
+
+def test_csv_holds_every_figure() -> None:
+    rows = list(csv.DictReader(io.StringIO(csv_rows([rich(), small()]))))
+    assert [row["name"] for row in rows] == ["BM25", "my[bold]|Q4", "gpt-4.1 zero-shot"] * 2
+    model = rows[1]
+    assert (model["machine"], model["dataset"], model["kind"]) == ("laptop", "demo-en@test", "model")
+    figures = {"ndcg.mean": 0.485, "vs_bm25.high": 0.101, "measures.R@100.low": 0.5, "budgets.16.mean": 0.45}
+    assert {name: float(model[name]) for name in figures} == figures
+    assert float(model["speed.decode_tokens_per_s"]) == 158.4
+    assert rows[0]["speed.decode_tokens_per_s"] == rows[4]["budgets.16.mean"] == ""
+    assert not any(name.startswith(("per_query", "expansions")) for name in model)
+
+
+def test_latex_escapes_what_latex_would_read() -> None:
+    data = small().datasets[0]
+    hostile = msgspec.structs.replace(data.systems[0], name="a_b & 50% {x} #1 ^~\\")
+    lines = latex_table(msgspec.structs.replace(data, systems=[hostile, *data.systems[1:]])).splitlines()
+    assert r"\begin{tabular}{llrrrrrrrrr}" in lines
+    assert any(
+        line.startswith(r"a\_b \& 50\% \{x\} \#1 \textasciicircum{}\textasciitilde{}\textbackslash{} & -- &")
+        for line in lines
+    )
+    assert any(r"+.051 [$-$.003, +.101] & 61 \% & $-$6 \% & 1/1" in line for line in lines)
+    assert all(line.startswith("%") for line in lines[: lines.index(r"\begin{tabular}{llrrrrrrrrr}")])
+
+
+def test_headline_claims_no_more_than_the_interval() -> None:
+    (section,) = merge([small()])
+    assert headline(section).replace("\u00a0", " ") == (
+        "my[bold]|Q4 reaches nDCG@10 .485 on 2 queries; plain BM25 reaches .434. "
+        "The difference of +.051 has a 95 % interval from −.003 to +.101, which includes 0: "
+        "2 queries cannot tell the two apart. "
+        "gpt-4.1 zero-shot, the teacher, reaches .800: the model keeps 61 % of that. "
+        "The model writes 158 tokens/s, 385 ms per query, on laptop."
+    )
+    assert verdict(Interval(0.05, 0.01, 0.1), 43).endswith("the gain is unlikely to be chance.")
+    assert verdict(Interval(-0.05, -0.1, -0.01), 43).endswith("the loss is unlikely to be chance.")
+
+
+def test_two_runs_share_a_section_when_the_collection_is_the_same() -> None:
+    english, chinese = merge([bench(), bench("desktop", 3.2)])
+    assert [row.system.kind for row in english.rows] == ["bm25", *["model"] * 8, *["teacher"] * 2]
+    assert [row.label for row in chinese.rows] == ["laptop, 2 cores"] * 2
+    assert english.best is not None
+    assert (english.best.system.name, english.best.label) == ("student-BF16", "desktop")
+    assert len(english.distinct_models()) == 4
+
+    first = bench()
+    changed = [msgspec.structs.replace(data, fingerprint="other") for data in first.datasets]
+    assert len(merge([first, msgspec.structs.replace(first, datasets=changed)])) == 4
+
+
+def test_joins_tell_rows_of_one_model_apart() -> None:
+    data = small().datasets[0]
+    twin = msgspec.structs.replace(data.systems[1], join="mass:2", ndcg=Interval(0.4, 0.3, 0.5))
+    result = msgspec.structs.replace(
+        small(), datasets=[msgspec.structs.replace(data, systems=[*data.systems, twin])]
+    )
+    (section,) = merge([result])
+    assert [section.name(row) for row in section.of_kind("model")] == [
+        "my[bold]|Q4 (mass:0.7)",
+        "my[bold]|Q4 (mass:2)",
+    ]
+    assert [row.system.join for row in section.drawn] == ["mass:0.7"]
+
+
+def boxes(plane: Plane) -> list[tuple[float, float, float, float]]:
+    """The labels' rectangles in pixels on the narrowest plot."""
+    (x_low, x_high), (y_low, y_high) = plane.x_domain, plane.y_domain
+    found = []
+    for label in plane.labels():
+        x = WIDTH * np.log(label["x"] / x_low) / np.log(x_high / x_low)
+        y = HEIGHT * (y_high - label["y"]) / (y_high - y_low)
+        width = text_width(label["text"])
+        left = x - {"left": 0, "center": 0.5, "right": 1}[label["align"]] * width
+        found.append((left, y - 6, left + width, y + 6))
+    return found
+
+
+def test_labels_do_not_overlap() -> None:
+    points = [
+        Point(f"student-{name}", x, 0.41, 0.5, 0.58)
+        for name, x in {"BF16": 60, "Q8_0": 100, "Q4_K_M": 160, "Q2_K": 170}.items()
+    ]
+    lines = [Reference("BM25 .434", 0.434), Reference("zero-shot .80", 0.80), Reference("few-shot .82", 0.82)]
+    placed = boxes(Plane(points, lines))
+    for number, (left, top, right, bottom) in enumerate(placed):
+        assert left >= 0
+        assert right <= WIDTH
+        for other in placed[:number]:
+            assert right <= other[0] or left >= other[2] or bottom <= other[1] or top >= other[3]
+
+
+def test_long_labels_keep_both_ends() -> None:
+    (label,) = Plane([Point("qe-edge-smollm2-135m-dpo-Q4_K_M.gguf", 60, 0.4, 0.5, 0.6)], []).labels()
+    assert label["text"] == "qe-edge-smollm2-…m-dpo-Q4_K_M.gguf"
+
+
+def test_ticks_of_the_speed_axis() -> None:
+    def ticks(*speeds: float) -> list[float]:
+        return Plane([Point("a", x, 0.4, 0.5, 0.6) for x in speeds], []).x_ticks()
+
+    assert ticks(60, 160) == [50, 100, 200]
+    assert ticks(0.7) == pytest.approx([0.5, 0.6, 0.8, 1])

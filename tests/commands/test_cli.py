@@ -1,0 +1,258 @@
+"""The command line from outside: exit codes, stdout and stderr, defaults taken from the work folder."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from results import bench
+
+from qe_edge import __version__
+from qe_edge.cli import main
+from qe_edge.errors import QeEdgeError, require
+from qe_edge.retrieval.datasets import builtin_folder
+from qe_edge.work.files import atomic_path, write_bytes, write_json
+from qe_edge.work.folder import Workdir
+from qe_edge.work.runs import RunFolder, check_output
+
+
+@pytest.fixture
+def qe_edge(monkeypatch, capsys):
+    """Run a command in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["qe-edge", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_doctor_names_machine_and_extras(qe_edge):
+    code, out, _ = qe_edge("doctor")
+    assert code == 0
+    assert "cores" in out
+    assert "train     train students: ok" in out
+
+
+def test_json_is_exactly_one_object(qe_edge):
+    code, out, _ = qe_edge("data", "info", "demo-en", "--json")
+    envelope = json.loads(out)
+    assert code == 0
+    assert list(envelope) == [
+        "schema_version",
+        "command",
+        "status",
+        "inputs",
+        "artifacts",
+        "metrics",
+        "warnings",
+    ]
+    assert envelope["metrics"]["queries"] == 26
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["data", "info", "nothing"], 4, "no data set 'nothing'"),
+        (["expand", "tides", "--model", "nothing.gguf"], 4, "no model 'nothing.gguf'"),
+        (["expand", "tides"], 4, "run it first, or name the input"),
+        (["merge"], 4, "`qe-edge train dpo` or `qe-edge train sft`"),
+        (["export", "--q4"], 4, "or `qe-edge merge`"),
+        (["bench", "--dataset", "nothing"], 4, "`qe-edge export`"),
+        (["report"], 4, "`qe-edge bench`"),
+        (["run", "nothing"], 4, "no recipe nothing"),
+        (["pairs", "-d", "demo-en", "-e", "nothing.jsonl"], 4, "nothing.jsonl: no such file"),
+        (["pairs", "-d", "demo-en", "-e", __file__], 5, f"{__file__}:1: not a valid expansion"),
+        (["pairs", "-d", "demo-en", "-e", __file__, "--join", "lots"], 2, "can't read the join"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_its_code(qe_edge, arguments, code, message):
+    found, out, err = qe_edge(*arguments)
+    assert found == code
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "sft", "-e", "x", "--epochs", "-1"], "`epochs`"),
+        (["train", "sft", "-e", "x", "--rank", "0"], "`rank`"),
+        (["train", "sft", "-e", "x", "--mode", "nonsense"], "`modes"),
+        (["train", "dpo", "--pairs", "x", "--adapter", "x", "--beta", "0"], "`beta`"),
+        (["train", "dpo", "--pairs", "x", "--adapter", "x", "--loss", "dpo"], "`loss["),
+        (
+            ["train", "dpo", "--pairs", "x", "--adapter", "x", "--loss-weight", "1", "--loss-weight", "2"],
+            "as many weights",
+        ),
+        (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "0"], "`min-gap`"),
+        (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "nan"], "`min-gap`"),
+        (["pairs", "-d", "demo-en", "-e", "x", "--max-per-query", "-1"], "`max-per-query`"),
+        (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--threads", "0"], "--threads"),
+        (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--max-tokens", "0"], "`max-tokens`"),
+        (["search", "x", "--plain", "--analyzer", "german"], "no analyzer named 'german'"),
+    ],
+)
+def test_values_out_of_bounds_are_named(qe_edge, arguments, message):
+    code, _, err = qe_edge(*arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_an_error_with_json_is_an_object_too(qe_edge):
+    code, out, _ = qe_edge("data", "info", "nothing", "--json")
+    assert code == 4
+    assert json.loads(out)["status"] == "error"
+
+
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["bench"], ["search"]])
+def test_usage_errors_exit_with_2(qe_edge, arguments):
+    assert qe_edge(*arguments)[0] == 2
+
+
+def test_version(qe_edge):
+    assert qe_edge("--version") == (0, f"{__version__}\n", "")
+
+
+def test_bench_without_a_model_measures_bm25_and_the_teacher(qe_edge):
+    code, out, err = qe_edge("bench", "-d", "demo-en")
+    assert code == 0
+    assert "demo-en@test" in out
+    assert "no model is run" in err
+
+
+def test_search_without_expansion(qe_edge):
+    code, out, _ = qe_edge("search", "popcorn", "--plain", "-k", "2")
+    assert code == 0
+    assert out.startswith(" 1. en-")
+    code, _, err = qe_edge("search", "popcorn", "--plain", "--passages", "3")
+    assert code == 2 and "give --feedback too" in err
+    code, _, err = qe_edge("bench", "-d", "demo-en", "--passages", "3")
+    assert code == 2 and "passages are read with feedback only" in err
+
+
+def test_report_draws_the_newest_bench_and_prints_markdown(qe_edge, tmp_path):
+    pytest.importorskip("altair")
+    folder = Workdir().new("bench")
+    write_json(folder / "result.json", msgspec.to_builtins(bench("laptop")))
+    code, out, err = qe_edge("report", "--png", tmp_path / "chart.png", "--markdown")
+    assert (code, err) == (0, f"result: {folder} (the newest; name another to use that)\n")
+    assert out.startswith("### demo-en@test\n\n| system | join | nDCG@10 |")
+    assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_progress_shows_count_rate_and_time_left_on_a_terminal_alone():
+    pty = pytest.importorskip("pty")
+    code = (
+        "import time\nfrom qe_edge.console import progress\n"
+        "with progress('working', 4) as advance:\n"
+        "    for _ in range(4):\n        time.sleep(0.3)\n        advance(info='a note')\n"
+    )
+    terminal, end = pty.openpty()
+    environment = os.environ | {"COLUMNS": "120", "TERM": "xterm"}
+    subprocess.run([sys.executable, "-c", code], stderr=end, check=True, env=environment)
+    os.close(end)
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    for part in ("working", "4/4", "it/s", "0:00:0", "a note"):
+        assert part in shown
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_output_cut_short_by_a_pipe_is_no_error(tmp_path):
+    command = f"{sys.executable} -m qe_edge.cli data list | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("demo-en")
+    assert done.stderr == ""
+
+
+def test_a_missing_extra_is_one_line_with_the_pip_command():
+    with pytest.raises(QeEdgeError, match=r"pip install 'qe-edge\[mlx\]'") as error:
+        require("not_a_module_at_all", "mlx")
+    assert error.value.exit_code == 3
+
+
+# Outputs
+
+
+def test_a_full_disk_leaves_the_old_output(tmp_path):
+    target = tmp_path / "out.json"
+    write_bytes(target, b"old")
+    with (
+        pytest.raises(QeEdgeError, match="No space left on device; nothing was changed"),
+        atomic_path(target) as path,
+    ):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_folder_replaces_a_folder_only_when_it_is_whole(tmp_path):
+    target = tmp_path / "out"
+    for content in ("one", "two"):
+        with atomic_path(target) as path:
+            path.mkdir()
+            (path / "file").write_text(content)
+    assert (target / "file").read_text() == "two"
+    with pytest.raises(KeyboardInterrupt), atomic_path(target) as path:
+        path.mkdir()
+        raise KeyboardInterrupt
+    assert (target / "file").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_first(tmp_path, qe_edge):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QeEdgeError, match="is a file"):
+        check_output(tmp_path / "file" / "out", "pairs")
+    expansions = builtin_folder("demo-en") / "expansions" / "train.jsonl"
+    for out in (tmp_path / "file" / "out", "/proc/nowhere/out"):
+        code, _, err = qe_edge("pairs", "-d", "demo-en@train", "-e", expansions, "--out", out)
+        assert (code, err.count("error: ")) in ((2, 1), (6, 1))
+
+
+def test_numbers_count_up_and_the_newest_is_the_highest(tmp_path):
+    work = Workdir(tmp_path)
+    assert work.new("sft") == tmp_path / "sft" / "001"
+    for number in ("002", "010", "011.partial", "notes"):
+        (tmp_path / "sft" / number).mkdir(parents=True)
+    (tmp_path / "dpo" / "001").mkdir(parents=True)
+    os.utime(tmp_path / "dpo" / "001", (1, 1))
+    assert work.newest("dpo", "sft") == tmp_path / "sft" / "010"
+    assert work.newest("dpo") == tmp_path / "dpo" / "001"
+    assert work.new("sft") == tmp_path / "sft" / "011"
+
+
+def test_a_run_folder_is_resumed_by_the_same_run_alone(tmp_path, monkeypatch):
+    source = tmp_path / "in.jsonl"
+    source.write_text("{}")
+    first = RunFolder("bench", {"models": ("b",)}, {"in": source}, tmp_path / "out")
+    RunFolder("bench", {"models": ("a",)}, {"in": source}, tmp_path / "out")  # nothing to lose in the first
+    (first.partial / "generated" / "x").mkdir(parents=True)
+    (first.partial / "generated" / "x" / "rows.jsonl").touch()
+    run = RunFolder("bench", {"models": ("a",)}, {"in": source}, tmp_path / "out")
+    source.write_text("{} ")
+    with pytest.raises(QeEdgeError, match="interrupted run with other inputs; run it again as it was"):
+        RunFolder("bench", {"models": ("a",)}, {"in": source}, tmp_path / "out")
+    source.write_text("{}")
+    monkeypatch.setattr("qe_edge.work.machine.versions", lambda: {"llama-cpp-python": "9.9"})
+    with pytest.raises(QeEdgeError, match="with other settings and versions"):
+        RunFolder("bench", {"models": ("b",)}, {"in": source}, tmp_path / "out")
+    assert run.finish(rows=3) == tmp_path / "out"
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["rows"] == 3
+    assert not Path(f"{tmp_path}/out.partial").exists()

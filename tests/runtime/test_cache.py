@@ -1,0 +1,278 @@
+"""Expansions are written once, kept within bounds, and shared by threads and processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from qe_edge import Expander
+from qe_edge.errors import BadInput, QeEdgeError
+from qe_edge.export.gguf import convert_gguf
+from qe_edge.runtime.cache import ExpansionCache
+from qe_edge.student.gate import OPEN
+from qe_edge.student.spec import read_spec
+
+
+def test_what_was_put_is_there_for_everybody(tmp_path: Path) -> None:
+    cache = ExpansionCache(tmp_path / "new" / "cache.db")
+    assert cache.get("a", str) is None
+    cache.put("a", "moon")
+    cache.put("a", "sun")
+    assert cache.get("a", str) == ExpansionCache(cache.path).get("a", str) == "sun"
+    assert cache.get("a", int) is None  # another version's
+
+
+def test_the_oldest_go_when_there_is_no_room(tmp_path: Path) -> None:
+    cache = ExpansionCache(tmp_path / "cache.db", max_mb=0.3)
+    cache.put("used", "x" * 1000)
+    for i in range(1000):
+        cache.put(str(i), "x" * 1000)
+        if i % 20 == 0:
+            assert cache.get("used", str)
+    assert cache.get("999", str) and cache.get("0", str) is None
+    kept = sum(cache.get(str(i), str) is not None for i in range(1000))
+    assert 100 < kept < 300
+    assert cache.path.stat().st_size < 0.4e6
+    assert cache.get("used", str)
+
+
+def test_one_that_is_too_large_is_not_kept_for_ever(tmp_path: Path) -> None:
+    cache = ExpansionCache(tmp_path / "cache.db", max_mb=0.1)
+    cache.put("large", "x" * 500_000)
+    assert cache.get("large", str) is None
+    cache.put("small", "x")
+    assert cache.get("small", str) == "x"
+
+
+WRITE = """
+import sys
+from qe_edge.runtime.cache import ExpansionCache
+cache = ExpansionCache(sys.argv[1])
+for i in range(100):
+    cache.put(f"{sys.argv[2]} {i}", sys.argv[2])
+    assert cache.get(f"{sys.argv[2]} {i}", str) == sys.argv[2]
+"""
+
+
+def test_processes_and_threads_share_it(tmp_path: Path) -> None:
+    path = tmp_path / "cache.db"
+    command = [sys.executable, "-c", WRITE, str(path)]
+    children = [subprocess.Popen([*command, name]) for name in "abc"]
+    cache = ExpansionCache(path)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: cache.put(f"thread {i}", i), range(200)))
+    assert [child.wait() for child in children] == [0, 0, 0]
+    assert all(cache.get(f"{name} {i}", str) == name for name in "abc" for i in range(100))
+    assert [cache.get(f"thread {i}", int) for i in range(200)] == list(range(200))
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no database, but long enough to be looked at\n" * 100)
+    with pytest.raises(BadInput, match=r"notes.txt.*can't be used as a cache"):
+        ExpansionCache(tmp_path / "notes.txt")
+    with sqlite3.connect(tmp_path / "other.db") as db:
+        db.execute("CREATE TABLE answers (id INTEGER)")
+    with pytest.raises(BadInput, match=r"other.db.*can't be used as a cache"):
+        ExpansionCache(tmp_path / "other.db")
+
+
+def test_a_models_digest_is_computed_once_for_each_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qe_edge.runtime import cache as module
+
+    read: list[Path] = []
+    own = module.sha256
+    monkeypatch.setattr(module, "sha256", lambda path: (read.append(path), own(path))[1])
+    cache = ExpansionCache(tmp_path / "cache.db")
+    model, folder = tmp_path / "student.gguf", tmp_path / "mlx"
+    model.write_bytes(b"one")
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"one")
+    first, of_folder = cache.digest(model), cache.digest(folder)
+    assert cache.digest(model) == first and cache.digest(folder) == of_folder and first != of_folder
+    assert read == [model, folder]
+    (folder / "weights").write_bytes(b"two")
+    os.utime(folder / "weights", ns=(time.time_ns(), time.time_ns() + 10**9))
+    assert cache.digest(folder) != of_folder
+    assert read == [model, folder, folder]
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("llama_cpp")
+    out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
+    return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Another program has the file for itself, so that nobody else reads it either."""
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("PRAGMA locking_mode=EXCLUSIVE")
+    holder.execute("BEGIN EXCLUSIVE")
+    holder.execute("DELETE FROM models")
+    try:
+        yield
+    finally:
+        holder.close()
+
+
+def test_a_locked_one_is_waited_for_as_long_as_is_said(tmp_path: Path) -> None:
+    cache = ExpansionCache(tmp_path / "cache.db")
+    cache.put("a", "moon")
+    with locked(cache.path):
+        for call in (lambda: cache.get("a", str, wait=0.1), lambda: cache.put("a", "sun", wait=0.1)):
+            start = time.perf_counter()
+            with pytest.raises(BadInput, match="locked"):
+                call()
+            assert 0.05 < time.perf_counter() - start < 0.5
+    assert cache.get("a", str) == "moon"
+
+
+def test_many_queries_wait_for_a_locked_one_as_long_as_one_does(gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cache.db"
+    with Expander.load(gguf, gate=OPEN, budget_tokens=2, cache=path) as expander:
+        queries = [f"moon {i}" for i in range(40)]
+        texts = [expanded.text for expanded in expander.expand_many(queries)]
+        with locked(path):
+            start = time.perf_counter()
+            again = list(expander.expand_many(queries))
+            assert time.perf_counter() - start < 2  # not 40 times a tenth of a second, twice
+        assert [expanded.text for expanded in again] == texts
+        assert not any(expanded.cached for expanded in again)
+        time.sleep(1.1)
+        assert expander.expand(queries[0]).cached
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is waited for so long that a slow machine doesn't look like it."""
+    monkeypatch.setattr("qe_edge.runtime.asking.PATIENCE", 1.0)
+
+
+def test_a_deadline_holds_beside_a_locked_one(gguf: Path, tmp_path: Path, patient: None) -> None:
+    path = tmp_path / "cache.db"
+    with Expander.load(gguf, gate=OPEN, budget_tokens=200, cache=path) as expander, locked(path):
+        start = time.perf_counter()
+        assert expander.expand("tides", deadline_ms=20).finish_reason == "deadline"
+        assert time.perf_counter() - start < 0.7  # less than the cache alone
+
+
+def test_the_loop_goes_on_beside_a_locked_one(gguf: Path, tmp_path: Path, patient: None) -> None:
+    path = tmp_path / "cache.db"
+
+    async def ask(expander: Expander, *, way: str) -> float:
+        """The loop's longest turn meanwhile."""
+        longest, last = 0.0, time.perf_counter()
+
+        async def work() -> list[str]:
+            if way == "aexpand":
+                return [(await expander.aexpand("tides")).text]
+            if way == "aexpand_many":
+                return [expanded.text async for expanded in expander.aexpand_many(["tides"])]
+            return [str(piece) async for piece in expander.astream("tides")][-1:]
+
+        task = asyncio.create_task(work())
+        while not task.done():
+            await asyncio.sleep(0.001)
+            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+        assert task.result() == [text]
+        return longest
+
+    with Expander.load(gguf, gate=OPEN, budget_tokens=4) as plain:
+        text = plain.expand("tides").text
+    for way in ("aexpand", "aexpand_many", "astream"):
+        with Expander.load(gguf, gate=OPEN, budget_tokens=4, cache=path) as expander, locked(path):
+            assert asyncio.run(ask(expander, way=way)) < 0.7
+
+
+def test_what_is_cancelled_before_it_is_asked_is_not_written(
+    gguf: Path, tmp_path: Path, patient: None
+) -> None:
+    path = tmp_path / "cache.db"
+
+    async def cancel(expander: Expander) -> None:
+        async def drain() -> None:
+            async for _ in expander.astream("moon"):
+                pass
+
+        async def drain_many() -> None:
+            async for _ in expander.aexpand_many(["sea", "wind"]):
+                pass
+
+        tasks = [asyncio.create_task(work) for work in (expander.aexpand("tides"), drain(), drain_many())]
+        await asyncio.sleep(0.1)  # the cache is waited for
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [asyncio.CancelledError] * 3
+        waiting = expander._asker.decoder._waiting
+        for _ in range(500):
+            await asyncio.sleep(0.01)
+            if len(waiting) == 4:
+                break
+        assert [answer.abandoned for answer in waiting] == [True] * 4
+        assert (await expander.aexpand("sun")).tokens == 4
+        assert not waiting
+
+    with Expander.load(gguf, gate=OPEN, budget_tokens=4, cache=path) as expander, locked(path):
+        asyncio.run(cancel(expander))
+
+
+def test_errors_come_from_the_await(gguf: Path) -> None:
+    async def ask(expander: Expander) -> None:
+        for deadline in (None, 0, 1e9):
+            with pytest.raises(TypeError, match="a query must be a str, not int"):
+                await expander.aexpand(5, deadline_ms=deadline)  # type: ignore[arg-type]
+            with pytest.raises(BadInput, match="the query is empty"):
+                await expander.aexpand(" ", deadline_ms=deadline)
+            with pytest.raises(BadInput, match="the query is empty"):
+                async for _ in expander.astream(" ", deadline_ms=deadline):
+                    pass
+        with pytest.raises(BadInput, match="the query is empty"):
+            async for _ in expander.aexpand_many(["tides", " "]):
+                pass
+        expander.close()
+        with pytest.raises(QeEdgeError, match="the model was closed"):
+            await expander.aexpand("tides")
+
+    with Expander.load(gguf, gate=OPEN, budget_tokens=4) as expander:
+        asyncio.run(ask(expander))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_cache_is_set_aside_or_refused_and_never_fatal(tmp_path, seed, capsys):
+    import random
+
+    path, chance = tmp_path / "x.db", random.Random(seed)
+    cache = ExpansionCache(path)
+    for number in range(50):
+        cache.put(f"k{number}", {"text": "the moon " * 20})
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        db.execute("PRAGMA journal_mode=DELETE")
+    content = bytearray(path.read_bytes())
+    for _ in range(chance.choice([3, 50, 2000])):
+        # behind the words that make it an SQLite file
+        content[chance.randrange(16, 4096 if seed % 2 else len(content))] = chance.randrange(256)
+    path.write_bytes(bytes(content))
+    cache = ExpansionCache(path)
+    for number in range(50):
+        with suppress(BadInput):
+            cache.get(f"k{number}", dict)
+    if (tmp_path / "x.db.damaged").exists():
+        assert "x.db is damaged; it is kept as x.db.damaged" in capsys.readouterr().err
+        assert (tmp_path / "x.db.damaged").read_bytes() == bytes(content)
+        cache.put("new", {"a": 1})
+        assert cache.get("new", dict) == {"a": 1}

@@ -1,0 +1,210 @@
+"""Training's settings do what they say, and bad input is refused before anything is trained."""
+
+import json
+import math
+import os
+import shutil
+import sys
+import tomllib
+
+import msgspec
+import pytest
+from training import DEV, log_of, losses, run_sft, write_task
+
+from qe_edge.errors import BadArgument, BadInput, NotFound
+from qe_edge.pipeline import load_recipe, read_recipe
+from qe_edge.student.prompt import prompt_for
+from qe_edge.student.spec import read_spec
+from qe_edge.train.config import DpoConfig, SftConfig
+from qe_edge.work.folder import Workdir
+from qe_edge.work.runs import read_record
+
+pytest.importorskip("trl")
+from qe_edge.train.base_model import open_trained
+from qe_edge.train.dpo import dpo
+from qe_edge.train.merge import merge
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_task(tmp_path_factory.mktemp("data"))
+
+
+# The settings
+
+
+def cli(monkeypatch, capsys, *arguments):
+    from qe_edge.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["qe-edge", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code, capsys.readouterr()
+
+
+def test_flags_override_a_recipe_which_overrides_the_defaults(monkeypatch, capsys):
+    flags = ("--recipe", "qwen3-4b-24gb", "--rank", 8, "--mode", "few-shot", "--print-config")
+    code, shown = cli(monkeypatch, capsys, "train", "sft", *flags)
+    assert code == 0
+    config = msgspec.convert(tomllib.loads(shown.out)["sft"], SftConfig)
+    recipe = read_recipe("qwen3-4b-24gb")["sft"]
+    assert config == msgspec.convert(recipe | {"rank": 8, "modes": ["few-shot"]}, SftConfig)
+    assert config.student == "Qwen/Qwen3-4B"
+
+
+def test_what_print_config_prints_is_a_recipes_section(monkeypatch, capsys, tmp_path):
+    losses = ("--loss", "sigmoid", "--loss", "sft")
+    _, shown = cli(monkeypatch, capsys, "train", "dpo", *losses, "--print-config")
+    (tmp_path / "mine.toml").write_text(shown.out)
+    _, again = cli(monkeypatch, capsys, "train", "dpo", "--recipe", tmp_path / "mine.toml", "--print-config")
+    assert again.out == shown.out
+    assert tomllib.loads(shown.out)["dpo"]["loss"] == ["sigmoid", "sft"]
+
+
+def test_a_flag_can_turn_off_what_a_recipe_turns_on(monkeypatch, capsys, tmp_path):
+    (tmp_path / "mine.toml").write_text("[sft]\ncheckpointing = true\npacking = true\n")
+    flags = ("--recipe", tmp_path / "mine.toml", "--no-checkpointing", "--print-config")
+    _, shown = cli(monkeypatch, capsys, "train", "sft", *flags)
+    settings = tomllib.loads(shown.out)["sft"]
+    assert (settings["checkpointing"], settings["packing"]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (("--device", "tpu"), 2, "'tpu' is not one of"),
+        (("--batch-size", "0"), 2, "expected `int` >= 1 - at `batch-size`"),
+        (("--mode", "none"), 2, "invalid enum value 'none'"),
+        (("--recipe", "nothing"), 4, "neither a file nor one that ships"),
+    ],
+)
+def test_settings_out_of_bounds_are_named(monkeypatch, capsys, flags, code, message):
+    done, shown = cli(monkeypatch, capsys, "train", "sft", *flags, "--print-config")
+    assert done == code
+    assert message in " ".join(shown.err.replace("│", " ").split())
+
+
+FLAGS = {"models": "teacher-model", "modes": "mode", "tasks": "task", "loss_weights": "loss-weight"}
+
+
+def test_every_setting_has_a_flag_with_help(monkeypatch, capsys):
+    for verb, kind in (("sft", SftConfig), ("dpo", DpoConfig)):
+        monkeypatch.setenv("COLUMNS", "200")
+        _, shown = cli(monkeypatch, capsys, "train", verb, "--help")
+        for name in kind.__struct_fields__:
+            flag = FLAGS.get(name, name)
+            assert f"--{flag.replace('_', '-')} " in shown.out
+
+
+def test_a_recipe_of_settings_alone_takes_data_from_flags(tmp_path):
+    with pytest.raises(BadInput, match="name your data with --dataset, --expansions and --test"):
+        load_recipe("qwen3-0.6b-24gb")
+    given = {
+        "pairs": {"dataset": DEV, "expansions": ["a"]},
+        "sft": {"expansions": ["a"]},
+        "bench": {"datasets": ["demo-en"]},
+    }
+    recipe = load_recipe("qwen3-0.6b-24gb", given=given)
+    assert (recipe.pairs.dataset, recipe.sft.expansions, recipe.bench.datasets) == (DEV, ("a",), ("demo-en",))
+    assert recipe.sft.student == "Qwen/Qwen3-0.6B"
+
+
+# What is trained
+
+
+def test_packed_rows_give_the_same_loss_as_rows_apart(tiny_qwen3, data, tmp_path):
+    apart = run_sft(tiny_qwen3, data, tmp_path / "apart", batch_size=8)
+    packed = run_sft(tiny_qwen3, data, tmp_path / "packed", batch_size=8, packing=True, max_length=256)
+    assert len(losses(apart)) == len(losses(packed)) == 1
+    # A row that saw its neighbour would differ in the first digit; the sums of another order, in the sixth.
+    assert losses(packed) == pytest.approx(losses(apart), abs=5e-4)
+    assert read_record(packed)["rows"] == 8
+    assert log_of(packed)[0]["num_tokens"] == log_of(apart)[0]["num_tokens"]
+
+
+def test_computing_activations_twice_changes_nothing(tiny_qwen3, data, tmp_path):
+    once = run_sft(tiny_qwen3, data, tmp_path / "once", epochs=2)
+    twice = run_sft(tiny_qwen3, data, tmp_path / "twice", epochs=2, checkpointing=True)
+    assert losses(twice) == pytest.approx(losses(once), abs=1e-5)
+
+
+def test_whole_weights_are_trained_aligned_and_merged(tiny_qwen3, data, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    trained = run_sft(tiny_qwen3, data, tmp_path, tuning="full", epochs=10, learning_rate=1e-3)
+    curve = losses(trained)
+    assert curve[-1] < 0.8 * curve[0]
+    assert not (trained / "adapter_config.json").exists()
+    assert open_trained(trained).full
+    # It is a model folder by itself.
+    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (tiny_qwen3, trained))
+    vocabularies = [AutoTokenizer.from_pretrained(f).get_vocab() for f in (tiny_qwen3, trained)]
+    assert vocabularies[0] == vocabularies[1]
+    weights = zip(before.parameters(), after.parameters(), strict=True)
+    assert all((a != b).any() for a, b in weights)
+
+    for i, settings in enumerate(({}, {"precompute": True})):
+        settings = {"batch_size": 4, "accumulate": 1, "logging_steps": 1, "epochs": 3, **settings}
+        config = DpoConfig(learning_rate=1e-3, **settings)
+        aligned = dpo(data / "pairs.jsonl", trained, config, workdir=Workdir(tmp_path / str(i)))
+        log = [entry for entry in log_of(aligned) if "loss" in entry]
+        assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        assert log[-1]["rewards/margins"] > log[0]["rewards/margins"]
+    merged = merge(aligned, workdir=Workdir(tmp_path))
+    assert AutoConfig.from_pretrained(merged).dtype == AutoConfig.from_pretrained(tiny_qwen3).dtype
+    assert read_record(merged)["checks"]["logit_cosine"] > 0.999
+    assert read_spec(merged).stage == "dpo"
+
+
+# Bad input
+
+
+def test_a_quantized_student_is_refused(tiny_qwen3, data, tmp_path):
+    student = tmp_path / "student"
+    shutil.copytree(tiny_qwen3, student)
+    config = json.loads((student / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (student / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadArgument, match="is quantized; train its unquantized original"):
+        run_sft(student, data, tmp_path)
+
+
+def test_what_a_chat_template_says_of_thinking_decides_the_prompt():
+    chatml = "{{ '<|im_start|>' + message.role }}"
+    assert prompt_for(chatml).answer_prefix == ""
+    hybrid = chatml + "{% if enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    assert prompt_for(hybrid).answer_prefix == "<think>\n\n</think>\n\n"
+    always = chatml + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    with pytest.raises(BadArgument, match="thinks before every answer"):
+        prompt_for(always)
+
+
+def test_a_tokenizer_without_the_think_token_of_its_template_is_refused(tiny_llama, data, tmp_path):
+    student = tmp_path / "student"
+    shutil.copytree(tiny_llama, student)
+    spec = json.loads((student / "qe_edge.json").read_text())
+    spec["prompt"]["answer_prefix"] = "<think>\n\n</think>\n\n"
+    (student / "qe_edge.json").write_text(json.dumps(spec))
+    with pytest.raises(BadInput, match="no single token '<think>'"):
+        run_sft(student, data, tmp_path)
+
+
+def test_only_what_train_wrote_is_aligned_or_merged(tiny_qwen3, data, tmp_path):
+    for verb in (
+        lambda: dpo(data / "pairs.jsonl", tiny_qwen3, workdir=Workdir(tmp_path)),
+        lambda: merge(tiny_qwen3, workdir=Workdir(tmp_path)),
+    ):
+        with pytest.raises(BadInput, match="train first"):
+            verb()
+
+
+def test_sft_takes_what_teach_collected_last_or_says_what_to_do(tmp_path):
+    work = Workdir(tmp_path)
+    with pytest.raises(NotFound, match="name a file with --expansions"):
+        work.newest_taught()
+    for i, name in enumerate(("b", "a")):
+        (tmp_path / "teach" / name).mkdir(parents=True)
+        file = tmp_path / "teach" / name / "expansions.jsonl"
+        file.write_text("")
+        os.utime(file, (i, i))
+    assert work.newest_taught().parent.name == "a"

@@ -1,0 +1,140 @@
+"""Outputs are whole or not at all, at every moment: also while one folder takes another one's place."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qe_edge.bench.programs.survival import REPLACING, WAYS, is_whole
+from qe_edge.work import files
+from qe_edge.work.exchange import exchange
+from qe_edge.work.files import atomic_path, recover
+from qe_edge.work.folder import Workdir
+from qe_edge.work.runs import RunFolder, check_output
+
+NOBODY = 2**22 + 1  # above any process's number
+
+
+def put(path, text):
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "a.txt").write_text(text)
+    (path / "b.txt").write_text(text)
+
+
+def state(path):
+    return {file.name: file.read_text() for file in path.iterdir()}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """As this system does it, and as those do that can't exchange two names."""
+    if request.param == "by two renames":
+        monkeypatch.setattr(files, "exchange", lambda one, other: False)
+    return request.param
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path, way):
+    out = tmp_path / "out"
+    for text in ("one", "two", "three"):
+        with atomic_path(out) as partial:
+            put(partial, text)
+        assert state(out) == {"a.txt": text, "b.txt": text}
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_takes_the_place_of_a_folder_and_back(tmp_path, way):
+    out = tmp_path / "out"
+    put(out, "one")
+    with atomic_path(out) as partial:
+        partial.write_text("two")
+    assert out.read_text() == "two"
+    with atomic_path(out) as partial:
+        put(partial, "three")
+    assert state(out) == {"a.txt": "three", "b.txt": "three"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_leaves_the_old_one(tmp_path, way):
+    put(tmp_path / "out", "one")
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "out") as partial:
+        put(partial, "two")
+        raise KeyboardInterrupt
+    assert state(tmp_path / "out") == {"a.txt": "one", "b.txt": "one"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_linux_and_macos_exchange_two_names(tmp_path):
+    put(tmp_path / "x", "x")
+    put(tmp_path / "y", "y")
+    if sys.platform in ("linux", "darwin"):
+        assert exchange(tmp_path / "x", tmp_path / "y")
+        assert (state(tmp_path / "x")["a.txt"], state(tmp_path / "y")["a.txt"]) == ("y", "x")
+    with pytest.raises(OSError, match="No such file"):
+        exchange(tmp_path / "x", tmp_path / "gone")
+
+
+def test_what_was_moved_away_by_a_killed_process_is_put_back_at_the_next_look(tmp_path):
+    for look in (
+        lambda out: check_output(out, "export"),
+        lambda out: Workdir(tmp_path).newest("export"),
+        lambda out: Workdir(tmp_path).new("export"),
+        recover,
+    ):
+        old = tmp_path / "export" / f".001.{NOBODY}.old"
+        put(old, "old")
+        (old / "run.json").write_text('{"command": "export"}')
+        put(tmp_path / "export" / f".001.{NOBODY}.partial", "half")
+        out = tmp_path / "export" / "001"
+        look(out)
+        assert state(out)["a.txt"] == "old"
+        assert [path.name for path in out.parent.iterdir() if "old" in path.name] == []
+        recover(out)
+        assert [path.name for path in out.parent.iterdir() if path.suffix != ".lock"] == ["001"]
+        files.remove(out)
+
+
+def test_what_a_live_process_moved_is_left_alone(tmp_path):
+    put(tmp_path / f".out.{os.getpid()}.old", "old")
+    put(tmp_path / f".out.{os.getpid()}.partial", "half")
+    recover(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_old_run_that_was_just_replaced_is_not_taken_for_an_interrupted_one(tmp_path):
+    out = tmp_path / "001"
+    RunFolder("bench", {"n": 1}, {}, out).finish()
+    left = tmp_path / "001.partial"  # as a kill between exchange and clean-up leaves it
+    left.mkdir()
+    (left / "run.json").write_text((out / "run.json").read_text())
+    put(left / "generated" / "x", "old")
+    run = RunFolder("bench", {"n": 2}, {}, out)
+    assert [path.name for path in run.partial.iterdir()] == ["run.json"]
+    assert json.loads((run.partial / "run.json").read_text())["state"] == "running"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_at_any_moment_a_whole_folder_is_there(tmp_path, way):
+    out, chance = tmp_path / "out", random.Random(0)
+    for _ in range(12):
+        process = subprocess.Popen(
+            [sys.executable, "-c", REPLACING, str(out), way], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout
+        process.stdout.readline()
+        time.sleep(chance.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if way == "by two renames":
+            recover(out)
+        assert is_whole(out)
+    with atomic_path(out) as partial:
+        put(partial, "last")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,1 @@
+"""Candidate expansions from a teacher."""

@@ -1,0 +1,129 @@
+"""Which candidates a teacher is asked for, and what stands for each of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+
+from qe_edge.errors import BadInput
+from qe_edge.records import Count, Expansion, Seed
+from qe_edge.retrieval.datasets import Dataset
+from qe_edge.student.prompt import DEFAULT_TEACHER_PROMPT, load_teacher_prompt
+from qe_edge.text import detect_language
+from qe_edge.train.teach.exemplars import Exemplars, Rule, load_exemplars
+from qe_edge.train.teach.problems import problem_of
+from qe_edge.train.teach.teacher import Answer, Request
+
+
+class TeachConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is asked for; a change of any of it makes new candidates.
+
+    Of each query `n` candidates per mode, with the seeds `seed`, `seed + 1`, … `max_tokens` is the budget
+    of one answer. `prompt` is a shipped prompt's id or a TOML file. `extra` holds further fields of the
+    request, and takes one out where it is null.
+    """
+
+    model: str
+    modes: Annotated[tuple[Literal["zero-shot", "few-shot"], ...], msgspec.Meta(min_length=1)] = (
+        "zero-shot",
+        "few-shot",
+    )
+    n: Count = 1
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] = 1.0
+    seed: Seed = 0
+    max_tokens: Count = 256
+    prompt: str = DEFAULT_TEACHER_PROMPT
+    exemplars: str = ""
+    exemplar_rule: Rule = "random"
+    shots: Count = 4
+    extra: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        if "n" in self.extra:
+            raise ValueError("extra must not hold `n`: ask for several candidates with --n")
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError("at temperature 0 all n candidates would be the same; raise it or take n = 1")
+
+
+class Job(NamedTuple):
+    query_id: str
+    mode: Literal["zero-shot", "few-shot"]
+    sample: int
+
+
+class Plan:
+    """The candidates a configuration stands for, in the order they are asked for.
+
+    Each query gets its first candidate before any gets its second, so that a budget that runs out leaves
+    as many queries served as it can.
+    """
+
+    def __init__(self, data: Dataset, config: TeachConfig):
+        self.data, self.config = data, config
+        self.prompt = load_teacher_prompt(config.prompt)
+        self.exemplars: Exemplars | None = None
+        if "few-shot" in config.modes:
+            self.exemplars = load_exemplars(
+                config.exemplars, data, rule=config.exemplar_rule, shots=config.shots, seed=config.seed
+            )
+
+    def __len__(self) -> int:
+        return len(self.data.queries) * len(set(self.config.modes)) * self.config.n
+
+    def __iter__(self) -> Iterator[Job]:
+        for sample in range(self.config.n):
+            for mode in dict.fromkeys(self.config.modes):
+                for query_id in self.data.queries:
+                    yield Job(query_id, mode, sample)
+
+    def request(self, job: Job) -> Request:
+        query, config = self.data.queries[job.query_id], self.config
+        shown = self.exemplars.of(job.query_id, query) if job.mode == "few-shot" and self.exemplars else ()
+        try:
+            system, user = self.prompt.messages(query, shown)
+        except BadInput as error:
+            raise BadInput(f"query {job.query_id!r} of {self.data}: {error}") from None
+        return Request(
+            model=config.model,
+            system=system,
+            user=user,
+            temperature=float(config.temperature),  # 1 and 1.0 must give one key
+            seed=config.seed + job.sample,
+            max_tokens=config.max_tokens,
+            extra=config.extra,
+        )
+
+    def key(self, job: Job) -> str:
+        """Stands for the query and all that decides its candidate, exemplars and prompt text included."""
+        content = msgspec.json.encode([*job, self.request(job)], order="deterministic")
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    def row(self, job: Job, answer: Answer, *, keep_bad: bool) -> Expansion:
+        """An answer as a line of the output."""
+        query, text = self.data.queries[job.query_id], answer.text.strip()
+        problem = problem_of(query, text, answer.finish_reason)
+        return Expansion(
+            dataset=self.data.name,
+            query_id=job.query_id,
+            query=query,
+            lang=detect_language(query),
+            model=self.config.model,
+            mode=job.mode,
+            text=text if problem in (None, "cut") or keep_bad else "",
+            prompt_id=self.prompt.id,
+            seed=self.config.seed + job.sample,
+            temperature=self.config.temperature,
+            finish_reason="length" if answer.finish_reason == "length" else "stop",
+            prompt_tokens=answer.prompt_tokens,
+            completion_tokens=answer.completion_tokens,
+            sample=job.sample,
+            key=self.key(job),
+            problem=problem,
+        )
+
+    def refused(self, job: Job) -> Expansion:
+        """The line of a candidate that the endpoint will not write, so that it is not asked for again."""
+        return self.row(job, Answer("", "content_filter", 0, 0), keep_bad=False)
