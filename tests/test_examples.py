@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from engines import says
+from engines import says, scripted
 
 from qe_edge import Expander
 from qe_edge.export.gguf import convert_gguf
@@ -36,7 +36,7 @@ def app() -> ModuleType:
 @pytest.fixture
 def expander(tiny_qwen3: Path, tmp_path: Path) -> Iterator[Expander]:
     gguf = convert_gguf(tiny_qwen3, tmp_path / "student.gguf", dtype="f32", spec=read_spec(tiny_qwen3))
-    with Expander.load(gguf, cache=tmp_path / "cache.db") as loaded:
+    with scripted(gguf, cache=tmp_path / "cache.db") as loaded:
         yield loaded
 
 

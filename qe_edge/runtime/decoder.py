@@ -1,33 +1,63 @@
-"""Answers written together: whoever waits for one advances all, in whichever thread they were asked for.
+"""The one thread that computes with a loaded model: it writes and reads for everybody.
 
-There is no thread of our own. One caller at a time leads: it lets new prompts in, in the order in which they
-came, and computes one step for everybody, until its own answer is done; then another one leads.
+Whoever wants something hands it over and waits for its future. The thread takes what has come, lets new
+prompts into a batch, computes one step of all that are in one, then looks again, until nothing is left.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
-from threading import Condition
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Literal
 
-from qe_edge.backends.protocol import Backend, Batch
+from qe_edge.backends.lifetime import check_not_forked
+from qe_edge.backends.protocol import Backend, Batch, Reader
 from qe_edge.errors import BadInput, QeEdgeError
 
 QUERY = 512  # tokens that a prompt may have of its own
 PIECE = 64  # tokens of prompts that are read between two steps of those who write
 
 
-@dataclass(eq=False)
-class Answer:
-    """What is asked of the model, and what it has written so far.
+@dataclass(eq=False, kw_only=True)
+class Work:
+    """Something for the thread to do until its `deadline`, on `time.perf_counter`'s clock.
 
-    Its first `prefix` tokens are those of many prompts. It also ends where `enough` says so of its tokens,
-    and at the `deadline`. Seconds are on `time.perf_counter`'s clock; `first` and `end` are those of the
-    first and of the last token.
+    The future is done when the work is. Cancel it where nobody waits for it any more.
+    """
+
+    deadline: float = math.inf
+    future: Future[None] = field(default_factory=Future)
+
+    @property
+    def over(self) -> bool:
+        """Whether it need not go on: its time is up, or nobody waits for it."""
+        return self.future.done() or time.perf_counter() >= self.deadline
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Tell whoever waits that it is done, or has failed."""
+        with suppress(InvalidStateError):  # it was cancelled, or has ended before
+            if error:
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(None)
+
+
+@dataclass(eq=False)
+class Generation(Work):
+    """An answer to write, and what is written of it so far.
+
+    The first `prefix` tokens of the prompt are those of many prompts. The answer also ends where `enough`
+    says so of its tokens. Seconds are on `time.perf_counter`'s clock; `first` and `last` are those of its
+    first and of its last token. `finish` is None while it is written, and where its time was up.
     """
 
     prompt: list[int]
@@ -36,154 +66,194 @@ class Answer:
     temperature: float = 0.0
     seed: int = 0
     enough: Callable[[list[int]], bool] | None = None
-    deadline: float = math.inf
-    streamed: bool = False  # somebody waits for each token
+    on_token: Callable[[], None] | None = None
     tokens: list[int] = field(default_factory=list)
-    finish: Literal["stop", "length", "dry", "deadline"] | None = None
-    error: Exception | None = None
-    abandoned: bool = False  # nobody waits for it any more
+    finish: Literal["stop", "length", "dry"] | None = None
     begin: float = 0.0
     first: float = 0.0
-    end: float = 0.0
-
-    @property
-    def done(self) -> bool:
-        return self.finish is not None or self.error is not None
+    last: float = 0.0
 
     def take(self, token: int, end_token: int) -> None:
         """Add a token, or finish with it."""
-        self.end = time.perf_counter()
-        self.first = self.first or self.end
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
         if token == end_token:
             self.finish = "stop"
-            return
-        self.tokens.append(token)
-        if len(self.tokens) == self.budget:
-            self.finish = "length"
-        elif self.enough and self.enough(self.tokens):
-            self.finish = "dry"
+        else:
+            self.tokens.append(token)
+            if len(self.tokens) == self.budget:
+                self.finish = "length"
+            elif self.enough and self.enough(self.tokens):
+                self.finish = "dry"
+        if self.finish:
+            self.end()
+        if self.on_token:
+            self.on_token()
 
-    def is_late(self) -> bool:
-        """Whether its time is up; then it is done with what is there."""
-        if not self.done and time.perf_counter() >= self.deadline:
-            self.finish = "deadline"
-        return self.finish == "deadline"
+
+@dataclass(eq=False)
+class Reading(Work):
+    """Prompts to read with an answer that is given: `values` gets ln P(answer | prompt), a few at a time.
+
+    The first `prefix` tokens are those of all prompts.
+    """
+
+    prompts: list[list[int]]
+    answer: list[int]
+    prefix: int
+    values: list[float] = field(default_factory=list)
+    turns: Iterator[list[float]] | None = None  # a few prompts each
 
 
 class Decoder:
-    """All answers that a loaded model is writing: several together, and longer ones alone beside them."""
+    """All that a loaded model is asked for: answers, several together and longer ones alone, and readings.
 
-    def __init__(self, backend: Backend, end_token: int):
-        self._backend, self._end = backend, end_token
+    Its thread ends with `close`, with this object, or with the interpreter.
+
+    Raises:
+        BadInput: the model has no token to end an answer with.
+    """
+
+    def __init__(self, backend: Backend):
+        end = backend.tokenize(backend.spec.prompt.end, True)
+        if len(end) != 1:
+            raise BadInput(
+                f"the model's vocabulary has no single token {backend.spec.prompt.end!r} to end an answer"
+            )
+        self._backend, self._end_token = backend, end[0]
         self._alone = backend.batch(1)
         self._several: Batch | None = None
         self._slots = self._made = 1  # wished for, and of `_several`
-        self._waiting: deque[Answer] = deque()
-        self._running: dict[tuple[Batch, int], Answer] = {}
-        self._changed = Condition()
-        self._led = self._closed = False
+        self._waiting: deque[Generation] = deque()
+        self._running: dict[tuple[Batch, int], Generation] = {}
         self._steps = 0
+        self._reader: Reader | None = None  # made when it is wanted: it has a cache of its own
+        self._readings: deque[Reading] = deque()
+        self._wrote = self._read = 0.0  # seconds, since there were both
+        self._inbox: SimpleQueue[Generation | Reading | _Call | None] = SimpleQueue()
+        self._thread: Thread | None = None
+        self._lock, self._closed, self._process = Lock(), False, os.getpid()
+        weakref.finalize(self, self._inbox.put, None)
 
-    def ask(self, answer: Answer) -> None:
-        """Let it be written from now on, by whoever waits.
+    def write(self, generation: Generation) -> None:
+        """Have an answer written.
 
         Raises:
             BadInput: the query is too long, or prompt and budget don't fit the model's context.
         """
-        if self._closed:
-            raise QeEdgeError("the model was closed")
-        if not answer.prompt:
+        if not generation.prompt:
             raise BadInput("the prompt is empty")
-        own = len(answer.prompt) - answer.prefix
+        own = len(generation.prompt) - generation.prefix
         if own > QUERY:  # a page; some scripts take a token for each byte
             raise BadInput(f"the query takes {own} tokens, over {QUERY}. Shorten the query")
-        if len(answer.prompt) + answer.budget > self._backend.context:
+        size, budget, context = len(generation.prompt), generation.budget, self._backend.context
+        if size + budget > context:
             raise BadInput(
-                f"the query takes {len(answer.prompt)} tokens with its prompt; with {answer.budget} for the "
-                f"expansion that is over the model's context of {self._backend.context}. Shorten the query"
+                f"the query takes {size} tokens with its prompt; with {budget} for the expansion that is "
+                f"over the model's context of {context}. Shorten the query"
             )
-        self._waiting.append(answer)
+        self._hand_over(generation)
+
+    def read(self, reading: Reading) -> None:
+        """Have prompts read; others' work is done in between."""
+        self._hand_over(reading)
 
     def room(self, slots: int) -> None:
         """Write so many answers together from now on, or as many as the engine can."""
         self._slots = max(self._slots, min(slots, self._backend.parallel))
 
-    def wait(self, answer: Answer, *, beyond: float = math.inf) -> None:
-        """Return when it is done, or has more than `beyond` tokens (if it is `streamed`).
+    def forget(self) -> None:
+        """Drop what is kept of earlier prompts, so that the next one is computed whole."""
+        if not self._closed:
+            call = _Call(self._forget)
+            self._hand_over(call)
+            call.future.result()
 
-        Raises:
-            QeEdgeError: the engine failed, or was closed.
-        """
-        while self._lead(answer, beyond):
-            try:
-                while not (self._closed or answer.is_late() or answer.done or self._advance()):
-                    pass
-            finally:
-                with self._changed:
-                    self._led = False
-                    self._changed.notify_all()
-        if answer.error:
-            raise answer.error
+    def close(self) -> None:
+        """End all work; whoever waits for some gets an error."""
+        if os.getpid() != self._process:
+            return  # what a fork copied is its parent's
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._inbox.put(None)
+        if self._thread:
+            self._thread.join()
+        for batch in self._batches:
+            batch.close()
+        if self._reader:
+            self._reader.close()
 
-    def _lead(self, answer: Answer, beyond: float) -> bool:
-        """Wait until the answer is there, or until nobody leads: then it's the caller's turn."""
-
-        def ready() -> bool:
-            # What is late is done with what is there, though it may have been abandoned too.
-            return answer.is_late() or answer.done or answer.abandoned or len(answer.tokens) > beyond
-
-        with self._changed:
-            left = answer.deadline - time.perf_counter()
-            # Whoever leads may be in the middle of a step when the time is up.
-            self._changed.wait_for(lambda: ready() or not self._led, None if left == math.inf else left)
-            if ready():
-                return False
+    def _hand_over(self, item: Generation | Reading | _Call) -> None:
+        check_not_forked(self._process)  # a fork has no thread that would take it
+        with self._lock:
             if self._closed:
                 raise QeEdgeError("the model was closed")
-            self._led = True
-            return True
+            if self._thread is None:
+                arguments = self._inbox, weakref.ref(self)
+                # Not waited for when the interpreter ends: `Lifetime` sees to what is native by then.
+                self._thread = Thread(target=_serve, args=arguments, name="qe-edge decoder", daemon=True)
+                self._thread.start()
+            self._inbox.put(item)
 
-    def wake(self) -> None:
-        """Let those look up whose answer was abandoned."""
-        with self._changed:
-            self._changed.notify_all()
+    # What follows is called by the thread alone.
 
-    def _advance(self) -> bool:
-        """One step of all answers; returns whether somebody got what they wait for."""
+    def _work(self, item: Generation | Reading | _Call) -> None:
+        """Do this and all that comes meanwhile."""
+        self._take(item)
+        while self._running or self._waiting or self._readings:
+            while not self._inbox.empty():
+                coming = self._inbox.get()
+                if coming is None:
+                    self._closed = True  # the interpreter ends, if it wasn't yet
+                    self._fail(QeEdgeError("the model was closed"))
+                    self._inbox.put(None)  # for `_serve`
+                    return
+                self._take(coming)
+            self._step()
+
+    def _take(self, item: Generation | Reading | _Call) -> None:
+        if isinstance(item, Generation):
+            self._waiting.append(item)
+        elif isinstance(item, Reading):
+            self._readings.append(item)
+        else:
+            try:
+                item.call()
+                item.end()
+            except QeEdgeError as error:
+                item.end(error)
+
+    def _step(self) -> None:
+        """Compute on, for those who write and for those who read, half of the time each."""
         try:
             self._drop_ended()
             self._admit()
-            if not self._running:
-                if self._waiting:
-                    raise QeEdgeError("the engine has no room for a prompt")
-                return True
-            finished = False
-            # Whoever writes waits for at most a piece of somebody's prompt at each token.
-            writing = any(answer.tokens for answer in self._running.values())
-            for batch in self._turn():
-                for number, token in batch.step(PIECE if writing else None).items():
-                    answer = self._running[batch, number]
-                    if not answer.done:  # it may have become late meanwhile
-                        answer.take(token, self._end)
-                    if answer.done or answer.is_late():
-                        self._remove(batch, number)
-                    finished |= answer.done or answer.streamed
-            return finished
-        except Exception as error:
-            for answer in self._running.values():
-                answer.error = error
-            while self._waiting:  # one may just be coming
-                self._waiting.popleft().error = error
-            self._clear()
-            return True
-        except BaseException:  # Ctrl-C: the others' answers start again
-            for answer in reversed(self._running.values()):
-                answer.tokens.clear()
-                answer.first = 0.0
-                if answer not in self._waiting:
-                    self._waiting.appendleft(answer)
-            self._clear()
-            raise
+            begin = time.perf_counter()
+            if self._readings and (self._read <= self._wrote or not self._running):
+                self._read_on(self._readings.popleft())
+                self._read += time.perf_counter() - begin
+            elif self._running:
+                self._write_on()
+                self._wrote += time.perf_counter() - begin
+            elif self._waiting:
+                raise QeEdgeError("the engine has no room for a prompt")
+            if not (self._readings and self._running):
+                self._wrote = self._read = 0.0
+        except BaseException as error:
+            self._fail(error)
+
+    def _write_on(self) -> None:
+        """One step of all answers that have their turn."""
+        # Whoever writes waits for at most a piece of somebody's prompt at each token.
+        writing = any(generation.tokens for generation in self._running.values())
+        for batch in self._turn():
+            for number, token in batch.step(PIECE if writing else None).items():
+                generation = self._running[batch, number]
+                generation.take(token, self._end_token)
+                if generation.finish:
+                    self._remove(batch, number)
 
     def _turn(self) -> list[Batch]:
         """The batches that compute this step.
@@ -198,20 +268,32 @@ class Decoder:
             turn.discard(self._alone)
         return list(turn)
 
-    @property
-    def _batches(self) -> list[Batch]:
-        return [self._several, self._alone] if self._several else [self._alone]
-
-    def _clear(self) -> None:
-        self._running.clear()
-        for batch in self._batches:
-            batch.clear()
+    def _read_on(self, reading: Reading) -> None:
+        """A few of its prompts, then it's the next one's turn."""
+        try:
+            self._reader = self._reader or self._backend.reader()
+            reading.turns = reading.turns or self._reader.log_likelihoods(
+                reading.prompts, reading.answer, prefix=reading.prefix
+            )
+            values = next(reading.turns, None)
+        except Exception as error:  # which is this one's own
+            reading.end(error)
+            return
+        if values is None:
+            reading.end()
+        else:
+            reading.values += values
+            self._readings.append(reading)
 
     def _drop_ended(self) -> None:
         """Those that nobody waits for any more, and those whose time is up."""
-        over = [place for place, answer in self._running.items() if answer.abandoned or answer.is_late()]
-        for batch, number in over:
-            self._remove(batch, number)
+        for (batch, number), generation in list(self._running.items()):
+            if generation.over:
+                self._remove(batch, number)
+                generation.end()
+        for reading in [reading for reading in self._readings if reading.over]:
+            self._readings.remove(reading)
+            reading.end()
 
     def _remove(self, batch: Batch, number: int) -> None:
         del self._running[batch, number]
@@ -228,23 +310,25 @@ class Decoder:
                 return  # when these are done, there will be a larger one
             self._make_room()
         full: set[Batch] = set()
-        for answer in list(self._waiting):
-            if not (answer.abandoned or answer.is_late()):
-                tokens = len(answer.prompt) + answer.budget
+        for generation in list(self._waiting):
+            if generation.over:
+                generation.end()
+            else:
+                tokens = len(generation.prompt) + generation.budget
                 batch = next(batch for batch in self._batches if tokens <= batch.longest)
                 if batch in full or not batch.fits(tokens):
                     full.add(batch)
                     continue
-                answer.begin = time.perf_counter()
+                generation.begin = time.perf_counter()
                 number = batch.add(
-                    answer.prompt,
-                    prefix=answer.prefix,
-                    answer=answer.budget,
-                    temperature=answer.temperature,
-                    seed=answer.seed,
+                    generation.prompt,
+                    prefix=generation.prefix,
+                    answer=generation.budget,
+                    temperature=generation.temperature,
+                    seed=generation.seed,
                 )
-                self._running[batch, number] = answer
-            self._waiting.remove(answer)
+                self._running[batch, number] = generation
+            self._waiting.remove(generation)
 
     def _make_room(self) -> None:
         """A batch of as many slots as were wished for, or as memory has room for."""
@@ -258,22 +342,38 @@ class Decoder:
             except QeEdgeError:
                 self._slots //= 2
 
-    def forget(self) -> None:
-        """Drop what is kept of earlier prompts, so that the next one is computed whole."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._led)
-            if not self._closed:
-                for batch in self._batches:
-                    batch.forget()
+    @property
+    def _batches(self) -> list[Batch]:
+        return [self._several, self._alone] if self._several else [self._alone]
 
-    def close(self) -> None:
-        """End all answers; whoever waits for one gets an error."""
-        with self._changed:
-            if self._closed:
-                return
-            self._closed = True
-            self._changed.wait_for(lambda: not self._led)
-            self._running.clear()
+    def _forget(self) -> None:
+        for batch in self._batches:
+            batch.forget()
+        if self._reader:
+            self._reader.forget()
+
+    def _fail(self, error: BaseException) -> None:
+        """End all work with an error, in which case nothing of a batch can be relied on."""
+        for work in (*self._running.values(), *self._waiting, *self._readings):
+            work.end(error)
+        self._running.clear()
+        self._waiting.clear()
+        self._readings.clear()
+        with suppress(QeEdgeError):  # closed
             for batch in self._batches:
-                batch.close()
-            self._changed.notify_all()
+                batch.clear()
+
+
+@dataclass(eq=False)
+class _Call(Work):
+    """Something that must not happen in the middle of a step."""
+
+    call: Callable[[], None]
+
+
+def _serve(inbox: SimpleQueue[Generation | Reading | _Call | None], reference: weakref.ref[Decoder]) -> None:
+    """The thread. It has the decoder only while there is work, so that one that nobody has can be freed."""
+    while (item := inbox.get()) is not None:
+        if decoder := reference():
+            decoder._work(item)
+        del decoder, item

@@ -6,29 +6,25 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import islice
+from contextlib import closing, suppress
 from pathlib import Path
-from threading import Event
-from typing import TypeVar
 
 from qe_edge.arguments import MOST_PARALLEL, MOST_THREADS, check_deadline, check_texts, check_whole
 from qe_edge.backends.open import open_backend
 from qe_edge.backends.protocol import Backend
-from qe_edge.runtime.asking import Asked, Asker, Completion, Stream
 from qe_edge.runtime.cache import ExpansionCache
-from qe_edge.runtime.decoder import Answer
+from qe_edge.runtime.decoder import Decoder
 from qe_edge.runtime.expansion import ExpandedQuery
-from qe_edge.runtime.reader import PassageReader, check_passages
+from qe_edge.runtime.reader import PassageReader, Weighing, check_passages
+from qe_edge.runtime.writer import Completion, Stream, Writer, Writing
 from qe_edge.student.gate import Gate
 from qe_edge.student.models import Engine, resolve
 from qe_edge.student.spec import ModelSpec
 
-T = TypeVar("T")
 PARALLEL = 16  # queries decoded together: more bring little, and each takes memory
-WAITING = 256  # tasks of asyncio that wait in a thread each
+HELPERS = 4  # threads beside asyncio's loop
 
 
 class Expander:
@@ -52,17 +48,20 @@ class Expander:
     ):
         self.backend = backend
         self.budget_tokens = backend.spec.prompt.max_tokens if budget_tokens is None else budget_tokens
-        self._asker = Asker(
+        # A larger one would leave no room for any query, and each would fall back without a word.
+        check_whole("budget_tokens", self.budget_tokens, 1, backend.context - 1)
+        self._decoder = Decoder(backend)
+        self._writer = Writer(
             backend,
+            self._decoder,
             budget_tokens=self.budget_tokens,
             stop_when_dry=stop_when_dry,
             gate=gate,
             cache=cache,
             digest=digest,
         )
-        self._passages = PassageReader(
-            backend, backend.spec.feedback.passages if passages is None else passages
-        )
+        most = backend.spec.feedback.passages if passages is None else passages
+        self._reader = PassageReader(backend, self._decoder, most)
         self._threads: ThreadPoolExecutor | None = None
         self._room(parallel)
 
@@ -127,16 +126,16 @@ class Expander:
     @property
     def passages(self) -> int:
         """How many passages `feedback` reads at most."""
-        return self._passages.most
+        return self._reader.most
 
     @property
     def gate(self) -> Gate:
         """When the plain query is searched instead; the next query already meets what is set here."""
-        return self._asker.gate
+        return self._writer.gate
 
     @gate.setter
     def gate(self, gate: Gate) -> None:
-        self._asker.gate = gate.checked()
+        self._writer.gate = gate.checked()
 
     def expand(
         self,
@@ -149,17 +148,24 @@ class Expander:
     ) -> ExpandedQuery:
         """Write one expansion; greedy unless a temperature is given.
 
-        At `deadline_ms` after the call the expansion ends with what is there, if need be with nothing: at
-        most one step of the model later. `scores` are what plain BM25 found for the query, best first, for
-        the gate.
+        At `deadline_ms` after the call the expansion ends with what is there, if need be with nothing.
+        `scores` are what plain BM25 found for the query, best first, for the gate.
 
         Raises:
             BadInput: the query is blank or, with an open gate, doesn't fit the model's context.
         """
-        asked = self._asker.ask(
-            Asked(query), deadline=_deadline(deadline_ms), scores=scores, temperature=temperature, seed=seed
+        writing = self._writer.writing(
+            query, deadline=_deadline(deadline_ms), scores=scores, temperature=temperature, seed=seed
         )
-        return self._asker.expanded(asked)
+        writing.begin()
+        return writing.wait()
+
+    async def aexpand(
+        self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()
+    ) -> ExpandedQuery:
+        """`expand` for asyncio; a cancelled one is no longer written."""
+        writing = self._writer.writing(query, deadline=_deadline(deadline_ms), scores=scores)
+        return await writing.arrive(self._helpers)
 
     def feedback(
         self,
@@ -178,14 +184,56 @@ class Expander:
         Raises:
             BadInput: the query is blank or, with an open gate, too long.
         """
-        return self._passages.feedback(
-            query, passages, gate=self.gate, deadline=_deadline(deadline_ms), scores=scores
-        )
+        weighing = self._weighing(query, passages, deadline_ms, scores)
+        weighing.begin()
+        return weighing.wait()
+
+    async def afeedback(
+        self,
+        query: str,
+        passages: Sequence[str],
+        *,
+        deadline_ms: float | None = None,
+        scores: Sequence[float] = (),
+    ) -> ExpandedQuery:
+        """`feedback` for asyncio; a cancelled one reads no further."""
+        return await self._weighing(query, passages, deadline_ms, scores).arrive(self._helpers)
+
+    def _weighing(
+        self, query: str, passages: Sequence[str], deadline_ms: float | None, scores: Sequence[float]
+    ) -> Weighing:
+        deadline = _deadline(deadline_ms)
+        return self._reader.weighing(query, passages, gate=self.gate, deadline=deadline, scores=scores)
 
     def stream(self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()) -> Stream:
         """As `expand`, but the text can be read while it is written."""
-        asked = self._asker.ask(Asked(query), deadline=_deadline(deadline_ms), scores=scores, streamed=True)
-        return Stream(self._asker, asked)
+        writing = self._writer.writing(query, deadline=_deadline(deadline_ms), scores=scores)
+        writing.begin()
+        return Stream(writing)
+
+    async def astream(
+        self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()
+    ) -> AsyncIterator[str | ExpandedQuery]:
+        """`stream` for asyncio: pieces of text, then the expanded query."""
+        writing = self._writer.writing(query, deadline=_deadline(deadline_ms), scores=scores)
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(changed.set)
+
+        try:
+            await asyncio.wrap_future(self._helpers.submit(writing.begin))
+            writing.listen(tell)
+            for piece in writing.pieces():
+                if piece is None:
+                    await changed.wait()
+                    changed.clear()
+                else:
+                    yield piece
+            yield await writing.arrive(self._helpers, begun=True)
+        finally:
+            writing.cancel()
 
     def expand_many(self, queries: Iterable[str], *, parallel: int = PARALLEL) -> Iterator[ExpandedQuery]:
         """Expand queries greedily and yield them in their order, some of them read ahead.
@@ -197,118 +245,51 @@ class Expander:
         Raises:
             BadInput: as `expand`, after the queries before it.
         """
+        with closing(self._in_turn(queries, parallel)) as turns:
+            for writing in turns:
+                yield writing.wait()
+
+    async def aexpand_many(
+        self, queries: Iterable[str], *, parallel: int = PARALLEL
+    ) -> AsyncIterator[ExpandedQuery]:
+        """`expand_many` for asyncio."""
+        turns = self._in_turn(queries, parallel)
+        step = self._helpers.submit(next, turns, None)
+        try:
+            while writing := await asyncio.wrap_future(step):
+                yield await writing.arrive(self._helpers, begun=True)
+                step = self._helpers.submit(next, turns, None)
+        finally:  # which may come in the middle of a step
+            step.add_done_callback(lambda _: turns.close())
+
+    def _in_turn(self, queries: Iterable[str], parallel: int) -> Generator[Writing, None, None]:
+        """The expansions of queries in their order, each with enough behind it on their way."""
         check_texts("queries", queries)
         self._room(parallel)
         coming: Iterator[str] | None = iter(queries)
         problem: Exception | None = None
-        waiting: deque[Asked] = deque()
+        waiting: deque[Writing] = deque()
         try:
             while True:
                 # As many again wait for their turn, or a place would be empty until the oldest is yielded.
                 while coming is not None and len(waiting) < 2 * parallel:
                     try:
-                        waiting.append(self._asker.ask(Asked(next(coming))))
+                        writing = self._writer.writing(next(coming))
+                        writing.begin()
+                        waiting.append(writing)
                     except StopIteration:
                         coming = None
                     except Exception as error:  # when those before it are yielded
                         coming, problem = None, error
                 if not waiting:
                     break
-                expanded = self._asker.expanded(waiting[0])
+                yield waiting[0]
                 waiting.popleft()
-                yield expanded
         finally:
-            for asked in waiting:
-                self._asker.abandon(asked)
+            for writing in waiting:
+                writing.cancel()
         if problem:
             raise problem
-
-    async def aexpand(
-        self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()
-    ) -> ExpandedQuery:
-        """`expand` for asyncio; a cancelled one is no longer written."""
-        asked = Asked(query)
-        ask = partial(self._asker.ask, asked, deadline=_deadline(deadline_ms), scores=scores)
-        try:
-            # A moment later than the deadline, which whoever has a thread notices by themselves.
-            limit = None if deadline_ms is None else deadline_ms / 1000 + 0.01
-            return await asyncio.wait_for(self._in_thread(asked, lambda: self._asker.expanded(ask())), limit)
-        except TimeoutError:  # all threads are taken, or its own is in the middle of something
-            return self._asker.late(asked)
-
-    async def aexpand_many(
-        self, queries: Iterable[str], *, parallel: int = PARALLEL
-    ) -> AsyncIterator[ExpandedQuery]:
-        """`expand_many` for asyncio."""
-        check_texts("queries", queries)
-        self._room(parallel)
-        coming, waiting = iter(queries), deque[Asked]()
-        try:
-            while True:
-                new = [Asked(query) for query in islice(coming, 2 * parallel - len(waiting))]
-                waiting.extend(new)
-                if new:
-                    await self._in_thread(None, partial(list, map(self._asker.ask, new)))
-                if not waiting:
-                    break
-                asked = waiting[0]
-                expanded = await self._in_thread(asked, partial(self._asker.expanded, asked))
-                waiting.popleft()
-                yield expanded
-        finally:
-            for asked in waiting:
-                self._asker.abandon(asked)
-
-    async def afeedback(
-        self,
-        query: str,
-        passages: Sequence[str],
-        *,
-        deadline_ms: float | None = None,
-        scores: Sequence[float] = (),
-    ) -> ExpandedQuery:
-        """`feedback` for asyncio; the deadline counts from here, and a cancelled one reads no further."""
-        over = Event()
-        work = partial(
-            self._passages.feedback,
-            query,
-            passages,
-            gate=self.gate,
-            deadline=_deadline(deadline_ms),
-            scores=scores,
-            over=over,
-        )
-        try:
-            return await self._in_thread(None, work)
-        finally:
-            over.set()
-
-    async def astream(
-        self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()
-    ) -> AsyncIterator[str | ExpandedQuery]:
-        """`stream` for asyncio: pieces of text, then the expanded query."""
-        asked = Asked(query)
-        ask = partial(self._asker.ask, asked, deadline=_deadline(deadline_ms), scores=scores, streamed=True)
-        stream = Stream(self._asker, asked)
-        pieces = iter(stream)
-        try:
-            await self._in_thread(asked, ask)
-            while (piece := await self._in_thread(asked, lambda: next(pieces, None))) is not None:
-                yield piece
-            yield await self._in_thread(asked, lambda: stream.expanded)
-        finally:
-            self._asker.abandon(asked)
-
-    async def _in_thread(self, asked: Asked | None, work: Callable[[], T]) -> T:
-        """Do it in a thread of our own, for the loop must not wait: asyncio has too few for many that do."""
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(WAITING, thread_name_prefix="qe-edge")
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        except asyncio.CancelledError:
-            if asked:
-                self._asker.abandon(asked)
-            raise
 
     def complete(
         self, prompt: list[int], *, prefix: int = 0, temperature: float = 0.0, seed: int = 0
@@ -320,24 +301,27 @@ class Expander:
         Raises:
             BadInput: prompt and budget together don't fit the model's context.
         """
-        answer = Answer(prompt, prefix, self.budget_tokens, temperature, seed)
-        self._asker.decoder.ask(answer)
-        return self._asker.completed(answer)
+        return self._writer.complete(prompt, prefix=prefix, temperature=temperature, seed=seed)
+
+    @property
+    def _helpers(self) -> ThreadPoolExecutor:
+        """Threads for what asyncio's loop must not wait for: the cache and the tokenizer."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(HELPERS, thread_name_prefix="qe-edge")
+        return self._threads
 
     def _room(self, parallel: int) -> None:
         _check_parallel(parallel)
         if parallel > 1:
-            self._asker.decoder.room(parallel)
+            self._decoder.room(parallel)
 
     def forget(self) -> None:
         """Drop what is kept of earlier prompts, so that the next one is computed whole."""
-        self._asker.decoder.forget()
-        self._passages.forget()
+        self._decoder.forget()
 
     def close(self) -> None:
         """Give the memory back. Whoever still waits for an expansion gets an error."""
-        self._passages.close()
-        self._asker.decoder.close()
+        self._decoder.close()
         threads, self._threads = self._threads, None  # whoever comes now is told by another one
         if threads:
             threads.shutdown()

@@ -1,17 +1,17 @@
-"""The student reads what the plain query found: a few passages at a time, and one caller at a time."""
+"""The student reads what the plain query found, and writes nothing."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from threading import TIMEOUT_MAX, Event, Lock
 
 from qe_edge.arguments import check_scores, check_text, check_texts, check_whole
-from qe_edge.backends.protocol import Backend, Reader
-from qe_edge.errors import BadInput, QeEdgeError
+from qe_edge.backends.protocol import Backend
+from qe_edge.errors import BadInput
+from qe_edge.runtime.decoder import Decoder, Reading
 from qe_edge.runtime.expansion import ExpandedQuery
+from qe_edge.runtime.pending import Pending
 from qe_edge.student.feedback import MOST_PASSAGES, RelevanceModel
 from qe_edge.student.gate import OPEN, Gate
 from qe_edge.student.prompt import clean_query
@@ -24,96 +24,96 @@ def check_passages(most: int) -> None:
 
 
 class PassageReader:
-    """A student that weighs `most` passages, in as many threads as you like; see `Expander.feedback`.
+    """A student that weighs `most` passages; see `Expander.feedback`.
 
     Raises:
         BadArgument: none is to be read, or over MOST_PASSAGES.
     """
 
-    def __init__(self, backend: Backend, most: int):
+    def __init__(self, backend: Backend, decoder: Decoder, most: int):
         check_passages(most)
-        self._backend, self.most, self._lock, self._closed = backend, most, Lock(), False
-        self._reader: Reader | None = None  # made when it is wanted: it has a cache of its own
+        self.backend, self.decoder, self.most = backend, decoder, most
 
-    def feedback(
-        self,
-        query: str,
-        passages: Sequence[str],
-        *,
-        gate: Gate,
-        deadline: float,
-        scores: Sequence[float],
-        over: Event | None = None,
-    ) -> ExpandedQuery:
-        """`deadline` is on `time.perf_counter`'s clock; it also ends when `over` is set by another thread."""
+    def weighing(
+        self, query: str, passages: Sequence[str], *, gate: Gate, deadline: float, scores: Sequence[float]
+    ) -> Weighing:
+        """An expansion that can be begun.
+
+        Raises:
+            BadInput: the query is blank.
+        """
         check_text("a query", query)
         check_texts("passages", passages)
         for passage in passages:
             check_text("a passage", passage)
         check_scores(scores)
-        begin, spec = time.perf_counter(), self._backend.spec
-        settings = spec.feedback
-        plain = ExpandedQuery(query, "", settings.join)
-        if reason := gate.before(clean_query(query), scores, languages=spec.prompt.languages):
-            return replace(plain, fallback=reason)
-        heads = [settings.beginning(passage) for passage in passages[: self.most]]
-        new = {word for head in heads for word in words_of(head)} - set(words_of(query))
-        if not any(heads):
-            return replace(plain, fallback="the plain query found nothing to read")
-        if gate.min_new_words is not None and len(new) < gate.min_new_words:
-            return replace(plain, fallback="what the plain query found adds nothing to it")
-        prompts, answer, prefix = settings.encode(query, heads, spec.prompt, self._backend.tokenize)
-        read: list[float] = []
-        try:
-            for values in self._in_turns(prompts, answer, prefix, deadline, over or Event()):
-                read += values
-        except BadInput as error:
-            if gate == OPEN:
-                raise
-            return replace(plain, fallback=str(error))
-        if not read:
-            return replace(plain, fallback="the deadline passed before the first passage was read")
+        return Weighing(self, query, passages[: self.most], gate, deadline, scores)
+
+
+class Weighing(Pending):
+    """An expansion by passages, weighed by how likely the query is after each, or held back by the gate."""
+
+    def __init__(
+        self,
+        reader: PassageReader,
+        query: str,
+        passages: Sequence[str],
+        gate: Gate,
+        deadline: float,
+        scores: Sequence[float],
+    ):
+        super().__init__(deadline)
+        self._reader, self._query, self._cleaned = reader, query, clean_query(query)
+        self._passages, self._gate, self._scores = passages, gate, scores
+        self._heads: list[str] = []
+        self._reading: Reading | None = None
+        self._start = time.perf_counter()
+
+    def begin(self) -> None:
+        spec = self._reader.backend.spec
+        self._heads = [spec.feedback.beginning(passage) for passage in self._passages]
+        if reason := self._reason():
+            self.ready = self._plain(reason)
+            return
+        prompts, answer, prefix = spec.feedback.encode(
+            self._query, self._heads, spec.prompt, self._reader.backend.tokenize
+        )
+        reading = Reading(prompts, answer, prefix, deadline=self.deadline, future=self.future)
+        self._reader.decoder.read(reading)
+        self._reading = reading
+
+    def _reason(self) -> str:
+        """Why the plain query is to be searched, if it is."""
+        languages = self._reader.backend.spec.prompt.languages
+        if reason := self._gate.before(self._cleaned, self._scores, languages=languages):
+            return reason
+        if not any(self._heads):
+            return "the plain query found nothing to read"
+        new = {word for head in self._heads for word in words_of(head)} - set(words_of(self._query))
+        if self._gate.min_new_words is not None and len(new) < self._gate.min_new_words:
+            return "what the plain query found adds nothing to it"
+        return ""
+
+    def finish(self) -> ExpandedQuery:
+        if self.error:
+            if isinstance(self.error, BadInput) and self._gate != OPEN:
+                return self._plain(str(self.error))
+            raise self.error
+        reading = self._reading
+        read = list(reading.values) if reading else []
+        if not (reading and read):
+            return self._plain("the deadline passed before the first passage was read")
+        own = [len(prompt) - reading.prefix + len(reading.answer) for prompt in reading.prompts[: len(read)]]
+        settings = self._reader.backend.spec.feedback
         return replace(
-            plain,
-            prompt_tokens=prefix + sum(len(prompt) - prefix + len(answer) for prompt in prompts[: len(read)]),
-            finish_reason="stop" if len(read) == len(prompts) else "deadline",
-            prefill_s=time.perf_counter() - begin,
+            self._plain(""),
+            prompt_tokens=reading.prefix + sum(own),
+            finish_reason="stop" if len(read) == len(reading.prompts) else "deadline",
+            prefill_s=time.perf_counter() - self._start,
             relevance=RelevanceModel(
-                tuple(heads[: len(read)]), settings.weigh(read, len(answer)), settings.terms
+                tuple(self._heads[: len(read)]), settings.weigh(read, len(reading.answer)), settings.terms
             ),
         )
 
-    def _in_turns(
-        self, prompts: list[list[int]], answer: list[int], prefix: int, deadline: float, over: Event
-    ) -> Iterator[list[float]]:
-        """The log-likelihoods of a few prompts after the other, until it is over; others' in between."""
-        reading: Iterator[list[float]] | None = None
-        while (left := deadline - time.perf_counter()) > 0:
-            if not self._lock.acquire(timeout=-1 if left == math.inf else min(left, TIMEOUT_MAX)):
-                return
-            try:
-                if over.is_set():
-                    return
-                if self._closed:
-                    raise QeEdgeError("the model was closed")
-                self._reader = self._reader or self._backend.reader()
-                reading = reading or self._reader.log_likelihoods(prompts, answer, prefix=prefix)
-                values = next(reading, None)
-            finally:
-                self._lock.release()
-            if values is None:
-                return
-            yield values
-
-    def forget(self) -> None:
-        """Drop what is kept of earlier prompts."""
-        with self._lock:
-            if self._reader:
-                self._reader.forget()
-
-    def close(self) -> None:
-        """Give the memory back; whoever still reads gets an error."""
-        with self._lock:
-            self._closed = True
-            if self._reader:
-                self._reader.close()
+    def _plain(self, reason: str) -> ExpandedQuery:
+        return ExpandedQuery(self._query, "", self._reader.backend.spec.feedback.join, fallback=reason)

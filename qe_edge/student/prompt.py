@@ -79,10 +79,10 @@ class PromptSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return language if language in self.texts else self.languages[0]
 
     def pieces(self, query: str) -> Iterator[Piece]:
-        """The prompt as pieces that are tokenized one by one; joined, they are the rendered string."""
+        """The prompt of a clean query as pieces that are tokenized one by one; joined, they are the text."""
         text = self.texts[self.language_of(query)]
         before, after = text.user.split("{query}")
-        return self.chat(text.system, f"{before}{clean_query(query)}{after}")
+        return self.chat(text.system, f"{before}{query}{after}")
 
     def chat(self, system: str, user: str) -> Iterator[Piece]:
         """Any two messages in this prompt's chat format, as pieces: a local model can be a teacher too."""
@@ -110,10 +110,14 @@ class PromptSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def render(self, query: str) -> str:
         """The prompt as one string, for people to read."""
-        return "".join(piece.text for piece in self.pieces(query))
+        return "".join(piece.text for piece in self.pieces(clean_query(query)))
 
     def encode(self, query: str, tokenize: Tokenize) -> list[int]:
         """The prompt's token ids, without BOS."""
+        return self.encode_clean(clean_query(query), tokenize)
+
+    def encode_clean(self, query: str, tokenize: Tokenize) -> list[int]:
+        """As `encode`, of what `clean_query` returned."""
         return encode(self.pieces(query), tokenize)
 
     def encode_answer(self, text: str, tokenize: Tokenize) -> list[int]:

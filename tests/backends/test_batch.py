@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event, Thread
+from signal import SIGINT, pthread_kill
+from threading import Event, Thread, main_thread
 from time import sleep
 
 import pytest
@@ -91,29 +92,48 @@ def test_a_single_query_is_not_kept_waiting_by_many(expander: Expander, alone: l
 def test_an_engines_error_ends_all_answers_and_the_next_one_is_written(
     expander: Expander, alone: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    many = expander.expand_many(QUERIES, parallel=4)
-    assert next(many).text == alone[0]
-    monkeypatch.setattr(LlamaBatch, "_decode", lambda *_: (_ for _ in ()).throw(QeEdgeError("broken")))
-    with pytest.raises(QeEdgeError, match="broken"):
-        expander.expand(QUERIES[1])
-    monkeypatch.undo()
-    assert expander.expand(QUERIES[1]).text == alone[1]
-    with pytest.raises(QeEdgeError, match="broken"):
-        list(many)
+    step, begun, go_on = LlamaBatch.step, Event(), Event()
+
+    def broken(batch: LlamaBatch, piece: int | None = None) -> dict[int, int]:
+        begun.set()
+        go_on.wait(60)
+        raise QeEdgeError("broken")
+
+    monkeypatch.setattr(LlamaBatch, "step", broken)
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(expander.expand, query) for query in QUERIES[:8]]
+        begun.wait(60)
+        monkeypatch.setattr(LlamaBatch, "step", step)
+        go_on.set()
+        texts = [str(future.exception() or future.result()) for future in asked]
+    # One was being written; the others waited, or came after the error.
+    assert "broken" in texts and {*texts} <= {"broken", *alone}
     assert [expanded.text for expanded in expander.expand_many(QUERIES)] == alone
 
 
-def test_ctrl_c_ends_one_answer_and_starts_the_others_again(
+def test_ctrl_c_ends_the_wait_of_one_and_disturbs_no_other(
     expander: Expander, alone: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    many = expander.expand_many(QUERIES, parallel=4)
-    found = [next(many).text]
-    monkeypatch.setattr(LlamaBatch, "_logits", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        expander.expand(QUERIES[1])
-    monkeypatch.undo()
-    assert found + [expanded.text for expanded in many] == alone
-    assert expander.expand(QUERIES[1]).text == alone[1]
+    step, begun, go_on = LlamaBatch.step, Event(), Event()
+
+    def held(batch: LlamaBatch, piece: int | None = None) -> dict[int, int]:
+        begun.set()
+        go_on.wait(60)
+        return step(batch, piece)
+
+    def interrupt() -> None:
+        begun.wait(60)
+        pthread_kill(main_thread().ident or 0, SIGINT)
+
+    monkeypatch.setattr(LlamaBatch, "step", held)
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(expander.expand, query) for query in QUERIES[1:6]]
+        pool.submit(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            expander.expand(QUERIES[0])
+        go_on.set()
+        assert [future.result().text for future in others] == alone[1:6]
+    assert expander.expand(QUERIES[0]).text == alone[0]
 
 
 def test_closing_ends_what_is_on_its_way(gguf: Path) -> None:
@@ -239,7 +259,7 @@ def test_long_queries_keep_nobody_waiting(gguf: Path) -> None:
 
 def test_a_prompt_is_read_in_pieces_while_others_write(expander: Expander) -> None:
     backend = expander.backend
-    batch = LlamaBatch(backend, 4)  # type: ignore[arg-type]
+    batch = LlamaBatch(backend.model, 4)  # type: ignore[attr-defined]
     writer = batch.add(backend.tokenize("tides", False), prefix=0, answer=50)
     assert set(batch.step()) == {writer}
     reader = batch.add([5] * 150, prefix=0, answer=4)

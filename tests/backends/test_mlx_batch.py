@@ -64,7 +64,7 @@ def test_a_warm_call_computes_the_querys_own_tokens_alone(
     expander: Expander, shapes: list[tuple[int, ...]]
 ) -> None:
     first = expander.expand("what causes tides")
-    own = first.prompt_tokens - len(expander._asker.prefixes[0])
+    own = first.prompt_tokens - len(expander._writer.prefixes[0])
     assert 0 < own < first.prompt_tokens / 2
 
     def prompt_tokens() -> int:

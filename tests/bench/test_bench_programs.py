@@ -18,7 +18,7 @@ from qe_edge.work.folder import Workdir
 
 def run(program: str, *arguments: object) -> list[list[str]]:
     """The cells of the Markdown table that a program prints."""
-    command = [sys.executable, "-m", f"qe_edge.bench.{program}", *map(str, arguments)]
+    command = [sys.executable, "-m", f"qe_edge.bench.programs.{program}", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "TMPDIR": str(Path.cwd())}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr

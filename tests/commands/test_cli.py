@@ -250,7 +250,7 @@ def test_a_run_folder_is_resumed_by_the_same_run_alone(tmp_path, monkeypatch):
     with pytest.raises(QeEdgeError, match="interrupted run with other inputs; run it again as it was"):
         RunFolder("bench", {"models": ("a",)}, {"in": source}, tmp_path / "out")
     source.write_text("{}")
-    monkeypatch.setattr("qe_edge.work.machine.versions", lambda: {"llama-cpp-python": "9.9"})
+    monkeypatch.setattr("qe_edge.work.runs.versions", lambda: {"llama-cpp-python": "9.9"})
     with pytest.raises(QeEdgeError, match="with other settings and versions"):
         RunFolder("bench", {"models": ("b",)}, {"in": source}, tmp_path / "out")
     assert run.finish(rows=3) == tmp_path / "out"

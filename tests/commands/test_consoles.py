@@ -232,7 +232,7 @@ def test_code_is_compiled_where_it_can_be_kept_nowhere():
 
 @pytest.mark.parametrize("engine", ["llama.cpp", "transformers"])
 def test_a_cut_answer_ends_in_whole_characters(gguf, tiny_qwen3, engine):
-    from engines import says
+    from engines import says, scripted
 
     from qe_edge import Expander
     from qe_edge.student.gate import OPEN
@@ -245,7 +245,7 @@ def test_a_cut_answer_ends_in_whole_characters(gguf, tiny_qwen3, engine):
     assert len(set(cut)) < len(cut)  # some characters need several tokens
     for budget in range(1, len(ids)):
         model = gguf if engine == "llama.cpp" else tiny_qwen3
-        with Expander.load(model, engine=engine, gate=OPEN, budget_tokens=budget) as expander:
+        with scripted(model, engine=engine, gate=OPEN, budget_tokens=budget) as expander:
             says(expander, text)
             assert expander.expand("潮汐").text == cut[budget]
             says(expander, text)

@@ -384,7 +384,7 @@ def test_choices_that_contradict_are_refused_before_the_work(
 ) -> None:
     from qe_edge.cli import main
 
-    monkeypatch.setattr("qe_edge.export.load_reference", lambda _: pytest.fail("the work began"))
+    monkeypatch.setattr("qe_edge.export.export.load_reference", lambda _: pytest.fail("the work began"))
     monkeypatch.setattr(
         sys, "argv", ["qe-edge", "export", str(tiny_qwen3), "--out", str(tmp_path / "out"), *flags]
     )

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from engines import scripted
 from tiny import first_tokens
 
 from qe_edge import ExpandedQuery, Expander
-from qe_edge.backends.protocol import OneByOne
 from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.mlx import convert_mlx
@@ -58,12 +58,11 @@ def test_expand_reports_what_it_did(gguf):
     assert expanded.terms()["tide"] >= 1
 
 
-def test_an_answer_ends_at_the_end_token(gguf, monkeypatch):
-    with Expander.load(gguf) as expander:
+def test_an_answer_ends_at_the_end_token(gguf):
+    with scripted(gguf) as expander:
         (end,) = expander.backend.tokenize("<|im_end|>", True)
         word = expander.backend.tokenize("moon", False)
-        answer = OneByOne(lambda *a, **k: (token for token in [*word, end, *word]), 2048)
-        monkeypatch.setattr(expander._asker.decoder, "_alone", answer)
+        expander.backend.script = [*word, end, *word]
         expanded = expander.expand("tides")
     assert (expanded.text, expanded.finish_reason, expanded.tokens) == ("moon", "stop", len(word))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import says
+from engines import says, scripted
 
 from qe_edge import Expander, Gate
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
@@ -21,7 +21,7 @@ QUERIES = ["what causes tides", "潮汐是怎么形成的", "iron deficiency", "
 
 
 def test_the_gate_spares_the_student_or_refuses_what_it_wrote(gguf: Path) -> None:
-    with Expander.load(gguf, gate=Gate(max_words=3, clear_lead=0.5)) as expander:
+    with scripted(gguf, gate=Gate(max_words=3, clear_lead=0.5)) as expander:
         for expanded in (expander.expand("one two three four"), expander.expand("tides", scores=[9.0, 1.0])):
             assert expanded.fallback and not expanded.text and not expanded.tokens
             assert expanded.finish_reason == "skipped"
@@ -41,7 +41,7 @@ def test_a_query_beyond_the_context_is_searched_as_it_is(gguf: Path) -> None:
 
 
 def test_at_the_deadline_there_is_what_there_is(gguf: Path) -> None:
-    with Expander.load(gguf, gate=OPEN) as expander:
+    with scripted(gguf, gate=OPEN) as expander:
         nothing = expander.expand("tides", deadline_ms=0)
         assert nothing.fallback == "the deadline passed before the first word"
         assert (nothing.text, nothing.tokens, nothing.finish_reason) == ("", 0, "deadline")
@@ -56,7 +56,7 @@ def test_at_the_deadline_there_is_what_there_is(gguf: Path) -> None:
 
 
 def test_a_deadline_holds_while_others_are_written(gguf: Path) -> None:
-    with Expander.load(gguf, gate=OPEN, budget_tokens=40) as expander:
+    with scripted(gguf, gate=OPEN, budget_tokens=40) as expander:
         says(expander, "moon sun sea wind ", pause=0.02, end=False)  # one at a time
         with ThreadPoolExecutor(3) as pool:
             slow = pool.submit(expander.expand, "tides")
@@ -69,7 +69,7 @@ def test_a_deadline_holds_while_others_are_written(gguf: Path) -> None:
 
 
 def test_a_stream_is_the_text_in_pieces(gguf: Path) -> None:
-    with Expander.load(gguf, gate=OPEN, budget_tokens=24) as expander:
+    with scripted(gguf, gate=OPEN, budget_tokens=24) as expander:
         for query in QUERIES:
             stream = expander.stream(query)
             pieces = list(stream)
@@ -92,7 +92,7 @@ def test_a_stream_is_the_text_in_pieces(gguf: Path) -> None:
 
 
 def test_a_refused_stream_says_so_at_its_end(gguf: Path) -> None:
-    with Expander.load(gguf) as expander:
+    with scripted(gguf) as expander:
         says(expander, "tides tides")
         stream = expander.stream("tides")
         assert "".join(stream) == "tides tides"
@@ -113,9 +113,8 @@ def test_asyncio_gets_the_same(gguf: Path) -> None:
         asyncio.run(ask())
 
 
-def test_deadlines_hold_with_more_tasks_than_threads(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qe_edge.runtime.expander.WAITING", 4)
-    with Expander.load(gguf, gate=OPEN, budget_tokens=500) as expander:
+def test_deadlines_hold_with_more_tasks_than_threads(gguf: Path) -> None:
+    with scripted(gguf, gate=OPEN, budget_tokens=500) as expander:
         says(expander, "moon sun sea wind ", pause=0.02, end=False)
 
         async def ask() -> None:
@@ -133,7 +132,7 @@ def test_deadlines_hold_with_more_tasks_than_threads(gguf: Path, monkeypatch: py
 
 
 def test_a_cancelled_task_is_no_longer_written(gguf: Path) -> None:
-    with Expander.load(gguf, gate=OPEN, budget_tokens=500) as expander:
+    with scripted(gguf, gate=OPEN, budget_tokens=500) as expander:
         says(expander, "moon sun sea wind ", pause=0.02, end=False)
 
         async def ask() -> None:
@@ -150,7 +149,7 @@ def test_a_cancelled_task_is_no_longer_written(gguf: Path) -> None:
 
 
 def test_an_expansion_ends_when_it_brings_nothing_new(gguf: Path) -> None:
-    with Expander.load(gguf, gate=OPEN, stop_when_dry=12, budget_tokens=200) as expander:
+    with scripted(gguf, gate=OPEN, stop_when_dry=12, budget_tokens=200) as expander:
         says(expander, "moon sun sea wind ", end=False)
         expanded = expander.expand("tides")
         lap = len(expander.backend.tokenize("moon sun sea wind ", False))
@@ -160,7 +159,7 @@ def test_an_expansion_ends_when_it_brings_nothing_new(gguf: Path) -> None:
         says(expander, " ".join(f"w{i}" for i in range(100)))
         assert expander.expand("tides").finish_reason == "length"
     with pytest.raises(BadArgument, match="stop_when_dry"):
-        Expander.load(gguf, stop_when_dry=0)
+        scripted(gguf, stop_when_dry=0)
 
 
 def test_an_expansion_is_written_once(gguf: Path, tmp_path: Path) -> None:
@@ -181,7 +180,7 @@ def test_an_expansion_is_written_once(gguf: Path, tmp_path: Path) -> None:
 
 
 def test_what_failed_is_not_kept(gguf: Path, tmp_path: Path) -> None:
-    with Expander.load(gguf, cache=tmp_path / "cache.db") as expander:
+    with scripted(gguf, cache=tmp_path / "cache.db") as expander:
         says(expander, "tides tides")
         assert expander.expand("tides").fallback
         assert not expander.expand("tides").cached
@@ -204,7 +203,7 @@ def test_a_stream_that_was_overtaken_has_its_end(gguf: Path) -> None:
 
 
 def test_cancelling_many_ends_them(gguf: Path) -> None:
-    with Expander.load(gguf, gate=OPEN, budget_tokens=500) as expander:
+    with scripted(gguf, gate=OPEN, budget_tokens=500) as expander:
         says(expander, "moon sun sea wind ", pause=0.02, end=False)
 
         async def ask() -> None:
@@ -220,7 +219,7 @@ def test_cancelling_many_ends_them(gguf: Path) -> None:
 
 
 def test_closing_does_not_wait_for_those_who_wait(gguf: Path) -> None:
-    expander = Expander.load(gguf, gate=OPEN, budget_tokens=1000)
+    expander = scripted(gguf, gate=OPEN, budget_tokens=1000)
     says(expander, "moon sun sea wind ", pause=0.01, end=False)
     with ThreadPoolExecutor(4) as pool:
         running = [pool.submit(expander.expand, query) for query in QUERIES[:4]]

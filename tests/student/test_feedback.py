@@ -221,8 +221,8 @@ def test_a_deadline_keeps_what_was_read_by_then(expander: Expander, monkeypatch:
     monkeypatch.setattr(type(expander.backend), "reader", lambda _: Slow())
     expanded = expander.feedback(QUERY, ["moon", "sun", "sea", "sky", "rain"], deadline_ms=70)
     assert expanded.relevance
-    assert expanded.relevance.passages == ("moon", "sun", "sea", "sky")
-    assert expanded.relevance.weights == (0.25,) * 4
+    assert expanded.relevance.passages == ("moon", "sun")
+    assert expanded.relevance.weights == (0.5,) * 2
     assert expanded.finish_reason == "deadline"
 
 
@@ -271,11 +271,9 @@ def test_a_closed_expander_says_so(gguf: Path, tiny_qwen3: Path, engine: Any, as
     expander = Expander.load(gguf if engine == "llama.cpp" else tiny_qwen3, engine=engine, gate=OPEN)
     if asked_before:
         expander.feedback(QUERY, PASSAGES)
-    prompts = Feedback().encode(QUERY, PASSAGES, expander.spec.prompt, expander.backend.tokenize)
-    expander._passages.close()
-    with pytest.raises(QeEdgeError, match="closed"):
-        list(expander._passages._in_turns(*prompts, deadline=math.inf, over=Event()))
     expander.close()
+    with pytest.raises(QeEdgeError, match="closed"):
+        expander.feedback(QUERY, PASSAGES)
 
 
 def test_what_adds_no_word_is_not_used(gguf: Path) -> None:
@@ -322,6 +320,8 @@ def test_a_cancelled_one_reads_no_further(gguf: Path, monkeypatch: pytest.Monkey
                 go_on.wait(60)
                 yield [-1.0] * len(prompts[at : at + 2])
 
+        def forget(self) -> None: ...
+
         def close(self) -> None: ...
 
     monkeypatch.setattr(LlamaCppBackend, "reader", lambda _: Held())
@@ -339,8 +339,7 @@ def test_a_cancelled_one_reads_no_further(gguf: Path, monkeypatch: pytest.Monkey
     with Expander.load(gguf, gate=OPEN) as expander:
         asyncio.run(cancelled(expander))
         go_on.set()
-        assert expander._threads
-        expander._threads.shutdown()  # both have ended
+        expander.forget()  # once both have ended
     assert groups == [0]
 
 
