@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from signal import SIGINT, pthread_kill
+from signal import SIGINT, default_int_handler, pthread_kill, signal
 from threading import Event, Thread, main_thread
 from time import sleep
 
@@ -126,6 +126,7 @@ def test_ctrl_c_ends_the_wait_of_one_and_disturbs_no_other(
         pthread_kill(main_thread().ident or 0, SIGINT)
 
     monkeypatch.setattr(LlamaBatch, "step", held)
+    signal(SIGINT, default_int_handler)  # which a process in the background begins without
     with ThreadPoolExecutor(8) as pool:
         others = [pool.submit(expander.expand, query) for query in QUERIES[1:6]]
         pool.submit(interrupt)
