@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 $(READY): export PYTHONWARNINGS = ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format clean
+.PHONY: help install demo test test-all lint format docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ lint: $(READY)  ## Check style, layers and types
 format: $(READY)  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY)  ## Write docs/cli.md from the commands
+	TYPER_USE_RICH=0 $(BIN)/typer qe_edge.cli utils docs --name qe-edge --title "Commands" --output docs/cli.md
 
 clean:  ## Delete the environment and build files; trained models in qe-edge-work stay
 	rm -rf $(VENV) build *.egg-info

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from qe_edge.bench.config import BenchConfig
-from qe_edge.bench.inputs import parse_model
+from qe_edge.bench.inputs import Model, parse_model
 from qe_edge.bench.result import RESULT, BenchResult
 from qe_edge.bench.systems import Systems, is_of
 from qe_edge.console import note
@@ -41,14 +41,14 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         check_measure(measure)
     loaded = [load_dataset(name) for name in config.datasets]
     dev = _load_dev(config, loaded)
-    models = dict(parse_model(text) for text in config.models)
-    if len(models) < len(config.models):
+    named = dict(parse_model(text) for text in config.models)
+    if len(named) < len(config.models):
         raise BadArgument("two models have the same name; tell them apart with --model LABEL=MODEL")
-    paths = {label: resolve(model).path for label, model in models.items()}
-    inputs: dict[str, Path | str] = {label: path or models[label] for label, path in paths.items()}
+    inputs: dict[str, Path | str] = {label: resolve(name).path or name for label, name in named.items()}
     inputs |= {f"teachers[{i}]": path for i, path in enumerate(config.teachers)}
     run = RunFolder("bench", msgspec.to_builtins(config), inputs, out or workdir.new("bench"))
-    digests = {label: run.record["inputs"][label]["sha256"] for label in models}
+    hashes = {label: run.record["inputs"][label]["sha256"] for label in named}
+    models = [Model(label, name, hashes[label], config.joins) for label, name in named.items()]
     warnings: list[str] = []
     failures: list[str] = []
     results = []
@@ -56,12 +56,20 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         if not any(is_of(row, data) for row in read_jsonl(path, Expansion) for data in loaded):
             warnings.append(f"{path} holds no expansion of these queries")
             note(f"bench: {warnings[-1]}")
-    tuning = Systems(dev, config, run.partial, workdir).tune(models, digests, failures) if dev else []
-    tuned = {found.model: found.chosen for found in tuning}
+    tuning = []
+    if dev:
+        tuner = Systems(dev, config, run.partial, workdir)
+        tuning = tuner.tune(models)
+        failures += tuner.failures
+        chosen = {found.model: (found.chosen,) for found in tuning}
+        # One that failed there can't be compared: it would have another join.
+        models = [model._replace(joins=chosen[model.label]) for model in models if model.label in chosen]
     for data in loaded:
         note(f"bench: {data}")
         one = Systems(data, config, run.partial, workdir)
-        results.append(one.measure(models, digests, tuned, warnings, failures))
+        results.append(one.measure(models))
+        warnings += one.warnings
+        failures += one.failures
     result = BenchResult(
         created=now(),
         label=config.label or cpu_name(),

@@ -1,10 +1,13 @@
-"""What a benchmark measures."""
+"""What a benchmark measures, said once: recipes are read into it, flags are made of it."""
 
 from __future__ import annotations
 
-import msgspec
+from typing import Annotated
 
-from qe_edge.records import Count, Threads
+import msgspec
+from msgspec import Meta
+
+from qe_edge.records import ANALYZER, RETRIEVER, Count, Threads
 from qe_edge.student.feedback import Passages
 from qe_edge.student.join import TEACHER_JOIN
 
@@ -24,34 +27,67 @@ TUNE_JOINS = (
 class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What to measure.
 
-    `models` are files, folders, hub ids or built-ins, each as `MODEL` or `LABEL=MODEL`. `joins` replaces
-    the models' own join; several make several rows of one generation. `teachers` are expansion files, of
-    which `teacher_models` selects (empty: all); the best of them is what retention refers to. `tune_on`
-    names another data set, on whose queries each model's join is chosen among `tune_joins`. `measures` are
-    ir_measures to report beside nDCG@10.
-    `max_tokens` replaces the models' own token budget, `analyzer` the one of the collection's language.
-    With `feedback` each model also gets a row for what it reads, by a join of its own (`Expander.feedback`);
-    `passages` replaces its own number of them.
-    `retriever` is the address of an OpenSearch index, which is searched instead of our own.
-    `label` names the machine in reports.
+    Several `joins` make several rows of one generation. The best of the teachers is what retention refers to.
+    `tune_on` names another data set, on whose queries each model's join is chosen among `tune_joins`.
+    What a model reads has a join of its own (`Expander.feedback`).
     """
 
-    datasets: tuple[str, ...]
-    models: tuple[str, ...] = ()
-    joins: tuple[str, ...] = ()
-    tune_on: str = ""
-    tune_joins: tuple[str, ...] = TUNE_JOINS
-    measures: tuple[str, ...] = ()
-    teachers: tuple[str, ...] = ()
-    teacher_models: tuple[str, ...] = ()
-    teacher_join: str = str(TEACHER_JOIN)
-    threads: Threads | None = None
-    max_tokens: Count | None = None
-    feedback: bool = False
-    passages: Passages | None = None
-    analyzer: str = ""
-    retriever: str = ""
-    label: str = ""
+    datasets: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="NAME or NAME@SPLIT; repeat for several.", extra={"flag": "--dataset", "short": "-d"}
+        ),
+    ]
+    models: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="MODEL or LABEL=MODEL; repeat for several (default: the newest export).",
+            extra={"flag": "--model", "short": "-m"},
+        ),
+    ] = ()
+    joins: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Instead of the models' own join; several make several rows.",
+            extra={"flag": "--join"},
+        ),
+    ] = ()
+    tune_on: Annotated[
+        str, Meta(description="Choose each model's join on this data set's queries instead.")
+    ] = ""
+    tune_joins: Annotated[tuple[str, ...], Meta(description="What is chosen from.", extra={"flag": ""})] = (
+        TUNE_JOINS
+    )
+    measures: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Another measure of ir_measures, such as R@100; repeat for more.",
+            extra={"flag": "--measure"},
+        ),
+    ] = ()
+    teachers: Annotated[
+        tuple[str, ...],
+        Meta(description="Teacher expansions of these queries (JSON Lines).", extra={"flag": "--teacher"}),
+    ] = ()
+    teacher_models: Annotated[
+        tuple[str, ...],
+        Meta(description="Take only this teacher's rows.", extra={"flag": "--teacher-model"}),
+    ] = ()
+    teacher_join: Annotated[str, Meta(description="How a teacher's texts are joined.")] = str(TEACHER_JOIN)
+    threads: Annotated[Threads | None, Meta(description="CPU threads (default: all cores).")] = None
+    max_tokens: Annotated[Count | None, Meta(description="Instead of the models' own token budget.")] = None
+    feedback: Annotated[bool, Meta(description="Also have each model read what the plain query finds.")] = (
+        False
+    )
+    passages: Annotated[
+        Passages | None,
+        Meta(description="That feedback reads for each query (default: the model's own number)."),
+    ] = None
+    analyzer: Annotated[str, Meta(description=ANALYZER)] = ""
+    retriever: Annotated[str, Meta(description=RETRIEVER)] = ""
+    label: Annotated[
+        str, Meta(description="What to call this machine in reports.", extra={"flag": "--hardware-label"})
+    ] = ""
 
     def __post_init__(self) -> None:
         if self.passages and not self.feedback:

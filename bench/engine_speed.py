@@ -7,9 +7,6 @@ from one quantized layer: each layer of the real mixture of types is a copy of i
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from contextlib import closing
@@ -22,9 +19,10 @@ import msgspec
 import numpy as np
 
 from qe_edge.bench import synthetic
+from qe_edge.bench.child import in_child
 from qe_edge.bench.speed import peak_memory_mb
 from qe_edge.console import note
-from qe_edge.errors import BadArgument, QeEdgeError, require
+from qe_edge.errors import BadArgument, require
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.quantize import KINDS, NEED_IMPORTANCE, quantize_gguf
 from qe_edge.runtime.expander import PARALLEL
@@ -63,7 +61,9 @@ class EngineSpeed(msgspec.Struct, frozen=True):
     peak_memory_mb: float
 
 
-class _Request(msgspec.Struct, frozen=True):
+class Task(msgspec.Struct, frozen=True):
+    """What a child measures."""
+
     model: str
     threads: int
     rounds: int
@@ -78,17 +78,15 @@ def engine_speed(ref: ModelRef, *, threads: int | None = None, rounds: int = 3) 
     """
     if not ref.is_gguf or ref.path is None:
         raise BadArgument(f"{ref.name} is no GGUF file, which the plain loop over llama.cpp needs")
-    request = msgspec.json.encode(_Request(str(ref.path), threads or usable_cores(), rounds))
-    command = [sys.executable, "-P", "-m", "qe_edge.bench.engine_speed"]
-    child = subprocess.run(command, input=request, stdout=subprocess.PIPE, check=False)
-    if child.returncode:
-        raise QeEdgeError(f"the process running {ref.name} ended with exit code {child.returncode}")
-    return msgspec.json.decode(child.stdout, type=EngineSpeed)
+    task = Task(str(ref.path), threads or usable_cores(), rounds)
+    return in_child(measure, task, what=f"running {ref.name}")
 
 
-def _measure(ref: ModelRef, threads: int, rounds: int) -> EngineSpeed:
+def measure(task: Task) -> EngineSpeed:
+    """In a child."""
     from qe_edge.backends.llama_cpp import LlamaCppBackend
 
+    ref, threads, rounds = resolve(task.model), task.threads, task.rounds
     assert ref.path is not None
     start = time.perf_counter()
     backend = LlamaCppBackend(ref, threads=threads)
@@ -289,19 +287,6 @@ def _repeat_layers(passes: list[Path], types: dict[str, str], layers: int, out: 
         writer.close()
 
 
-def _main() -> None:
-    """In the child."""
-    stdout = os.dup(1)
-    os.dup2(2, 1)  # engines print; the figures alone go to stdout
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=_Request)
-    try:
-        found = _measure(resolve(request.model), request.threads, request.rounds)
-    except QeEdgeError as error:
-        note(f"error: {error}")
-        sys.exit(error.exit_code)
-    os.write(stdout, msgspec.json.encode(found))
-
-
 def table(found: list[EngineSpeed]) -> str:
     """The figures as a Markdown table."""
     lines = [
@@ -316,7 +301,3 @@ def table(found: list[EngineSpeed]) -> str:
         for s in found
     ]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    _main()

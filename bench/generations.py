@@ -13,16 +13,14 @@ from typing import Any
 import msgspec
 
 from qe_edge.bench.result import Speed
-from qe_edge.bench.speed import Generated, Request, generate
+from qe_edge.bench.speed import Generated, Task, generate
 from qe_edge.console import note
 from qe_edge.student.spec import ModelSpec
 from qe_edge.work.files import atomic_path
 from qe_edge.work.machine import cpu_name, usable_cores, versions
 
 
-def generate_once(
-    request: Request, digest: str | None, cache: Path
-) -> tuple[list[Generated], Speed, ModelSpec]:
+def generate_once(task: Task, digest: str | None, cache: Path) -> tuple[list[Generated], Speed, ModelSpec]:
     """As `generate`, but starts from what an earlier run wrote, and leaves its own for later ones.
 
     `digest` is the model's SHA-256, which its prompt is part of; without one (a hub id) nothing is kept.
@@ -30,23 +28,22 @@ def generate_once(
     engines as they were built and the GPUs that they may use.
     """
     if digest is None:
-        return generate(request)
-    settings = [request.lang, request.queries, request.engine, request.threads, request.max_tokens]
+        return generate(task)
+    settings = [task.lang, task.queries, task.engine, task.threads, task.max_tokens]
     key: list[Any] = [digest, *settings, cpu_name(), usable_cores(), versions(), *_engines()]
-    if request.passages is not None:
-        key += [request.passages, request.most]
+    if task.passages is not None:
+        key += [task.passages, task.most]
     name = hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:24]
-    request, kept = msgspec.structs.replace(request, key=name), cache / f"{name}.jsonl"
-    own = Path(request.out)
+    task, kept = msgspec.structs.replace(task, key=name), cache / f"{name}.jsonl"
+    own = Path(task.out)
     if kept.exists() and not own.exists():
         own.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(own) as partial:
             shutil.copyfile(kept, partial)
         note(
-            f"bench: {request.label}: texts and times of an earlier run; "
-            f"delete {kept} to have them written anew"
+            f"bench: {task.label}: texts and times of an earlier run; delete {kept} to have them written anew"
         )
-    found = generate(request)
+    found = generate(task)
     if not kept.exists():
         with atomic_path(kept) as partial:
             shutil.copyfile(own, partial)

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from qe_edge.console import shown
 from qe_edge.errors import BadInput
 from qe_edge.retrieval.datasets import BUILTIN, builtin_folder, split_name
 from qe_edge.student.models import resolve
 from qe_edge.work.folder import Workdir
+
+
+class Model(NamedTuple):
+    """A model to measure: its name in tables, what it is found by, and joins instead of its own.
+
+    `sha256` is None where the weights are elsewhere, as a hub id's are.
+    """
+
+    label: str
+    name: str
+    sha256: str | None
+    joins: tuple[str, ...] = ()
 
 
 def parse_model(text: str) -> tuple[str, str]:

@@ -1,28 +1,26 @@
 """Write a model's expansions of a query set, timing each; in a process of its own.
 
 A process per model gives every model its own peak memory, and keeps the others' results when one
-crashes. `python -m qe_edge.bench.speed` reads a request on stdin and prints one JSON object; each
+crashes. `python -m qe_edge.bench.speed` reads a task on stdin and prints one JSON object; each
 expansion is appended to a file as soon as it is written, so that a killed run goes on where it was.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from qe_edge.bench.child import in_child
 from qe_edge.bench.energy import EnergyMeter
 from qe_edge.bench.result import Speed
-from qe_edge.console import json_bytes, prepare_streams, progress
-from qe_edge.errors import DEBUG, BadInput, QeEdgeError, explained
+from qe_edge.console import progress
+from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.records import Lang, encode_jsonl, read_jsonl
 from qe_edge.runtime.expander import Expander
 from qe_edge.runtime.expansion import FinishReason
@@ -40,7 +38,7 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One query's expansion and its cost in tokens and seconds.
 
     `cut` is the text at each of BUDGETS that it is longer than. With feedback there is no text but the
-    `weights` of the passages that were read. `key` is the request's.
+    `weights` of the passages that were read. `key` is the task's.
     """
 
     query_id: str
@@ -60,10 +58,10 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.cut.get(budget, self.text)
 
 
-class Request(msgspec.Struct, frozen=True):
+class Task(msgspec.Struct, frozen=True):
     """What the child process is asked to do; `out` is a Generated file that it appends to.
 
-    `key` stands for the model and all settings: rows of another key are not taken for this request's.
+    `key` stands for the model and all settings: rows of another key are not taken for this task's.
 
     With `passages` of each query, these are read and nothing is written: the first `most`, or the model's own
     number.
@@ -82,127 +80,109 @@ class Request(msgspec.Struct, frozen=True):
     key: str = ""
 
 
-class Reply(msgspec.Struct, frozen=True):
-    """What it answers: the model's spec, how it loaded and how much memory it took; or why it failed."""
+class Loaded(msgspec.Struct, frozen=True):
+    """How the child's model loaded, and how much memory the work took."""
 
-    spec: ModelSpec | None = None
+    spec: ModelSpec
     load_s: float = 0.0
     peak_memory_mb: float = 0.0
-    error: str = ""
-    exit_code: int = 0
 
 
 class WrongLanguage(QeEdgeError):
     """The model does not speak the queries' language."""
 
 
-def generate(request: Request) -> tuple[list[Generated], Speed, ModelSpec]:
-    """Run a request in a child process; returns every expansion, the speeds and the model's spec.
+def generate(task: Task) -> tuple[list[Generated], Speed, ModelSpec]:
+    """Run a task in a child process; returns every expansion, the speeds and the model's spec.
 
     Raises:
         WrongLanguage: nothing was generated.
         QeEdgeError: the model can't be loaded, or its process died.
     """
-    command = [sys.executable, "-P", "-m", "qe_edge.bench.speed"]
-    # The standard library's JSON keeps names of files that are no text.
-    asked = json.dumps(msgspec.to_builtins(request)).encode()
-    child = subprocess.run(command, input=asked, stdout=subprocess.PIPE, check=False)
-    try:
-        reply = msgspec.json.decode(child.stdout, type=Reply)
-    except msgspec.MsgspecError:
-        raise QeEdgeError(
-            f"the process running {request.model} died (exit code {child.returncode})"
-        ) from None
-    if reply.error:
-        error = QeEdgeError(reply.error)
-        error.exit_code = reply.exit_code
-        raise error
-    assert reply.spec is not None  # a reply without an error has one
-    languages = reply.spec.prompt.languages
-    if request.lang not in languages:
+    loaded = in_child(work, task, what=f"running {task.model}")
+    languages = loaded.spec.prompt.languages
+    if task.lang not in languages:
         raise WrongLanguage(f"it speaks {', '.join(languages)} only")
-    rows = list(rows_of(request).values())
-    return rows, _speed(rows, reply, request), reply.spec
+    rows = list(rows_of(task).values())
+    return rows, _speed(rows, loaded, task), loaded.spec
 
 
-def rows_of(request: Request) -> dict[str, Generated]:
-    """What is already there of a request, by query."""
-    if not Path(request.out).exists():
+def rows_of(task: Task) -> dict[str, Generated]:
+    """What is already there of a task, by query."""
+    if not Path(task.out).exists():
         return {}
-    return {row.query_id: row for row in read_jsonl(request.out, Generated) if row.key == request.key}
+    return {row.query_id: row for row in read_jsonl(task.out, Generated) if row.key == task.key}
 
 
-def _speed(rows: list[Generated], reply: Reply, request: Request) -> Speed:
-    ref = resolve(request.model)
+def _speed(rows: list[Generated], loaded: Loaded, task: Task) -> Speed:
+    ref = resolve(task.model)
     done = [row for row in rows if row.finish_reason not in ("failed", "skipped")]
     if not done:
-        raise BadInput(f"{request.model} failed on every query, or found nothing to read for any")
+        raise BadInput(f"{task.model} failed on every query, or found nothing to read for any")
     times = sorted((row.prefill_s + row.decode_s) * 1000 for row in done)
     # The first token comes out of the prefill, so decoding makes one token less than was written,
     # or exactly as many where the end token was decoded too.
     decoded = sum(row.tokens - (row.finish_reason == "length") for row in done)
     joules = [row.joules for row in done if row.joules is not None]
     return Speed(
-        engine=request.engine or ref.engine,
-        threads=None if ref.engine == "mlx" else request.threads or usable_cores(),
-        load_s=reply.load_s,
+        engine=task.engine or ref.engine,
+        threads=None if ref.engine == "mlx" else task.threads or usable_cores(),
+        load_s=loaded.load_s,
         prefill_tokens_per_s=sum(row.prompt_tokens for row in done)
         / max(sum(row.prefill_s for row in done), 1e-9),
-        decode_tokens_per_s=None
-        if request.passages
-        else decoded / max(sum(row.decode_s for row in done), 1e-9),
-        first_token_ms_p50=None if request.passages else statistics.median(r.prefill_s for r in done) * 1000,
+        decode_tokens_per_s=None if task.passages else decoded / max(sum(row.decode_s for row in done), 1e-9),
+        first_token_ms_p50=None if task.passages else statistics.median(r.prefill_s for r in done) * 1000,
         ms_per_query_p50=statistics.median(times),
         ms_per_query_p95=times[min(len(times) - 1, round(0.95 * (len(times) - 1)))],
         mean_tokens=statistics.fmean(row.tokens for row in done),
-        peak_memory_mb=reply.peak_memory_mb,
+        peak_memory_mb=loaded.peak_memory_mb,
         file_mb=ref.size_bytes() / 1e6,
         joules_per_query=statistics.fmean(joules) if len(joules) == len(done) else None,
     )
 
 
-def _work(request: Request) -> Reply:
+def work(task: Task) -> Loaded:
     """In the child: load, warm up, expand what is missing."""
     parent = os.getppid()
-    _cut_incomplete_line(Path(request.out))
-    done = rows_of(request)
+    _cut_incomplete_line(Path(task.out))
+    done = rows_of(task)
     start = time.perf_counter()
     expander = Expander.load(
-        request.model,
-        engine=request.engine,
-        threads=request.threads,
-        budget_tokens=request.max_tokens,
-        passages=request.most,
+        task.model,
+        engine=task.engine,
+        threads=task.threads,
+        budget_tokens=task.max_tokens,
+        passages=task.most,
         gate=OPEN,
     )
     load_s = time.perf_counter() - start
-    if request.lang not in expander.spec.prompt.languages:
-        return Reply(spec=expander.spec)
-    if request.passages is None:
+    if task.lang not in expander.spec.prompt.languages:
+        return Loaded(spec=expander.spec)
+    if task.passages is None:
         expander.expand(WARM_UP)
     else:
         expander.feedback(WARM_UP, [WARM_UP])
-    Path(request.out).parent.mkdir(parents=True, exist_ok=True)
-    todo = {query_id: text for query_id, text in request.queries.items() if query_id not in done}
+    Path(task.out).parent.mkdir(parents=True, exist_ok=True)
+    todo = {query_id: text for query_id, text in task.queries.items() if query_id not in done}
     meter = EnergyMeter()
     with (
-        Path(request.out).open("ab") as file,
-        progress(request.label, len(request.queries), done=len(done)) as advance,
+        Path(task.out).open("ab") as file,
+        progress(task.label, len(task.queries), done=len(done)) as advance,
     ):
         for query_id, query in todo.items():
             if os.getppid() != parent:  # it was killed, and another run may write to this file by now
                 sys.exit(1)
             expander.forget()
             meter.joules()  # it counts from here on
-            if request.passages is None:
+            if task.passages is None:
                 row = _expand(expander, query_id, query)
             else:
-                row = _read(expander, query_id, query, request.passages[query_id])
-            file.write(encode_jsonl([msgspec.structs.replace(row, joules=meter.joules(), key=request.key)]))
+                row = _read(expander, query_id, query, task.passages[query_id])
+            file.write(encode_jsonl([msgspec.structs.replace(row, joules=meter.joules(), key=task.key)]))
             file.flush()
             advance()
     expander.close()
-    return Reply(expander.spec, load_s, peak_memory_mb())
+    return Loaded(expander.spec, load_s, peak_memory_mb())
 
 
 def _cut_incomplete_line(path: Path) -> None:
@@ -263,23 +243,3 @@ def peak_memory_mb() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-
-
-def _main() -> None:
-    prepare_streams()
-    stdout = os.dup(1)
-    os.dup2(2, 1)  # engines print; the reply alone goes to stdout
-    try:
-        reply = _work(msgspec.convert(json.loads(sys.stdin.buffer.read()), Request))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        if os.environ.get(DEBUG):
-            traceback.print_exc()
-        code = error.exit_code if isinstance(error, QeEdgeError) else QeEdgeError.exit_code
-        reply = Reply(error=explained(error), exit_code=code)
-    os.write(stdout, json_bytes(reply))
-
-
-if __name__ == "__main__":
-    _main()

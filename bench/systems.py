@@ -11,10 +11,11 @@ from typing import Any
 
 from qe_edge.bench.config import BenchConfig
 from qe_edge.bench.generations import generate_once
+from qe_edge.bench.inputs import Model
 from qe_edge.bench.prf import found_texts, rm3
 from qe_edge.bench.quality import DEPTH, MEASURE, compare_all, retrieve, values_of
 from qe_edge.bench.result import DatasetResult, Kind, Speed, System, Tuning
-from qe_edge.bench.speed import BUDGETS, Generated, Request, WrongLanguage
+from qe_edge.bench.speed import BUDGETS, Generated, Task, WrongLanguage
 from qe_edge.console import note
 from qe_edge.errors import QeEdgeError
 from qe_edge.records import Expansion, read_jsonl
@@ -33,7 +34,8 @@ from qe_edge.work.folder import Workdir
 class Systems:
     """One data set, its index, and the rows measured on it so far.
 
-    Runs and generations are written below `folder`.
+    Runs and generations are written below `folder`. What went wrong is in `warnings`, and models that could
+    not be run are in `failures`.
     """
 
     def __init__(self, data: Dataset, config: BenchConfig, folder: Path, workdir: Workdir):
@@ -49,15 +51,10 @@ class Systems:
             self.index = Index.for_dataset(data, workdir.root / "index", analyzer=config.analyzer)
             self.info = describe(data, self.index.ids)
         self.systems: list[System] = []
+        self.warnings: list[str] = []
+        self.failures: list[str] = []
 
-    def measure(
-        self,
-        models: dict[str, str],
-        digests: dict[str, str | None],
-        tuned: dict[str, str],
-        warnings: list[str],
-        failures: list[str],
-    ) -> DatasetResult:
+    def measure(self, models: Sequence[Model]) -> DatasetResult:
         plain = self.retrieve({}, DEFAULT_JOIN)
         self.add("BM25", "bm25", "", plain)
         texts = {}
@@ -65,22 +62,18 @@ class Systems:
             texts = found_texts(self.data, plain, MOST_PASSAGES)
             self.add("BM25 + RM3", "feedback", "", rm3(self.data, self.index, plain, texts, self.depth))
         elif self.config.feedback:
-            warnings.append(f"no feedback on {self.data}: it needs our own index")
-        for label, model in models.items():
-            if self.config.tune_on and label not in tuned:
-                continue  # it failed there; with another join it couldn't be compared
-            joins = (tuned[label],) if label in tuned else self.config.joins
+            self.warnings.append(f"no feedback on {self.data}: it needs our own index")
+        for model in models:
             try:
-                self.add_model(label, model, digests[label], joins, plain, warnings)
+                self.add_model(model, plain)
                 if self.config.feedback and texts:
-                    self.add_feedback(label, model, digests[label], texts)
+                    self.add_feedback(model, texts)
             except QeEdgeError as error:
-                failures.append(f"{label} on {self.data}: {error}")
-                note(f"bench: {failures[-1]}")
+                self.fail(model, error)
         for name, expansions in self.teachers():
             missing = len(self.data.queries) - len(expansions)
             if missing:
-                warnings.append(
+                self.warnings.append(
                     f"{name} has no expansion of {missing} queries of {self.data}, searched as they are"
                 )
             run = self.retrieve(expansions, Join.parse(self.config.teacher_join))
@@ -98,17 +91,18 @@ class Systems:
             systems=compare_all(self.systems, teacher),
         )
 
-    def tune(
-        self, models: dict[str, str], digests: dict[str, str | None], failures: list[str]
-    ) -> list[Tuning]:
+    def fail(self, model: Model, error: QeEdgeError) -> None:
+        self.failures.append(f"{model.label} on {self.data}: {error}")
+        note(f"bench: {self.failures[-1]}")
+
+    def tune(self, models: Sequence[Model]) -> list[Tuning]:
         """Choose each model's join by its nDCG@10 here."""
         found = []
-        for label, model in models.items():
+        for model in models:
             try:
-                rows, *_ = self.generate(label, model, digests[label])
+                rows, *_ = self.generate(model.label, model)
             except QeEdgeError as error:
-                failures.append(f"{label} on {self.data}: {error}")
-                note(f"bench: {failures[-1]}")
+                self.fail(model, error)
                 continue
             texts = {row.query_id: row.text for row in rows}
             curve = {}
@@ -116,8 +110,8 @@ class Systems:
                 run = retrieve(self.data, self.index, texts, Join.parse(join), depth=10)
                 curve[join] = mean_interval(list(values_of(self.data, run).values()))
             chosen = max(curve, key=lambda join: curve[join].mean)
-            note(f"bench: {label}: {chosen}, chosen on {self.data}")
-            found.append(Tuning(label, str(self.data), curve, chosen))
+            note(f"bench: {model.label}: {chosen}, chosen on {self.data}")
+            found.append(Tuning(model.label, str(self.data), curve, chosen))
         return found
 
     @property
@@ -147,10 +141,10 @@ class Systems:
         )
 
     def generate(
-        self, label: str, model: str, digest: str | None, passages: dict[str, list[str]] | None = None
+        self, label: str, model: Model, passages: dict[str, list[str]] | None = None
     ) -> tuple[list[Generated], Speed, ModelSpec]:
-        request = Request(
-            model=model,
+        task = Task(
+            model=model.name,
             lang=self.info.lang,
             queries=self.data.queries,
             out=str(self.folder / "generated" / self.slug / f"{_slug(label)}-{_hash(label)}.jsonl"),
@@ -160,15 +154,15 @@ class Systems:
             passages=passages,
             most=self.config.passages,
         )
-        return generate_once(request, digest, self.cache)
+        return generate_once(task, model.sha256, self.cache)
 
-    def add_feedback(self, label: str, model: str, digest: str | None, texts: dict[str, list[str]]) -> None:
+    def add_feedback(self, model: Model, texts: dict[str, list[str]]) -> None:
         """A row for reading the passages that the plain queries found."""
         assert isinstance(self.index, Index)
         most = self.config.passages
-        name = f"{label} + feedback" + (f" {most}" if most else "")
+        name = f"{model.label} + feedback" + (f" {most}" if most else "")
         try:
-            rows, speed, spec = self.generate(name, model, digest, texts)
+            rows, speed, spec = self.generate(name, model, texts)
         except WrongLanguage:  # it was said when it was to write
             return
         settings, run, expansions = spec.feedback, {}, {}
@@ -179,30 +173,23 @@ class Systems:
             run[row.query_id] = self.index.search(expanded.terms(self.index.meta.analyzer), self.depth)
             expansions[row.query_id] = expanded.summary()
         more: dict[str, Any] = {"failed": sum(not row.weights for row in rows), "expansions": expansions}
-        self.add(name, "model", str(settings.join), run, sha256=digest, speed=speed, **more)
+        self.add(name, "model", str(settings.join), run, sha256=model.sha256, speed=speed, **more)
         note(f"bench: {name} on {self.data}: {speed.prefill_tokens_per_s:.0f} tokens read/s")
 
-    def add_model(
-        self,
-        label: str,
-        model: str,
-        digest: str | None,
-        joins: Sequence[str],
-        plain: dict[str, Ranking],
-        warnings: list[str],
-    ) -> None:
+    def add_model(self, model: Model, plain: dict[str, Ranking]) -> None:
         """A row for each join and, where the student's gate holds something back, another one with it."""
+        label = model.label
         try:
-            rows, speed, spec = self.generate(label, model, digest)
+            rows, speed, spec = self.generate(label, model)
         except WrongLanguage as error:
-            warnings.append(f"{label} was not run on {self.data}: {error}")
-            note(f"bench: {warnings[-1]}")
+            self.warnings.append(f"{label} was not run on {self.data}: {error}")
+            note(f"bench: {self.warnings[-1]}")
             return
         failed = sum(row.finish_reason == "failed" or not row.text for row in rows)
         expansions = {row.query_id: row.text for row in rows if row.text}
-        more: dict[str, Any] = {"failed": failed, "speed": speed, "sha256": digest}
+        more: dict[str, Any] = {"failed": failed, "speed": speed, "sha256": model.sha256}
         let_through = self.let_through(expansions, spec, plain)
-        for join in [Join.parse(text) for text in joins] or [spec.join]:
+        for join in [Join.parse(text) for text in model.joins] or [spec.join]:
             run = self.retrieve(expansions, join)
             budgets = self.by_budget(rows, join)
             self.add(label, "model", str(join), run, budgets=budgets, expansions=expansions, **more)
@@ -210,7 +197,9 @@ class Systems:
                 run = self.retrieve(let_through, join)
                 self.add(f"{label} + gate", "model", str(join), run, expansions=let_through, **more)
         if speed.engine == "mlx" and sys.platform == "linux":
-            warnings.append(f"{label} ran on MLX's CPU build for Linux: its speed says nothing about MLX")
+            self.warnings.append(
+                f"{label} ran on MLX's CPU build for Linux: its speed says nothing about MLX"
+            )
         cut = sum(row.finish_reason == "length" for row in rows)
         note(
             f"bench: {label} on {self.data}: {speed.decode_tokens_per_s:.0f} tokens/s, "

@@ -8,9 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import msgspec
+
 from qe_edge.errors import BadArgument, BadInput, NotFound, NotInstalled, require
 from qe_edge.export.adapter import adapter_of, base_folder, convert_adapter
 from qe_edge.export.card import write_card, write_modelfile
+from qe_edge.export.config import ExportConfig
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.imatrix import Importance, calibration_rows, measure_importance
 from qe_edge.export.lineage import provenance, training_data, training_selection
@@ -33,40 +36,19 @@ UNQUANTIZED = ("BF16", "F16")
 Progress = Callable[[str], None]
 
 
-class MlxOptions(NamedTuple):
-    """What `convert_mlx` is told apart from what the kinds say; `bits` and `recipe` take their place."""
-
-    bits: int | None = None
-    group_size: int = 64
-    recipe: str | None = None
-
-
 def export_model(
     model: Path,
     out: Path,
+    config: ExportConfig | None = None,
     *,
-    kinds: Sequence[str] = ("Q4_K_M",),
-    formats: Sequence[str] = FORMATS,
-    budget_mb: float | None = None,
-    adapter: bool = False,
-    calibrate: Sequence[Path] | None = None,
-    mlx: MlxOptions | None = None,
-    verify: bool = True,
     progress: Progress = lambda message: None,
 ) -> dict[str, Any]:
     """Export a merged model folder to the folder `out`, whole or not at all.
 
     Writes `student-<kind>.gguf` for every kind, one `student-mlx-<bits>bit` folder for every number of
     bits among the kinds (`student-mlx-bf16` for BF16 and F16), a model card (README.md), a Modelfile
-    for Ollama, SHA256SUMS and run.json. An older `out` is replaced, and stays if anything fails.
-
-    With `budget_mb` comes `student-mixed.gguf` of at most so many million bytes, whose tensors have the
-    types that change the answers least (see `choose_types`).
-
-    With `adapter` comes `adapter/student-lora.gguf`, the last LoRA adapter alone, for the base model's GGUF.
-
-    `calibrate` names the expansions that the importance matrix of the quantized GGUFs is measured on: by
-    default those that the student was trained on, where they are at hand; none at all if empty.
+    for Ollama, SHA256SUMS and run.json; `student-mixed.gguf` and `adapter/student-lora.gguf` where they are
+    wanted. An older `out` is replaced, and stays if anything fails.
 
     Returns:
         `files` (name -> bytes), `checks` (name -> what `verify_gguf` or `verify_mlx` found), `calibration`
@@ -80,59 +62,48 @@ def export_model(
         NotFound, BadInput: the model is missing, has no qe-edge spec, or can't be converted.
         QeEdgeError: an export doesn't answer as its source does.
     """
-    kinds, formats = list(dict.fromkeys(kinds)), list(dict.fromkeys(formats))
-    check_choices(kinds, formats, budget_mb=budget_mb, adapter=adapter, calibrate=calibrate, mlx=mlx)
+    config = config or ExportConfig()
+    check_choices(config)
+    kinds, formats = list(dict.fromkeys(config.kinds)), list(dict.fromkeys(config.formats))
     if not model.is_dir():
         raise NotFound(f"{model}: no such model folder")
     spec = read_spec(model)
     if spec is None:
         raise BadInput("has no qe_edge.json, which holds its prompt; `qe-edge merge` writes it", path=model)
-    _check_installed(formats, verify)
+    _check_installed(formats, config.verify)
     source = Source(model)
     check_output(out, "export")
     if "mlx" in formats:
-        for width in mlx_widths(kinds, mlx):
-            check_mlx(source.config, width, (mlx or MlxOptions()).group_size)
-    lora = adapter_of(model) if adapter else None
+        for width in mlx_widths(config):
+            check_mlx(source.config, width, config.mlx_group)
+    lora = adapter_of(model) if config.adapter else None
     base = base_folder(lora) if lora else None
-    calibration = None
-    if "gguf" in formats and (budget_mb is not None or any(bits_of(kind) < 8 for kind in kinds)):
-        needing = [kind for kind in kinds if kind in NEED_IMPORTANCE] + ["a mixed file"] * (
-            budget_mb is not None
-        )
-        calibration = _calibrate(source, spec, calibrate, needing, progress)
+    calibration = _calibrate(source, spec, config, progress)
     reference = None
-    if verify:
+    if config.verify:
         progress("asking the source model, in float32")
         reference = load_reference(model)
-    origin, options = provenance(model, spec), mlx or MlxOptions()
+    origin = provenance(model, spec)
     checks: dict[str, Any] = {}
     types: dict[str, str] | None = None
     with atomic_path(out) as folder:
         folder.mkdir()
-        work = _Export(source, folder, spec, origin, calibration, reference, progress)
+        work = _Export(config, source, folder, spec, origin, calibration, reference, progress)
         if "gguf" in formats:
-            made, types = work.ggufs(kinds, budget_mb)
+            made, types = work.ggufs(kinds)
             checks |= made
             if lora and base:
                 checks |= work.adapter(lora, base)
         if "mlx" in formats:
-            checks |= work.mlx(kinds, options)
+            checks |= work.mlx()
         files = {path.name: _size(path) for path in sorted(folder.iterdir())}
         write_card(folder, spec, files, checks, calibration.importance if calibration else None)
         if ggufs := [name for name in files if name.endswith(".gguf")]:
             write_modelfile(folder, spec, min(ggufs, key=files.__getitem__))
         _write_checksums(folder)
-        settings: dict[str, Any] = {
-            "kinds": kinds,
-            "formats": formats,
-            "budget_mb": budget_mb,
-            "adapter": adapter,
-        }
-        settings |= {"mlx": options._asdict(), "verify": verify}
         measured = calibration.importance.describe() if calibration else None
         found = {"files": files, "checks": checks, "calibration": measured, "types": types}
-        record = run_record("export", settings, {"model": model}, **found)
+        record = run_record("export", msgspec.to_builtins(config, enc_hook=str), {"model": model}, **found)
         # So that both can be moved together.
         record["inputs"]["model"]["path"] = os.path.relpath(model, out)
         write_json(folder / MANIFEST, record)
@@ -147,56 +118,46 @@ class _Calibration(NamedTuple):
 
 
 def _calibrate(
-    source: Source,
-    spec: ModelSpec,
-    calibrate: Sequence[Path] | None,
-    needing: list[str],
-    progress: Progress,
+    source: Source, spec: ModelSpec, config: ExportConfig, progress: Progress
 ) -> _Calibration | None:
-    """On the named expansions, or those that the student was trained on; `needing` can't do without."""
-    named = calibrate is not None
-    selection = SftConfig() if named else training_selection(source.model)
-    files = list(calibrate or []) if named else training_data(source.model)
+    """On the named expansions, or those that the student was trained on; some kinds can't do without."""
+    if "gguf" not in config.formats or not (config.mixed or any(bits_of(kind) < 8 for kind in config.kinds)):
+        return None
+    selection = SftConfig() if config.calibrate else training_selection(source.model)
+    files = [Path(file) for file in config.calibrate]
+    if not files and not config.no_calibrate:
+        files = training_data(source.model)
     if files:
         progress(f"importance matrix from {', '.join(path.name for path in files)}")
         rows = calibration_rows(files, selection, spec, load_tokenizer(str(source.model)))
         return _Calibration(rows, measure_importance(source, rows, files))
+    needing = [kind for kind in config.kinds if kind in NEED_IMPORTANCE] + ["a mixed file"] * config.mixed
     if needing:
         raise BadArgument(
             f"{', '.join(needing)} needs an importance matrix; name expansions for it with --calibrate"
         )
-    if not named:
+    if not config.no_calibrate:
         progress("no importance matrix: name expansions to measure it on with --calibrate")
     return None
 
 
-def check_choices(
-    kinds: Sequence[str],
-    formats: Sequence[str],
-    *,
-    budget_mb: float | None = None,
-    adapter: bool = False,
-    calibrate: Sequence[Path] | None = None,
-    mlx: MlxOptions | None = None,
-) -> None:
+def check_choices(config: ExportConfig) -> None:
     """Refuse what is unknown, listing what is known, and what would be left out without a word."""
-    _check("kind", kinds, (*KINDS, *UNQUANTIZED))
-    _check("format", formats, FORMATS)
-    of_gguf = {"--budget-mb or --target-bpw": budget_mb is not None, "--adapter": adapter}
-    of_gguf["--calibrate"] = bool(calibrate)
-    of_mlx = {"--mlx-…": mlx is not None and mlx != MlxOptions()}
-    for given, needed in ((of_gguf, "gguf"), (of_mlx, "mlx")):
+    _check("kind", config.kinds, (*KINDS, *UNQUANTIZED))
+    _check("format", config.formats, FORMATS)
+    of_gguf = {"--budget-mb or --target-bpw": config.mixed, "--adapter": config.adapter}
+    of_gguf["--calibrate"] = bool(config.calibrate)
+    changed = (config.mlx_bits, config.mlx_group, config.mlx_recipe) != (None, 64, None)
+    for given, needed in ((of_gguf, "gguf"), ({"--mlx-…": changed}, "mlx")):
         for name, is_given in given.items():
-            if is_given and needed not in formats:
+            if is_given and needed not in config.formats:
                 raise BadArgument(f"{name} needs the format {needed}, which --format leaves out")
-    if calibrate and budget_mb is None and all(bits_of(kind) >= 8 for kind in kinds):
+    if config.calibrate and not config.mixed and all(bits_of(kind) >= 8 for kind in config.kinds):
         raise BadArgument(
-            f"--calibrate changes nothing for {', '.join(kinds)}: only kinds below 8 bits use it"
+            f"--calibrate changes nothing for {', '.join(config.kinds)}: only kinds below 8 bits use it"
         )
-    if mlx and mlx.recipe is not None and mlx.bits is not None:
-        raise BadArgument("give either MLX bits or a recipe, which says the bits itself")
-    if mlx and mlx.recipe is not None:
-        _check("MLX recipe", [mlx.recipe], RECIPES)
+    if config.mlx_recipe is not None:
+        _check("MLX recipe", [config.mlx_recipe], RECIPES)
 
 
 def _check(what: str, chosen: Sequence[str], known: Sequence[str]) -> None:
@@ -226,6 +187,7 @@ def _check_installed(formats: list[str], verify: bool) -> None:
 class _Export(NamedTuple):
     """One export on its way: what it is made from, and the folder that its files go to."""
 
+    config: ExportConfig
     source: Source
     folder: Path
     spec: ModelSpec
@@ -234,9 +196,7 @@ class _Export(NamedTuple):
     reference: Reference | None
     progress: Progress
 
-    def ggufs(
-        self, kinds: list[str], budget_mb: float | None
-    ) -> tuple[dict[str, Any], dict[str, str] | None]:
+    def ggufs(self, kinds: list[str]) -> tuple[dict[str, Any], dict[str, str] | None]:
         """Write a GGUF of each kind, and a mixed one; returns what was found of each, and the mixed types."""
         checks: dict[str, Any] = {}
 
@@ -248,7 +208,7 @@ class _Export(NamedTuple):
         described: dict[str, Any] = {"spec": self.spec, "provenance": self.origin}
         importance = self.calibration.importance if self.calibration else None
         model, base = self.source.model, self.folder / "student-BF16.gguf"
-        if budget_mb is not None or any(kind != "F16" for kind in kinds):
+        if self.config.mixed or any(kind != "F16" for kind in kinds):
             convert_gguf(model, base, **described)
             made(base, "" if "BF16" in kinds else " (to be quantized, not kept)")
         for kind in kinds:
@@ -257,21 +217,28 @@ class _Export(NamedTuple):
                 made(convert_gguf(model, file, dtype="f16", **described))
             elif kind != "BF16":
                 made(quantize_gguf(base, file, kind, importance=importance))
-        types = self._mixed(base, budget_mb, made) if budget_mb is not None else None
+        types = self._mixed(base, made) if self.config.mixed else None
         if "BF16" not in kinds:
             base.unlink(missing_ok=True)
         return checks, types
 
-    def _mixed(self, base: Path, budget_mb: float, made: Callable[[Path], None]) -> dict[str, str]:
+    def _mixed(self, base: Path, made: Callable[[Path], None]) -> dict[str, str]:
         assert self.calibration  # checked before anything was written
         self.progress("measuring what each type does to the answers")
         rows, importance = self.calibration
         with TemporaryDirectory(dir=self.folder) as scratch:
-            budget = int(budget_mb * 1e6)
+            budget = int(self._budget())
             types = choose_types(self.source, base, rows, importance, budget, Path(scratch))
         file = self.folder / "student-mixed.gguf"
         made(quantize_gguf(base, file, MIXED, importance=importance, types=types))
         return types
+
+    def _budget(self) -> float:
+        """Bytes of the mixed file."""
+        if self.config.budget_mb is not None:
+            return self.config.budget_mb * 1e6
+        assert self.config.target_bpw is not None
+        return self.source.parameters * self.config.target_bpw / 8
 
     def adapter(self, adapter: Path, base: Path) -> dict[str, Any]:
         """Write the adapter's GGUF; it is checked on the base model's, which isn't kept."""
@@ -286,17 +253,17 @@ class _Export(NamedTuple):
         self.progress(_summary(file.parent, checks))
         return checks
 
-    def mlx(self, kinds: list[str], options: MlxOptions) -> dict[str, Any]:
+    def mlx(self) -> dict[str, Any]:
         """Write an MLX folder of each number of bits; returns what was found of each."""
         checks: dict[str, Any] = {}
-        for bits in mlx_widths(kinds, options):
-            name = options.recipe or (f"{bits}bit" if bits else "bf16")
+        for bits in mlx_widths(self.config):
+            name = self.config.mlx_recipe or (f"{bits}bit" if bits else "bf16")
             target = convert_mlx(
                 self.source.model,
                 self.folder / f"student-mlx-{name}",
                 bits=bits,
-                group_size=options.group_size,
-                recipe=options.recipe,
+                group_size=self.config.mlx_group,
+                recipe=self.config.mlx_recipe,
                 spec=self.spec,
                 provenance=self.origin,
             )
@@ -306,13 +273,15 @@ class _Export(NamedTuple):
         return checks
 
 
-def mlx_widths(kinds: Sequence[str], options: MlxOptions | None) -> list[int | None]:
+def mlx_widths(config: ExportConfig) -> list[int | None]:
     """The bits of each MLX folder to write, None for bfloat16; MLX has none below 2."""
-    if options and options.recipe is not None:
-        return [low_bits(options.recipe)]
-    if options and options.bits is not None:
-        return [options.bits]
-    return list(dict.fromkeys(None if kind in UNQUANTIZED else max(2, bits_of(kind)) for kind in kinds))
+    if config.mlx_recipe is not None:
+        return [low_bits(config.mlx_recipe)]
+    if config.mlx_bits is not None:
+        return [config.mlx_bits]
+    return list(
+        dict.fromkeys(None if kind in UNQUANTIZED else max(2, bits_of(kind)) for kind in config.kinds)
+    )
 
 
 def _summary(path: Path, checks: dict[str, Any]) -> str:

@@ -10,14 +10,22 @@ from typing import Annotated
 
 import typer
 
+from qe_edge.commands.bench import bench_app
 from qe_edge.commands.common import emit
-from qe_edge.commands.look import data_app, doctor
-from qe_edge.commands.measure import bench_app, export, report, verify
-from qe_edge.commands.recipe import demo, run
-from qe_edge.commands.serve import mcp, serve
+from qe_edge.commands.data import data_app
+from qe_edge.commands.doctor import doctor
+from qe_edge.commands.expand import expand
+from qe_edge.commands.export import export
+from qe_edge.commands.mcp import mcp
+from qe_edge.commands.merge import merge
+from qe_edge.commands.pairs import pairs
+from qe_edge.commands.report import report
+from qe_edge.commands.run import demo, run
+from qe_edge.commands.search import search
+from qe_edge.commands.serve import serve
 from qe_edge.commands.teach import teach
-from qe_edge.commands.train import merge, pairs, train_app
-from qe_edge.commands.use import expand, search
+from qe_edge.commands.train import train_app
+from qe_edge.commands.verify import verify
 from qe_edge.console import prepare_streams
 from qe_edge.errors import DEBUG, PartlyDone, QeEdgeError, explained
 from qe_edge.redact import redact

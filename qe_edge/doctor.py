@@ -27,7 +27,7 @@ EXTRAS = {
 }
 
 
-def doctor(workdir: Path) -> dict[str, Any]:
+def look(workdir: Path) -> dict[str, Any]:
     """Look the installation over; nothing heavy is imported but torch, for the GPU's name."""
     extras = {
         name: {"purpose": purpose, "installed": importlib.util.find_spec(module) is not None}

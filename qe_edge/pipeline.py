@@ -25,14 +25,15 @@ from qe_edge.bench.config import BenchConfig
 from qe_edge.bench.result import read_result
 from qe_edge.console import note
 from qe_edge.errors import BadInput, NotFound, require
+from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import check_choices, export_model
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
 from qe_edge.student.join import DEFAULT_JOIN, Join
 from qe_edge.student.models import resolve
-from qe_edge.train.config import DpoConfig, SftConfig
+from qe_edge.train.config import DpoConfig, PairsConfig, SftConfig
 from qe_edge.train.dpo import dpo
 from qe_edge.train.merge import merge
-from qe_edge.train.pairs import PAIRS, PairsConfig, pairs
+from qe_edge.train.pairs import PAIRS, pairs
 from qe_edge.train.sft import sft
 from qe_edge.work.files import read_json, sha256, write_json
 from qe_edge.work.folder import Workdir
@@ -53,22 +54,6 @@ class SftPart(SftConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     expansions: tuple[str, ...]
 
 
-class ExportPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Which files the student becomes."""
-
-    kinds: tuple[str, ...] = ("Q4_K_M",)
-    formats: tuple[str, ...] = ("gguf", "mlx")
-
-
-class BenchPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is compared with BM25, the untrained student, SFT alone and the teachers: the exported files."""
-
-    datasets: tuple[str, ...]
-    teachers: tuple[str, ...] = ()
-    teacher_models: tuple[str, ...] = ()
-    feedback: bool = False
-
-
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A recipe file. In its paths `{data}` stands for --data and `{builtin}` for the shipped collections."""
 
@@ -77,8 +62,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     pairs: PairsPart | None = None
     sft: SftPart
     dpo: DpoConfig | None = None
-    export: ExportPart = ExportPart()
-    bench: BenchPart
+    export: ExportConfig = ExportConfig()
+    bench: BenchConfig
 
     def __post_init__(self) -> None:
         if self.dpo and not self.pairs:
@@ -145,7 +130,7 @@ def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
     _check_installed(recipe)
     p, s, d, e, b = recipe.pairs, recipe.sft, recipe.dpo or DpoConfig(), recipe.export, recipe.bench
     join = Join.parse(recipe.join or (p.join if p else str(DEFAULT_JOIN)))
-    check_choices(e.kinds, e.formats)
+    check_choices(e)
     student = resolve(s.student)
     judged = load_dataset(p.dataset) if p else None
     benched = [load_dataset(name) for name in b.datasets]
@@ -173,7 +158,7 @@ def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
         inputs = [sha256(pair_file), sha256(adapter)]
         stages.run("dpo", d, inputs, lambda: dpo(pair_file, adapter, d, workdir=workdir))
         # SFT alone is then exported for comparison only, so one small file is enough.
-        exports = {"sft": ExportPart(kinds=e.kinds[:1], formats=("gguf",)), "dpo": e}
+        exports = {"sft": ExportConfig(kinds=e.kinds[:1], formats=("gguf",)), "dpo": e}
     for trained, part in exports.items():
         folder = stages.out[trained]
         made = partial(merge, folder, join=join, workdir=workdir)
@@ -181,14 +166,8 @@ def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
         model = stages.out[f"merge {trained}"]
         stages.run(f"export {trained}", part, [sha256(model)], partial(_export, model, part, workdir))
     files = [file for trained in exports for file in _ggufs(stages.out, trained)]
-    config = BenchConfig(
-        datasets=b.datasets,
-        models=(f"untrained={s.student}", *files),
-        joins=(str(join),),
-        teachers=b.teachers,
-        teacher_models=b.teacher_models,
-        feedback=b.feedback,
-    )
+    models = (f"untrained={s.student}", *files, *b.models)
+    config = msgspec.structs.replace(b, models=models, joins=b.joins or (str(join),))
     inputs = [*(data.fingerprint() for data in benched), *map(sha256, b.teachers)]
     inputs += [sha256(stages.out[f"export {trained}"]) for trained in exports]
     stages.run("bench", b, inputs, lambda: bench(config, workdir=workdir))
@@ -207,9 +186,9 @@ def _check_installed(recipe: Recipe) -> None:
             require(module, extra)
 
 
-def _export(model: Path, part: ExportPart, workdir: Workdir) -> Path:
+def _export(model: Path, config: ExportConfig, workdir: Workdir) -> Path:
     out = workdir.new("export")
-    export_model(model, out, kinds=part.kinds, formats=part.formats, progress=note)
+    export_model(model, out, config, progress=note)
     return out
 
 

@@ -105,6 +105,10 @@ Threads = Annotated[int, msgspec.Meta(ge=1, le=MOST_THREADS)]
 Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]  # which every random generator takes
 Amount = Annotated[float, msgspec.Meta(ge=0, lt=1e15)]  # of money, or a price
 
+# What several settings say of one thing.
+ANALYZER = "english, cjk or jieba (default: the collection's language decides)."
+RETRIEVER = "An OpenSearch or Elasticsearch index instead of our own: http://HOST:PORT/INDEX?fields=…"
+
 R = TypeVar("R", bound=msgspec.Struct)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.retrieval.datasets import Dataset, load_dataset
-from qe_edge.train.teach.plan import TeachConfig
+from qe_edge.train.teach.config import TeachConfig
 
 
 def rows(out: Path) -> list[Expansion]:

@@ -191,15 +191,19 @@ def test_numbers_of_a_spec(tiny_qwen3, change, message):
         ("dpo", "beta"),
         ("bench", "threads"),
         ("bench", "passages"),
+        ("export", "budget_mb"),
+        ("export", "target_bpw"),
+        ("serve", "deadline_ms"),
+        ("serve", "port"),
     ],
 )
 @pytest.mark.parametrize("value", [NAN, -1, 1e300, 2**70])
 def test_settings_from_flags_and_recipes(kind, name, value):
     from qe_edge.bench.config import BenchConfig
-    from qe_edge.train.config import DpoConfig, SftConfig
-    from qe_edge.train.pairs import PairsConfig
-    from qe_edge.train.teach.plan import TeachConfig
-    from qe_edge.train.teach.teach import AskConfig
+    from qe_edge.export.config import ExportConfig
+    from qe_edge.serve.config import ServeConfig
+    from qe_edge.train.config import DpoConfig, PairsConfig, SftConfig
+    from qe_edge.train.teach.config import AskConfig, TeachConfig
 
     kinds = {
         "teach": (AskConfig, {"price_in": 1.0}),
@@ -208,6 +212,8 @@ def test_settings_from_flags_and_recipes(kind, name, value):
         "sft": (SftConfig, {}),
         "dpo": (DpoConfig, {}),
         "bench": (BenchConfig, {"datasets": ["x"], "feedback": True}),
+        "export": (ExportConfig, {}),
+        "serve": (ServeConfig, {}),
     }
     config, needed = kinds[kind]
     with pytest.raises(BadArgument, match=name.replace("_", "-")):

@@ -1,4 +1,4 @@
-"""The settings of SFT and DPO, defined once: recipes are read into them, flags are made of them."""
+"""The settings of pairs, SFT and DPO, said once: recipes are read into them, flags are made of them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,54 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from qe_edge.records import Mode, Problem
+from qe_edge.records import ANALYZER, RETRIEVER, Count, Mode, Problem
+from qe_edge.student.join import DEFAULT_JOIN
 from qe_edge.student.models import DEFAULT_STUDENT
 
+Strategy = Literal["best-worst", "all-above-gap", "best-vs-sampled"]
+Executor = Literal["local", "ray"]
 Device = Literal["auto", "cuda", "cpu"]
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 Loss = Literal["sigmoid", "sigmoid_norm", "ipo", "sft"]
 Task = Literal["write", "read"]
 Size = Meta(ge=1, le=10**6)
 Share = Meta(gt=0, lt=1e9)
+
+
+class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How candidates are scored and which of them make pairs.
+
+    - `all-above-gap`: every two that differ enough, widest gap first.
+    - `best-worst`: one pair a query.
+    - `best-vs-sampled`: the best against others, drawn with `seed` from those that are worse enough.
+    """
+
+    join: Annotated[
+        str, Meta(description="How query and expansion are joined: mass:R, repeat:N or adaptive:B.")
+    ] = str(DEFAULT_JOIN)
+    reward: Annotated[
+        str, Meta(description="A measure of ir_measures, or a mix: 0.7*nDCG@10 + 0.3*R@100.")
+    ] = "nDCG@10"
+    length_penalty: Annotated[
+        float, Meta(ge=0, le=10, description="Taken off the reward per hundred words.")
+    ] = 0.0
+    strategy: Annotated[
+        Strategy,
+        Meta(description="all-above-gap, best-worst or best-vs-sampled."),
+    ] = "all-above-gap"
+    min_gap: Annotated[
+        float, Meta(gt=0, le=1, description="Difference of rewards from which two candidates make a pair.")
+    ] = 0.05
+    max_per_query: Annotated[Count, Meta(description="Pairs kept of each query.")] = 4
+    seed: Annotated[int, Meta(description="Of what best-vs-sampled draws.")] = 0
+    accept: Annotated[
+        tuple[Problem, ...],
+        Meta(description="Let in rows that `teach` marked so, such as cut (others need its --keep-bad)."),
+    ] = ()
+    analyzer: Annotated[str, Meta(description=ANALYZER)] = ""
+    retriever: Annotated[str, Meta(description=RETRIEVER)] = ""
+    executor: Annotated[Executor, Meta(description="local, or ray for a Ray cluster.")] = "local"
+    workers: Annotated[int, Meta(ge=0, le=512, description="Processes; 0 is one per core.")] = 0
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -7,54 +7,27 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from qe_edge.errors import BadInput
-from qe_edge.records import Candidate, Count, Expansion, Pair, Problem, encode_jsonl, read_jsonl
+from qe_edge.records import Candidate, Expansion, Pair, Problem, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import Dataset, load_dataset
 from qe_edge.retrieval.index import Index
 from qe_edge.retrieval.opensearch import OpenSearchIndex
-from qe_edge.student.join import DEFAULT_JOIN, Join
+from qe_edge.student.join import Join
 from qe_edge.text import count_words
+from qe_edge.train.config import PairsConfig, Strategy
 from qe_edge.train.pair_report import summarize
-from qe_edge.train.scoring import NDCG, Executor, Reward, score
+from qe_edge.train.scoring import NDCG, Reward, score
 from qe_edge.work.files import MANIFEST, atomic_path, write_json
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import check_output, run_record
 
 PAIRS, CANDIDATES, REPORT = "pairs.jsonl", "candidates.jsonl", "report.json"
-Strategy = Literal["best-worst", "all-above-gap", "best-vs-sampled"]
 # Share of index terms in common from which two expansions are one expansion, slightly reworded.
 NEAR_DUPLICATE = 0.9
-
-
-class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How candidates are scored and which of them make pairs.
-
-    `reward` is a measure of ir_measures or a mix, `0.7*nDCG@10 + 0.3*R@100`; `length_penalty` is taken off
-    it for every hundred words. `min_gap` is the difference of rewards from which two candidates make a pair.
-
-    - `all-above-gap`: every two that differ enough, widest gap first.
-    - `best-worst`: one pair a query.
-    - `best-vs-sampled`: the best against others, drawn with `seed` from those that are worse enough.
-
-    Of each query at most `max_per_query` pairs are kept. `accept` lets rows in that `teach` marked with a
-    problem. `analyzer` replaces the one of the collection's language, `retriever` our own index by an
-    OpenSearch index at that address.
-    """
-
-    join: str = str(DEFAULT_JOIN)
-    reward: str = NDCG
-    length_penalty: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.0
-    strategy: Strategy = "all-above-gap"
-    min_gap: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.05
-    max_per_query: Count = 4
-    seed: int = 0
-    accept: tuple[Problem, ...] = ()
-    analyzer: str = ""
-    retriever: str = ""
 
 
 def pairs(
@@ -64,8 +37,6 @@ def pairs(
     *,
     out: Path | None = None,
     workdir: Workdir,
-    executor: Executor = "local",
-    workers: int = 0,
 ) -> Path:
     """Build preference pairs for a data set's judged queries; returns a folder.
 
@@ -102,8 +73,8 @@ def pairs(
         join,
         reward.measures,
         cache=workdir.root / "scores",
-        executor=executor,
-        workers=workers,
+        executor=config.executor,
+        workers=config.workers,
     )
     plain = {query_id: found[NDCG] for query_id, found in zip(queries, values, strict=False)}
     candidates = [

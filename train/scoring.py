@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -26,9 +26,9 @@ from qe_edge.retrieval.measures import check_measure, depth, evaluate
 from qe_edge.retrieval.opensearch import OpenSearchIndex
 from qe_edge.retrieval.trec import Qrels, Ranking
 from qe_edge.student.join import Join
+from qe_edge.train.config import Executor
 from qe_edge.work.machine import usable_cores, versions
 
-Executor = Literal["local", "ray"]
 CHUNK = 128  # candidates that travel to a worker together
 SERIAL = 16 * CHUNK  # up to so many, starting processes costs more than it saves
 VERSION = 1  # of how scores are made: a change of it makes kept scores void

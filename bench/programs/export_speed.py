@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,9 +29,9 @@ import psutil
 import typer
 
 from qe_edge.bench import synthetic
+from qe_edge.bench.child import in_child
 from qe_edge.bench.speed import peak_memory_mb
 from qe_edge.console import note
-from qe_edge.errors import QeEdgeError
 from qe_edge.student.join import DEFAULT_JOIN
 from qe_edge.student.prompt import PromptText, prompt_for
 from qe_edge.student.spec import ModelSpec, write_spec
@@ -112,13 +111,15 @@ def main(
         write_json(out, {"shape": shape, "turns": turns})
 
 
+class Task(msgspec.Struct, frozen=True):
+    """What a child does: a way and its arguments, of which the second is what it writes."""
+
+    way: str
+    arguments: list[str]
+
+
 def _child(way: str, *arguments: object) -> Measured:
-    module = "qe_edge.bench.programs.export_speed"
-    command = [sys.executable, "-P", "-m", module, "--child", way, *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    if done.returncode:
-        raise QeEdgeError(f"{way} failed")
-    return msgspec.json.decode(done.stdout, type=Measured)
+    return in_child(measure, Task(way, list(map(str, arguments))), what=f"of {way}")
 
 
 def weights(shape: str, folder: Path) -> None:
@@ -183,9 +184,10 @@ def mlx_mlx_lm(model: Path, target: Path) -> None:
 
 
 def export(model: Path, target: Path) -> None:
+    from qe_edge.export.config import ExportConfig
     from qe_edge.export.export import export_model
 
-    export_model(model, target, kinds=["Q8_0"])
+    export_model(model, target, ExportConfig(kinds=("Q8_0",)))
 
 
 WAYS: dict[str, Callable[..., None]] = {
@@ -200,8 +202,10 @@ WAYS: dict[str, Callable[..., None]] = {
 }
 
 
-def _measure(way: str, arguments: list[Any]) -> Measured:
+def measure(task: Task) -> Measured:
     """In the child: from the first import to the last byte on the disk."""
+    way, (first, *rest) = task.way, task.arguments
+    arguments: list[Any] = [first if way == "weights" else Path(first), *map(Path, rest)]
     own = 0
     over = Event()
 
@@ -219,17 +223,10 @@ def _measure(way: str, arguments: list[Any]) -> Measured:
     seconds = time.perf_counter() - start
     over.set()
     watcher.join()
-    target = Path(arguments[1])
+    target = arguments[1]
     files = [target] if target.is_file() else target.rglob("*")
     return Measured(seconds, peak_memory_mb(), own / 1e6, sum(file.stat().st_size for file in files))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        stdout = os.dup(1)
-        os.dup2(2, 1)  # the converters print
-        way, first, *rest = sys.argv[2:]
-        found = _measure(way, [first if way == "weights" else Path(first), *map(Path, rest)])
-        os.write(stdout, msgspec.json.encode(found))
-    else:
-        typer.run(main)
+    typer.run(main)

@@ -10,9 +10,6 @@ of its own, and searches in another.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +20,10 @@ import msgspec
 import numpy as np
 import typer
 
+from qe_edge.bench.child import in_child
 from qe_edge.bench.speed import peak_memory_mb
 from qe_edge.console import note
-from qe_edge.errors import QeEdgeError, require
+from qe_edge.errors import require
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.retrieval.datasets import load_dataset
 from qe_edge.retrieval.index import K1, B, Index
@@ -91,14 +89,9 @@ def main(
         write_json(out, {"documents": documents, "found": found})
 
 
-def _child(do: str, shared: dict[str, Any]) -> Done:
+def _child(do: Literal["build", "search"], shared: dict[str, Any]) -> Done:
     note(f"{shared['way']}: {do}")
-    task = msgspec.json.encode({"do": do, **shared})
-    command = [sys.executable, "-P", "-m", "qe_edge.bench.programs.index_speed", "--child"]
-    done = subprocess.run(command, input=task, stdout=subprocess.PIPE, check=False)
-    if done.returncode:
-        raise QeEdgeError(f"{shared['way']} could not {do}")
-    return msgspec.json.decode(done.stdout, type=Done)
+    return in_child(work, Task(do=do, **shared), what=f"that has {shared['way']} {do} an index")
 
 
 def stream(task: Task) -> Iterator[tuple[str, str]]:
@@ -195,22 +188,15 @@ def search(task: Task) -> Done:
     return Done(opened, peak_memory_mb(), plain_per_s=rates[0], expanded_per_s=rates[1])
 
 
-def _main() -> None:
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
-    if task.do == "build":
-        start = time.perf_counter()
-        build(task)
-        size = sum(file.stat().st_size for file in Path(task.folder).rglob("*") if file.is_file())
-        done = Done(time.perf_counter() - start, peak_memory_mb(), size / 1e6)
-    else:
-        done = search(task)
-    os.write(stdout, msgspec.json.encode(done))
+def work(task: Task) -> Done:
+    """In a child."""
+    if task.do == "search":
+        return search(task)
+    start = time.perf_counter()
+    build(task)
+    size = sum(file.stat().st_size for file in Path(task.folder).rglob("*") if file.is_file())
+    return Done(time.perf_counter() - start, peak_memory_mb(), size / 1e6)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--child"]:
-        _main()
-    else:
-        typer.run(main)
+    typer.run(main)

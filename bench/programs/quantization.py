@@ -9,7 +9,7 @@ the data set. Differences are paired over the queries, speeds are shares of BF16
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -19,6 +19,7 @@ from qe_edge.bench.report.table import bounds, score, signed
 from qe_edge.bench.result import System, read_result
 from qe_edge.console import note
 from qe_edge.errors import QeEdgeError
+from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import export_model
 from qe_edge.export.lineage import training_data
 from qe_edge.export.quantize import MIXED, NEED_IMPORTANCE
@@ -91,9 +92,14 @@ def _export(
     if made != (sha256(model), kinds, budget_mb, [sha256(path) for path in calibrate]):
         # What it was trained on is drawn from as its training did.
         default = bool(calibrate) and list(calibrate) == training_data(model)
-        shared: dict[str, Any] = {"budget_mb": budget_mb, "progress": note}
-        shared["calibrate"] = None if default else calibrate
-        export_model(model, out, kinds=kinds, formats=["gguf"], **shared)
+        config = ExportConfig(
+            kinds=tuple(kinds),
+            formats=("gguf",),
+            budget_mb=budget_mb,
+            calibrate=() if default else tuple(map(str, calibrate)),
+            no_calibrate=not calibrate,
+        )
+        export_model(model, out, config, progress=note)
     if budget_mb:
         return [Exported(f"{MIXED} {budget_mb:g} MB", True, out / f"student-{MIXED}.gguf")]
     return [Exported(kind, bool(calibrate), out / f"student-{kind}.gguf") for kind in kinds]

@@ -16,8 +16,6 @@ weights.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -28,6 +26,7 @@ import msgspec
 import typer
 
 from qe_edge.bench import synthetic
+from qe_edge.bench.child import Died, in_child
 from qe_edge.bench.speed import peak_memory_mb
 from qe_edge.console import note
 from qe_edge.errors import QeEdgeError, require
@@ -47,7 +46,7 @@ WARM_UP = 2  # steps
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "L4": 121e12}
 
 
-class Request(msgspec.Struct, frozen=True):
+class Task(msgspec.Struct, frozen=True):
     """What a child process measures."""
 
     way: Way
@@ -95,7 +94,7 @@ def main(
         turns: dict[Way, list[Measured | None]] = {way: [] for way in ways}
         for _ in range(rounds):
             for way in ways:
-                turns[way].append(_run(Request(way, method, shape, layers, steps, batch)))
+                turns[way].append(_run(Task(way, method, shape, layers, steps, batch)))
         for way in ways:
             print(_row(method, way, turns), flush=True)
             found[f"{method} {way}"] = turns[way]
@@ -119,20 +118,16 @@ def _row(method: str, way: Way, turns: dict[Way, list[Measured | None]]) -> str:
     return f"| {method} | {way} | {rate:,.0f} | {times} | {share:.0%} | {memory:.1f} | {estimated} |"
 
 
-def _run(request: Request) -> Measured | None:
+def _run(task: Task) -> Measured | None:
     """One turn in a child process; None where memory ran out."""
-    note(f"{request.method} {request.way}")
-    child = subprocess.run(
-        [sys.executable, "-P", "-m", "qe_edge.bench.programs.train_speed", "--child"],
-        input=msgspec.json.encode(request),
-        stdout=subprocess.PIPE,
-        check=False,
-    )
-    if child.returncode == QeEdgeError.exit_code:
+    note(f"{task.method} {task.way}")
+    try:
+        return in_child(measured, task, what=f"of {task.method} {task.way}")
+    except Died:
+        raise
+    except QeEdgeError as error:
+        note(str(error))
         return None
-    if child.returncode:
-        raise QeEdgeError(f"the process of {request.method} {request.way} died ({child.returncode})")
-    return msgspec.json.decode(child.stdout, type=Measured)
 
 
 def rows(count: int, method: Method, name: str, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -165,29 +160,29 @@ def tokens_of(row: dict[str, list[int]], method: str) -> int:
     return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
-def measure(request: Request) -> Measured:
+def measure(task: Task) -> Measured:
     """In the child: train for some steps on random weights and time all but the first ones."""
     torch = require("torch", "train")
     common = {"accumulate": 1, "logging_steps": 1_000_000, "save_steps": 1_000_000}
-    kind = SftConfig if request.method == "sft" else DpoConfig
-    batch = request.batch if request.way == "ours" else 8
+    kind = SftConfig if task.method == "sft" else DpoConfig
+    batch = task.batch if task.way == "ours" else 8
     config = kind(batch_size=batch, **common)  # type: ignore[arg-type]
     on = hardware(config)
-    encoded = rows(batch * request.steps, request.method, request.shape)
-    tokens = [tokens_of(row, request.method) for row in encoded]
+    encoded = rows(batch * task.steps, task.method, task.shape)
+    tokens = [tokens_of(row, task.method) for row in encoded]
     needs = estimate(
-        synthetic.shape(request.shape, layers=request.layers),
+        synthetic.shape(task.shape, layers=task.layers),
         config,
         on,
         rank=RANK,
-        longest=max(tokens) if request.method == "sft" else max(tokens) // 2,
+        longest=max(tokens) if task.method == "sft" else max(tokens) // 2,
         tokens=sum(tokens),
     )
     with TemporaryDirectory() as folder:
-        if request.way == "ours":
-            trainer = _ours(request, config, on, encoded, Path(folder))
+        if task.way == "ours":
+            trainer = _ours(task, config, on, encoded, Path(folder))
         else:
-            trainer = _trl(request, on, encoded, Path(folder))
+            trainer = _trl(task, on, encoded, Path(folder))
         clock = _clock(torch, on.device)
         trainer.add_callback(clock)
         trainer.train()
@@ -207,24 +202,24 @@ def measure(request: Request) -> Measured:
     )
 
 
-def _model(request: Request, dtype: Any, device: str) -> Any:
-    return synthetic.model(request.shape, layers=request.layers, dtype=dtype, device=device)
+def _model(task: Task, dtype: Any, device: str) -> Any:
+    return synthetic.model(task.shape, layers=task.layers, dtype=dtype, device=device)
 
 
-def _ours(request: Request, config: Any, on: Any, encoded: list[dict[str, list[int]]], folder: Path) -> Any:
+def _ours(task: Task, config: Any, on: Any, encoded: list[dict[str, list[int]]], folder: Path) -> Any:
     """The trainer as `qe-edge train` makes it."""
     from qe_edge.train import dpo, sft
 
-    model = _model(request, on.weights(full=False), on.device)
-    if request.method == "sft":
+    model = _model(task, on.weights(full=False), on.device)
+    if task.method == "sft":
         config = msgspec.structs.replace(config, rank=RANK, alpha=RANK)
-        return sft.make_trainer(config, on, model, synthetic.tokenizer(request.shape), encoded, folder)
+        return sft.make_trainer(config, on, model, synthetic.tokenizer(task.shape), encoded, folder)
     peft = require("peft", "train")
     adapted = peft.get_peft_model(model, lora_config(RANK, RANK))
-    return dpo.make_trainer(config, on, adapted, None, synthetic.tokenizer(request.shape), encoded, folder)
+    return dpo.make_trainer(config, on, adapted, None, synthetic.tokenizer(task.shape), encoded, folder)
 
 
-def _trl(request: Request, on: Any, encoded: list[dict[str, list[int]]], folder: Path) -> Any:
+def _trl(task: Task, on: Any, encoded: list[dict[str, list[int]]], folder: Path) -> Any:
     """TRL's trainer with its defaults; only where it runs, and that it keeps quiet, is set."""
     trl, datasets, torch = require("trl", "train"), require("datasets", "train"), require("torch", "train")
     quiet: dict[str, Any] = {
@@ -237,14 +232,14 @@ def _trl(request: Request, on: Any, encoded: list[dict[str, list[int]]], folder:
     }
     if on.precision == "float32":
         quiet["bf16"] = False
-    model = _model(request, torch.float32, on.device)  # what TRL loads a model's name in
+    model = _model(task, torch.float32, on.device)  # what TRL loads a model's name in
     shared: dict[str, Any] = {
         "model": model,
         "train_dataset": datasets.Dataset.from_list(encoded),
-        "processing_class": synthetic.tokenizer(request.shape),
+        "processing_class": synthetic.tokenizer(task.shape),
         "peft_config": lora_config(RANK, RANK),
     }
-    if request.method == "sft":
+    if task.method == "sft":
         # The rows are ids already, which is how TRL would have them after its own preparation.
         return trl.SFTTrainer(
             args=trl.SFTConfig(**quiet, dataset_kwargs={"skip_prepare_dataset": True}), **shared
@@ -274,23 +269,14 @@ def _clock(torch: Any, device: str) -> Any:
     return Clock()
 
 
-def _child() -> None:
-    stdout = os.dup(1)
-    os.dup2(2, 1)  # trainers print; the figures alone go to stdout
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+def measured(task: Task) -> Measured:
+    """In a child."""
     from qe_edge.train.hardware import explain_out_of_memory
 
-    try:
-        with explain_out_of_memory(SftConfig(batch_size=request.batch), hardware(SftConfig()), False):
-            os.write(stdout, msgspec.json.encode(measure(request)))
-    except QeEdgeError as error:
-        note(str(error))
-        sys.exit(error.exit_code)
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    with explain_out_of_memory(SftConfig(batch_size=task.batch), hardware(SftConfig()), False):
+        return measure(task)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--child"]:
-        _child()
-    else:
-        typer.run(main)
+    typer.run(main)

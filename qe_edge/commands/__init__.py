@@ -1,1 +1,1 @@
-"""The commands, by stage. Each is a thin wrapper that imports its verb when it is called."""
+"""The commands, one file per verb. Each is a thin wrapper that imports its verb when it is called."""

@@ -10,9 +10,11 @@ import typer
 
 from qe_edge.arguments import MOST_THREADS
 from qe_edge.console import note, print_json
+from qe_edge.records import ANALYZER
 from qe_edge.redact import redact
+from qe_edge.runtime.expander import Expander
 from qe_edge.student.feedback import MOST_PASSAGES
-from qe_edge.work.folder import DEFAULT_WORKDIR
+from qe_edge.work.folder import DEFAULT_WORKDIR, Workdir
 
 WorkdirOption = Annotated[
     Path,
@@ -30,24 +32,11 @@ ModelOption = Annotated[
         help="A .gguf file, a model folder, a hub id or builtin:NAME (default: newest export).",
     ),
 ]
-AnalyzerOption = Annotated[
-    str,
-    typer.Option("--analyzer", help="english, cjk or jieba (default: the collection's language decides)."),
-]
-RetrieverOption = Annotated[
-    str,
-    typer.Option(
-        "--retriever",
-        help="An OpenSearch or Elasticsearch index instead of our own: http://HOST:PORT/INDEX?fields=…",
-    ),
-]
-AcceptOption = Annotated[
+IndexOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--accept",
-        help="Let in rows that `teach` marked with this problem, such as cut (others need its --keep-bad).",
-    ),
+    typer.Option("--index", "-i", help="A data set to be searched: NAME=DATASET, or DATASET. Repeat it."),
 ]
+AnalyzerOption = Annotated[str, typer.Option("--analyzer", help=ANALYZER)]
 
 
 def finite(value: float | None) -> float | None:
@@ -75,6 +64,17 @@ WORKDIR = Path(DEFAULT_WORKDIR)
 def took(what: str, path: Path | str) -> None:
     """Say which earlier output a command took because none was named."""
     note(f"{what}: {path} (the newest; name another to use that)")
+
+
+def load_expander(model: str | None, workdir: Path, **settings: Any) -> Expander:
+    """The model that is named, else the smallest of the newest export: the one meant for the device."""
+    from qe_edge.bench.inputs import default_models
+
+    if model is None:
+        models = default_models(Workdir(workdir))
+        model = min(models, key=lambda path: Path(path).stat().st_size)
+        took("model", model)
+    return Expander.load(model, **settings)
 
 
 def emit(

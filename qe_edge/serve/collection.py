@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
+from qe_edge.console import note
+from qe_edge.errors import BadArgument
 from qe_edge.retrieval.datasets import Dataset, load_dataset
 from qe_edge.retrieval.index import Index
 from qe_edge.retrieval.postings import Strings
@@ -90,3 +92,23 @@ def search(
     else:
         expanded = ExpandedQuery(query, "", DEFAULT_JOIN)
     return collection.hits(collection.terms(expanded), plain, k), expanded
+
+
+def open_collections(named: Sequence[str], cache: Path) -> dict[str, Collection]:
+    """Name -> collection of each NAME=DATASET.
+
+    Raises:
+        BadArgument: a name is there twice.
+        NotFound: there is no such data set.
+    """
+    collections: dict[str, Collection] = {}
+    for text in named:
+        name, equals, dataset = text.partition("=")
+        if Path(text).exists():  # as it is written
+            name, equals = text, ""
+        if name in collections:
+            raise BadArgument(f"two indexes have the name {name}; tell them apart with --index NAME=DATASET")
+        collection = Collection.open(dataset if equals else text, cache)
+        note(f"index {name}: {collection.data}, {len(collection.index.ids)} documents")
+        collections[name] = collection
+    return collections

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 import prometheus_client as prometheus
@@ -29,6 +28,7 @@ from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.runtime.expander import Expander
 from qe_edge.runtime.expansion import ExpandedQuery
 from qe_edge.serve.collection import Collection
+from qe_edge.serve.config import ServeConfig
 from qe_edge.serve.guard import Guard
 from qe_edge.student.join import DEFAULT_JOIN
 from qe_edge.student.prompt import clean_query
@@ -139,19 +139,12 @@ class Health(BaseModel):
     pending: int
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How many queries may be asked and not answered yet, and after how many milliseconds each one is."""
-
-    pending: int = 80
-    deadline_ms: float = 10_000.0
-
-
 class Service:
     """The model, the collections, and who waits for them."""
 
-    def __init__(self, expander: Expander, collections: Mapping[str, Collection], limits: Limits):
-        self.expander, self.collections, self.limits = expander, collections, limits
+    def __init__(self, expander: Expander, collections: Mapping[str, Collection], config: ServeConfig):
+        self.expander, self.collections = expander, collections
+        self.most, self.longest_ms = config.parallel + config.queue, config.deadline_ms
         self.pending = 0
         self.registry = prometheus.CollectorRegistry()
         count, seconds = prometheus.Counter, prometheus.Histogram
@@ -171,12 +164,12 @@ class Service:
     @asynccontextmanager
     async def place(self, queries: int) -> AsyncIterator[None]:
         """Room for so many queries; 429 if there is none, with the time until there may be."""
-        if queries > self.limits.pending:
-            raise HTTPException(413, f"this server takes at most {self.limits.pending} queries at once")
-        if self.pending + queries > self.limits.pending:
+        if queries > self.most:
+            raise HTTPException(413, f"this server takes at most {self.most} queries at once")
+        if self.pending + queries > self.most:
             self.refused.inc(queries)
-            over = self.pending + queries - self.limits.pending
-            wait = max(1, round(min(over, self.limits.pending) * self._pace + 0.5))
+            over = self.pending + queries - self.most
+            wait = max(1, round(min(over, self.most) * self._pace + 0.5))
             raise HTTPException(
                 429, f"{self.pending} queries wait already; try again", headers={"Retry-After": str(wait)}
             )
@@ -190,7 +183,7 @@ class Service:
             self.pending -= queries
 
     def deadline(self, wanted: float | None) -> float:
-        return min(wanted or self.limits.deadline_ms, self.limits.deadline_ms)
+        return min(wanted or self.longest_ms, self.longest_ms)
 
     async def expand(
         self,
@@ -224,17 +217,16 @@ class Service:
 def create_app(
     expander: Expander,
     collections: Mapping[str, Collection],
-    *,
-    limits: Limits | None = None,
-    token: str = "",
-    hosts: list[str] | None = None,
+    config: ServeConfig | None = None,
 ) -> FastAPI:
-    """The service over a loaded student. With a `token`, all but /health and the documentation want it.
+    """The service over a loaded student. With a token, all but /health and the documentation want it.
 
-    `hosts` are the names that a request may call the server by (all if none): a page from elsewhere must not
-    reach a server on this machine by a name of its own that leads here. Nor may it ask by the right name.
+    On a loopback address a request must call the server by a name of this machine: a page from elsewhere must
+    not reach it by a name of its own that leads here. Nor may it ask by the right name.
     """
-    service = Service(expander, collections, limits or Limits())
+    config = config or ServeConfig()
+    hosts = ["localhost", "127.0.0.1", "[::1]", config.host] if config.loopback else []
+    service = Service(expander, collections, config)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -247,7 +239,7 @@ def create_app(
     )  # fmt: skip
     app.state.service = service
     documentation = (app.docs_url, app.redoc_url, app.openapi_url, app.swagger_ui_oauth2_redirect_url)
-    app.add_middleware(Guard, hosts=hosts or [], token=token, open_paths=["/health", *documentation])
+    app.add_middleware(Guard, hosts=hosts, token=config.token, open_paths=["/health", *documentation])
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     app.add_middleware(_Counted, service=service)

@@ -20,7 +20,7 @@ from qe_edge.bench.prf import found_texts, rm3
 from qe_edge.bench.quality import retrieve, values_of
 from qe_edge.bench.report.table import markdown_table
 from qe_edge.bench.result import read_result
-from qe_edge.bench.speed import Generated, Request, generate
+from qe_edge.bench.speed import Generated, Task, generate
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.records import Expansion, encode_jsonl, read_jsonl
@@ -275,7 +275,7 @@ def test_a_model_that_reads_has_a_row_of_its_own(done, student, tmp_path):
 def test_an_interrupted_bench_keeps_what_was_generated(done, student, tmp_path):
     folder, _, _ = done
     written = next((folder / "generated").rglob("*.jsonl")).read_bytes().splitlines(keepends=True)
-    request = Request(
+    request = Task(
         model=str(student), lang="en", queries=load_dataset("demo-en").queries, out=str(tmp_path / "g.jsonl"),
         label="again", max_tokens=20, key=msgspec.json.decode(written[0])["key"],
     )  # fmt: skip
@@ -359,7 +359,7 @@ def test_labels_and_collections_of_one_name_do_not_share_generations(student, tm
 
 def test_the_peak_memory_is_the_childs_own(student, tmp_path):
     ballast = bytearray(600_000_000)
-    request = Request(model=str(student), lang="en", queries={"q": "x"}, out=str(tmp_path / "g"), label="x")
+    request = Task(model=str(student), lang="en", queries={"q": "x"}, out=str(tmp_path / "g"), label="x")
     _, speed, _ = generate(request)
     assert len(ballast) == 600_000_000
     assert student.stat().st_size / 1e6 < speed.peak_memory_mb < 500
@@ -367,7 +367,7 @@ def test_the_peak_memory_is_the_childs_own(student, tmp_path):
 
 def test_a_dying_process_is_an_error_not_a_hang(student, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
-    request = Request(model=str(student), lang="en", queries={"q": "x"}, out=str(tmp_path / "g"), label="x")
+    request = Task(model=str(student), lang="en", queries={"q": "x"}, out=str(tmp_path / "g"), label="x")
     with pytest.raises(QeEdgeError, match="died"):
         generate(request)
 
@@ -433,14 +433,14 @@ def test_a_result_file_that_is_none_is_named(tmp_path):
 def test_the_child_prints_one_json_object_whatever_the_engine_says(student, tmp_path):
     import msgspec
 
-    request = Request(
+    request = Task(
         model=str(student), lang="en", queries={"q": "x"}, out=str(tmp_path / "g"), label="x", max_tokens=1
     )
     child = subprocess.run(
-        [sys.executable, "-m", "qe_edge.bench.speed"],
+        [sys.executable, "-m", "qe_edge.bench.child", "qe_edge.bench.speed", "work"],
         input=msgspec.json.encode(request), capture_output=True, check=True, env=os.environ,
     )  # fmt: skip
-    assert json.loads(child.stdout)["error"] == ""
+    assert json.loads(child.stdout)["value"]["load_s"] > 0
 
 
 def test_a_teachers_unusable_answers_count_as_the_plain_query(tmp_path):

@@ -112,12 +112,12 @@ def test_a_path_with_an_equals_sign_is_a_model(gguf, tmp_path, monkeypatch):
 
 
 def test_a_path_with_an_equals_sign_is_an_index(tmp_path, monkeypatch):
-    from qe_edge.commands.serve import open_collections
     from qe_edge.retrieval.datasets import builtin_folder
+    from qe_edge.serve.collection import open_collections
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(builtin_folder("demo-en"), tmp_path / "a=b" / "notes@home")
-    opened = open_collections(["a=b/notes@home", "mine=demo-en"], tmp_path / "work")
+    opened = open_collections(["a=b/notes@home", "mine=demo-en"], tmp_path / "index")
     assert list(opened) == ["a=b/notes@home", "mine"]
     assert str(opened["a=b/notes@home"].data) == "notes@home@test"
 

@@ -20,6 +20,7 @@ from qe_edge.backends.open import open_backend
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.export import vocab
 from qe_edge.export.compare import compare_retrieval
+from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import export_model
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.mlx import convert_mlx
@@ -39,7 +40,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """(source folder, export folder, what export_model returned)"""
     source = request.getfixturevalue(f"tiny_{request.param}")
     out = tmp_path_factory.mktemp("export") / request.param
-    return source, out, export_model(source, out, kinds=KINDS)
+    return source, out, export_model(source, out, ExportConfig(kinds=KINDS))
 
 
 def tensor_names(file: Path) -> list[str]:

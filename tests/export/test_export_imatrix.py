@@ -13,6 +13,7 @@ import pytest
 from training import run_sft, write_task
 
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
+from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import export_model
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.imatrix import Importance, calibration_rows, measure_importance
@@ -103,7 +104,7 @@ def test_kinds_that_need_it_say_so_and_work_with_it(
     importance: Importance, tiny_qwen3: Path, data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(BadArgument, match=r"IQ2_XS needs an importance matrix.*--calibrate"):
-        export_model(tiny_qwen3, tmp_path / "out", kinds=["Q4_0", "IQ2_XS"], formats=["gguf"])
+        export_model(tiny_qwen3, tmp_path / "out", ExportConfig(kinds=["Q4_0", "IQ2_XS"], formats=["gguf"]))
     assert not (tmp_path / "out").exists()
     base = convert_gguf(tiny_qwen3, tmp_path / "base.gguf")
     for kind in KINDS:
@@ -131,7 +132,7 @@ def test_an_export_takes_what_the_student_was_trained_on(
     trained = run_sft(tiny_qwen3, data, tmp_path / "work", epochs=2)
     merged = merge(trained, workdir=Workdir(tmp_path / "work"))
     out = tmp_path / "out"
-    export_model(merged, out, kinds=["Q4_K_M"], mlx=None)
+    export_model(merged, out, ExportConfig(kinds=["Q4_K_M"]))
     file = data / "expansions.jsonl"
     calibration = read_record(out)["calibration"]
     assert calibration["files"] == [{"name": file.name, "sha256": sha256(file)}]
@@ -155,7 +156,7 @@ def test_an_export_takes_what_the_student_was_trained_on(
     assert calibration_of(merge(few, workdir=Workdir(tmp_path / "few")), tmp_path / "fewer")["rows"] == 3
 
     plain = tmp_path / "plain"
-    export_model(merged, plain, kinds=["Q4_K_M"], formats=["gguf"], calibrate=[])
+    export_model(merged, plain, ExportConfig(kinds=["Q4_K_M"], formats=["gguf"], no_calibrate=True))
     assert read_record(plain)["calibration"] is None
     ours, theirs = (GGUFReader(str(f / "student-Q4_K_M.gguf")).tensors for f in (out, plain))
     pairs = list(zip(ours, theirs, strict=True))
@@ -165,5 +166,7 @@ def test_an_export_takes_what_the_student_was_trained_on(
 def test_unusable_expansions_are_named_before_anything_is_written(tiny_qwen3: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"query": 1}\n')
     with pytest.raises(BadInput, match=r"bad.jsonl:1: "):
-        export_model(tiny_qwen3, tmp_path / "out", formats=["gguf"], calibrate=[tmp_path / "bad.jsonl"])
+        export_model(
+            tiny_qwen3, tmp_path / "out", ExportConfig(formats=["gguf"], calibrate=[tmp_path / "bad.jsonl"])
+        )
     assert not (tmp_path / "out").exists()

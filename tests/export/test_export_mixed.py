@@ -13,6 +13,7 @@ from training import SMALL_DPO, run_sft, write_task
 from qe_edge.backends.llama_model import kept_off_amx
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.export.adapter import convert_adapter
+from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import export_model
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.imatrix import calibration_rows, measure_importance
@@ -36,7 +37,9 @@ def test_matrices_too_narrow_for_a_type_get_another_that_is_measured(tmp_path: P
     narrow = save_tiny_qwen3(tmp_path / "narrow", hidden_size=288)
     files = [write_task(tmp_path) / "expansions.jsonl"]
     result = export_model(
-        narrow, tmp_path / "out", kinds=["Q8_0"], formats=["gguf"], budget_mb=1.5, calibrate=files
+        narrow,
+        tmp_path / "out",
+        ExportConfig(kinds=["Q8_0"], formats=["gguf"], budget_mb=1.5, calibrate=files),
     )
     reader = GGUFReader(str(tmp_path / "out" / "student-mixed.gguf"))
     found = {t.name: t.tensor_type.name for t in reader.tensors if len(t.shape) == 2}
@@ -61,12 +64,14 @@ def merged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_a_mixed_file_keeps_its_budget_and_its_types(merged: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    export_model(merged, out, kinds=["Q4_K_M", "Q8_0"], formats=["gguf"], budget_mb=1.4)
+    export_model(merged, out, ExportConfig(kinds=["Q4_K_M", "Q8_0"], formats=["gguf"], budget_mb=1.4))
     record = read_record(out)
     size = record["files"]["student-mixed.gguf"]
     assert size <= 1.4e6
     # Its own size is enough for it, to the byte.
-    again = export_model(merged, tmp_path / "again", kinds=["Q8_0"], formats=["gguf"], budget_mb=size / 1e6)
+    again = export_model(
+        merged, tmp_path / "again", ExportConfig(kinds=["Q8_0"], formats=["gguf"], budget_mb=size / 1e6)
+    )
     assert (again["files"]["student-mixed.gguf"], again["types"]) == (size, record["types"])
     reader = GGUFReader(str(out / "student-mixed.gguf"))
     assert reader.fields["qe_edge.quantization"].contents() == "mixed"
@@ -165,25 +170,27 @@ def test_what_is_no_better_than_llama_cpps_mixture_is_not_taken(
             name: [e._replace(divergence=float(e.bytes)) for e in effects] for name, effects in found.items()
         }
 
-    plain = export_model(merged, tmp_path / "plain", kinds=["Q4_K_M"], formats=["gguf"])
+    plain = export_model(merged, tmp_path / "plain", ExportConfig(kinds=["Q4_K_M"], formats=["gguf"]))
     size = plain["files"]["student-Q4_K_M.gguf"] / 1e6
     monkeypatch.setattr(mixed, "measure_effects", misled)
-    result = export_model(merged, tmp_path / "out", kinds=["Q8_0"], formats=["gguf"], budget_mb=size + 1e-5)
+    result = export_model(
+        merged, tmp_path / "out", ExportConfig(kinds=["Q8_0"], formats=["gguf"], budget_mb=size + 1e-5)
+    )
     assert result["types"] == types_of(tmp_path / "plain" / "student-Q4_K_M.gguf")
 
 
 def test_a_budget_below_the_least_is_refused(merged: Path, tmp_path: Path) -> None:
     with pytest.raises(BadArgument, match=r"0\.30 MB is below the least, \d\.\d+ MB"):
-        export_model(merged, tmp_path / "out", formats=["gguf"], budget_mb=0.3)
+        export_model(merged, tmp_path / "out", ExportConfig(formats=["gguf"], budget_mb=0.3))
     with pytest.raises(BadArgument, match="a mixed file needs an importance matrix"):
-        export_model(merged, tmp_path / "out", formats=["gguf"], budget_mb=3, calibrate=[])
+        export_model(merged, tmp_path / "out", ExportConfig(formats=["gguf"], budget_mb=3, no_calibrate=True))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("merged", ["qwen3", "llama"], indirect=True)
 def test_the_adapter_alone_answers_as_the_merged_student(merged: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    export_model(merged, out, kinds=["Q8_0"], formats=["gguf"], adapter=True)
+    export_model(merged, out, ExportConfig(kinds=["Q8_0"], formats=["gguf"], adapter=True))
     check = read_record(out)["checks"]["adapter"]
     assert check["logit_cosine"] > 0.9999
     assert check["greedy_agreement"] > 0.9
@@ -200,7 +207,9 @@ def test_what_is_no_plain_lora_is_refused(merged: Path, tiny_qwen3: Path, tmp_pa
     import shutil
 
     with pytest.raises(BadArgument, match="wasn't merged from a LoRA adapter"):
-        export_model(tiny_qwen3, tmp_path / "out", kinds=["F16"], formats=["gguf"], adapter=True)
+        export_model(
+            tiny_qwen3, tmp_path / "out", ExportConfig(kinds=["F16"], formats=["gguf"], adapter=True)
+        )
     adapter = Path(read_record(merged)["inputs"]["adapter"]["path"])
     changed: dict[str, Any] = {"use_dora": True, "use_rslora": True, "bias": "all", "rank_pattern": {"q": 2}}
     for i, (key, value) in enumerate(changed.items()):

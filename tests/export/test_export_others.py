@@ -14,6 +14,7 @@ import pytest
 from tiny import save_tiny_llama, save_tiny_qwen3
 
 from qe_edge.bench.programs.export_speed import LLAMA_CPP_SCRIPT
+from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import export_model
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.mlx import RECIPES, convert_mlx
@@ -105,7 +106,7 @@ def test_exports_of_qwen3s_real_shapes_answer_as_transformers_does(shape: str, t
     """At full depth: token ids of the real vocabulary, and logits of random weights."""
     pytest.importorskip("mlx_lm")
     model = save_synthetic(shape, tmp_path / "model")
-    checks = export_model(model, tmp_path / "out", kinds=["F16", "BF16"])["checks"]
+    checks = export_model(model, tmp_path / "out", ExportConfig(kinds=["F16", "BF16"]))["checks"]
     assert checks.keys() == {"student-F16.gguf", "student-BF16.gguf", "student-mlx-bf16"}
     assert all(check["token_ids"] == "identical" for check in checks.values())
     assert checks["student-F16.gguf"]["logit_cosine"] >= 0.9999

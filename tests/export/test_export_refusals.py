@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from qe_edge.errors import BadArgument, BadInput, NotFound, NotInstalled, QeEdgeError
+from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import export_model
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.mlx import convert_mlx
@@ -148,7 +149,7 @@ def test_a_failed_export_changes_nothing(
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full_disk)
     with pytest.raises(QeEdgeError, match=r"cannot write .*No space left"):
-        export_model(tiny_qwen3, out, formats=["gguf"], verify=False)
+        export_model(tiny_qwen3, out, ExportConfig(formats=["gguf"], verify=False))
     assert (out / "student-Q4_K_M.gguf").read_text() == "the old one"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -158,7 +159,7 @@ def test_only_an_older_export_is_replaced(tiny_qwen3: Path, tmp_path: Path) -> N
     with pytest.raises(BadArgument, match="something other than `qe-edge export` made"):
         export_model(model, model)
     for _ in range(2):
-        export_model(model, tmp_path / "out", formats=["gguf"], verify=False)
+        export_model(model, tmp_path / "out", ExportConfig(formats=["gguf"], verify=False))
 
 
 def test_llama_cpp_says_why_it_cannot_quantize(
@@ -176,13 +177,13 @@ def test_llama_cpp_says_why_it_cannot_quantize(
 
 def test_unknown_choices_list_the_known_ones(tiny_qwen3: Path, tmp_path: Path) -> None:
     with pytest.raises(BadArgument, match=r"Q9_K.*Q4_K_M"):
-        export_model(tiny_qwen3, tmp_path / "out", kinds=["Q9_K"])
+        export_model(tiny_qwen3, tmp_path / "out", ExportConfig(kinds=["Q9_K"]))
     with pytest.raises(BadArgument, match=r"Q9_K.*Q4_K_M"):
         quantize_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q9_K")
     with pytest.raises(BadArgument, match=r"onnx.*gguf, mlx"):
-        export_model(tiny_qwen3, tmp_path / "out", formats=["onnx"])
+        export_model(tiny_qwen3, tmp_path / "out", ExportConfig(formats=["onnx"]))
     with pytest.raises(BadArgument, match="no kind given"):
-        export_model(tiny_qwen3, tmp_path / "out", kinds=[])
+        export_model(tiny_qwen3, tmp_path / "out", ExportConfig(kinds=[]))
     with pytest.raises(BadArgument, match=r"f8.*bf16"):
         convert_gguf(tiny_qwen3, tmp_path / "a.gguf", dtype="f8")  # type: ignore[arg-type]
 
@@ -252,7 +253,7 @@ def test_no_code_of_a_checkpoint_runs(altered: Callable[..., Path], tmp_path: Pa
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'sprung')!r}).touch()")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    export_model(folder, tmp_path / "out", kinds=["Q8_0"])
+    export_model(folder, tmp_path / "out", ExportConfig(kinds=["Q8_0"]))
     (folder / "model.safetensors").unlink()
     with pytest.raises(BadInput, match=r"model\.safetensors: not a whole safetensors file"):
         export_model(folder, tmp_path / "other")
@@ -308,7 +309,7 @@ def test_a_file_that_cannot_grow_leaves_nothing(tiny_qwen3: Path, tmp_path: Path
 
 def test_a_killed_export_leaves_the_older_one_and_can_be_run_again(tiny_qwen3: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    export_model(tiny_qwen3, out, kinds=["F16"], formats=["gguf"])
+    export_model(tiny_qwen3, out, ExportConfig(kinds=["F16"], formats=["gguf"]))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     command = [sys.executable, "-m", "qe_edge.cli", "export", str(tiny_qwen3), "--out", str(out), "--bf16"]
     process = subprocess.Popen([*command, "--quant", "Q6_K"], stderr=subprocess.DEVNULL)
@@ -318,7 +319,7 @@ def test_a_killed_export_leaves_the_older_one_and_can_be_run_again(tiny_qwen3: P
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    export_model(tiny_qwen3, out, kinds=["Q8_0"], formats=["gguf"])
+    export_model(tiny_qwen3, out, ExportConfig(kinds=["Q8_0"], formats=["gguf"]))
     assert sorted(path.name for path in out.glob("*.gguf")) == ["student-Q8_0.gguf"]
     # What the killed one left is gone.
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -328,7 +329,7 @@ def test_a_target_behind_a_link_is_replaced_there(tiny_qwen3: Path, tmp_path: Pa
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
     for kind in ("F16", "Q8_0"):
-        export_model(tiny_qwen3, tmp_path / "out", kinds=[kind], formats=["gguf"], verify=False)
+        export_model(tiny_qwen3, tmp_path / "out", ExportConfig(kinds=[kind], formats=["gguf"], verify=False))
         assert (tmp_path / "out").is_symlink()
         names = [path.name for path in (tmp_path / "disk" / "real").glob("*.gguf")]
         assert names == [f"student-{kind}.gguf"]

@@ -14,7 +14,8 @@ from qe_edge.retrieval.index import Index
 from qe_edge.retrieval.measures import mean, per_query
 from qe_edge.student.join import TEACHER_JOIN
 from qe_edge.text import get_analyzer
-from qe_edge.train.pairs import PairsConfig, pairs
+from qe_edge.train.config import PairsConfig
+from qe_edge.train.pairs import pairs
 from qe_edge.work.files import read_json
 from qe_edge.work.folder import Workdir
 

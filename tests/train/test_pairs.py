@@ -16,7 +16,8 @@ from qe_edge.retrieval.measures import per_query
 from qe_edge.student.join import Join
 from qe_edge.text import get_analyzer
 from qe_edge.train import scoring
-from qe_edge.train.pairs import PairsConfig, make_pairs, pairs
+from qe_edge.train.config import PairsConfig
+from qe_edge.train.pairs import make_pairs, pairs
 from qe_edge.train.scoring import Reward
 from qe_edge.work.files import read_json
 from qe_edge.work.folder import Workdir

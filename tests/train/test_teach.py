@@ -12,9 +12,9 @@ from teaching import many, rows, zero_shot
 
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.retrieval.datasets import load_queries
+from qe_edge.train.teach.config import TeachConfig
 from qe_edge.train.teach.pace import Pace, Stopped
-from qe_edge.train.teach.plan import TeachConfig
-from qe_edge.train.teach.teach import AskConfig, teach
+from qe_edge.train.teach.teach import teach
 from qe_edge.work.files import read_json
 
 pytest.importorskip("openai")
@@ -23,9 +23,15 @@ pytest.importorskip("openai")
 def test_every_candidate_is_asked_for_once_with_what_was_configured(three, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret")
     out = tmp_path / "out"
-    config = zero_shot(n=2, seed=7, temperature=0.5, max_tokens=99, extra={"top_p": 0.9, "max_tokens": None})
+    settings = {
+        "n": 2,
+        "seed": 7,
+        "temperature": 0.5,
+        "max_tokens": 99,
+        "extra": {"top_p": 0.9, "max_tokens": None},
+    }
     with serve() as endpoint:
-        outcome = teach(three, config, AskConfig(endpoint=endpoint.url, api_key_env="MY_KEY"), out=out)
+        outcome = teach(three, zero_shot(**settings, endpoint=endpoint.url, api_key_env="MY_KEY"), out=out)
     assert (outcome.candidates, outcome.done, outcome.asked, outcome.failed) == (6, 6, 6, 0)
     assert (outcome.prompt_tokens, outcome.completion_tokens) == (600, 300)
     assert set(endpoint.answers.values()) == {1}
@@ -45,10 +51,10 @@ def test_every_candidate_is_asked_for_once_with_what_was_configured(three, tmp_p
 def test_run_again_asks_for_nothing_and_changed_settings_for_new_candidates(three, tmp_path):
     out = tmp_path / "out"
     with serve() as endpoint:
-        ask = AskConfig(endpoint=endpoint.url)
-        teach(three, zero_shot(), ask, out=out)
-        assert teach(three, zero_shot(), ask, out=out).asked == 0
-        assert teach(three, zero_shot(n=2), ask, out=out).asked == 3  # the second sample alone
+        ask = {"endpoint": endpoint.url}
+        teach(three, zero_shot(**ask), out=out)
+        assert teach(three, zero_shot(**ask), out=out).asked == 0
+        assert teach(three, zero_shot(n=2, **ask), out=out).asked == 3  # the second sample alone
         for changed in (
             {"temperature": 0.3},
             {"seed": 5},
@@ -56,7 +62,7 @@ def test_run_again_asks_for_nothing_and_changed_settings_for_new_candidates(thre
             {"model": "other"},
             {"extra": {"top_p": 0.5}},
         ):
-            assert teach(three, zero_shot(**changed), ask, out=out).asked == 3, changed
+            assert teach(three, zero_shot(**changed, **ask), out=out).asked == 3, changed
     assert len({row.key for row in rows(out)}) == len(rows(out)) == 21
     assert [s["asked"] for s in read_json(out / "run.json")["sessions"]] == [3, 0, 3, 3, 3, 3, 3, 3]
 
@@ -74,22 +80,22 @@ exemplar = "{{query}} {{passage}}"
     with serve() as endpoint:
         for system in ("one", "two"):
             prompt.write_text(template.format(system))
-            config = zero_shot(prompt=str(prompt))
-            assert teach(three, config, AskConfig(endpoint=endpoint.url), out=out).asked == 3
+            config = zero_shot(prompt=str(prompt), endpoint=endpoint.url)
+            assert teach(three, config, out=out).asked == 3
         assert endpoint.requests[-1]["messages"][0]["content"] == "two"
     prompt.write_text(template.replace("{{query}}:", "it"))
     with pytest.raises(BadInput, match=r"mine\.toml: not a valid teacher prompt: .*\{query\} exactly once"):
-        teach(three, zero_shot(prompt=str(prompt)), AskConfig(endpoint=endpoint.url), out=out)
+        teach(three, zero_shot(prompt=str(prompt), endpoint=endpoint.url), out=out)
     with pytest.raises(NotFound, match="there are: teacher-v1"):
-        teach(three, zero_shot(prompt="nothing"), AskConfig(endpoint=endpoint.url), out=out)
+        teach(three, zero_shot(prompt="nothing", endpoint=endpoint.url), out=out)
 
 
 def test_bad_answers_are_marked_and_not_paid_for_again(three, tmp_path):
     texts = iter(["I'm sorry, but I can't help with that.", "<think>hm</think> Yeast.", "   "])
     out = tmp_path / "out"
     with serve(text=lambda body: next(texts)) as endpoint:
-        outcome = teach(three, zero_shot(), AskConfig(endpoint=endpoint.url, concurrency=1), out=out)
-        assert teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=out).asked == 0
+        outcome = teach(three, zero_shot(endpoint=endpoint.url, concurrency=1), out=out)
+        assert teach(three, zero_shot(endpoint=endpoint.url), out=out).asked == 0
     assert outcome.problems == {"refused": 1, "think block": 1, "empty": 1}
     assert [(row.problem, row.text) for row in rows(out)] == [
         ("refused", ""),
@@ -102,14 +108,14 @@ def test_keep_bad_keeps_the_text_and_a_cut_one_is_kept_anyway(three, tmp_path):
     texts = iter(["The moon", "Sorry, I can't.", "Blue light"])
     with serve(text=lambda body: next(texts)) as endpoint:
         endpoint.finish_reason = "length"
-        teach(three, zero_shot(), AskConfig(endpoint=endpoint.url, concurrency=1), out=tmp_path / "out")
+        teach(three, zero_shot(endpoint=endpoint.url, concurrency=1), out=tmp_path / "out")
     assert [(row.problem, row.text) for row in rows(tmp_path / "out")] == [
         ("cut", "The moon"),
         ("refused", ""),
         ("cut", "Blue light"),
     ]
     with serve(text=lambda body: "Sorry, I can't.") as endpoint:
-        teach(three, zero_shot(), AskConfig(endpoint=endpoint.url, keep_bad=True), out=tmp_path / "kept")
+        teach(three, zero_shot(endpoint=endpoint.url, keep_bad=True), out=tmp_path / "kept")
     assert rows(tmp_path / "kept")[0].text == "Sorry, I can't."
 
 
@@ -127,7 +133,7 @@ def test_keep_bad_keeps_the_text_and_a_cut_one_is_kept_anyway(three, tmp_path):
 def test_other_servers_words_for_the_end(three, tmp_path, reason, problem):
     with serve() as endpoint:
         endpoint.finish_reason = reason
-        teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=tmp_path / "out")
+        teach(three, zero_shot(endpoint=endpoint.url), out=tmp_path / "out")
     assert {row.problem for row in rows(tmp_path / "out")} == {problem}
 
 
@@ -136,13 +142,13 @@ def test_answers_that_are_odd_in_json_do_no_harm(three, tmp_path):
     out = tmp_path / "out"
     with serve(text=lambda body: "Moon \ud83d gravity.") as endpoint:
         endpoint.usage = {"prompt_tokens": 100.0, "completion_tokens": "many"}
-        assert teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=out).done == 3
+        assert teach(three, zero_shot(endpoint=endpoint.url), out=out).done == 3
     assert {(row.text, row.prompt_tokens, row.completion_tokens) for row in rows(out)} == {
         ("Moon ? gravity.", 100, None)
     }
     with serve() as endpoint:
         endpoint.finish_reason = "insufficient_system_resource"
-        outcome = teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=tmp_path / "off")
+        outcome = teach(three, zero_shot(endpoint=endpoint.url), out=tmp_path / "off")
     assert (outcome.done, outcome.problems, len(endpoint.requests)) == (3, {"cut": 3}, 3)
 
 
@@ -150,8 +156,8 @@ def test_answers_that_are_odd_in_json_do_no_harm(three, tmp_path):
 def test_every_passing_fault_is_outlived(three, tmp_path, fault):
     ask_timeout = 1.0 if fault == "hang" else 20.0
     with serve(lambda number, body: fault if number == 0 else None) as endpoint:
-        ask = AskConfig(endpoint=endpoint.url, timeout=ask_timeout)
-        outcome = teach(three, zero_shot(), ask, out=tmp_path / "out")
+        ask = {"endpoint": endpoint.url, "timeout": ask_timeout}
+        outcome = teach(three, zero_shot(**ask), out=tmp_path / "out")
     assert (outcome.done, outcome.failed) == (3, 0)
     assert len(endpoint.requests) == 4
     assert set(endpoint.answers.values()) == {1}
@@ -166,13 +172,13 @@ def test_a_refused_request_is_marked_and_not_sent_again(three, tmp_path, capsys,
         return "400 content filter" if word in body["messages"][1]["content"] else None
 
     with serve(filtered) as endpoint:
-        ask = AskConfig(endpoint=endpoint.url, concurrency=1)
-        outcome = teach(three, zero_shot(), ask, out=out)
+        ask = {"endpoint": endpoint.url, "concurrency": 1}
+        outcome = teach(three, zero_shot(**ask), out=out)
         assert (outcome.done, outcome.failed, outcome.problems) == (3, 1, {"refused": 1})
         assert (
             f"no answer for query {query_id} (zero-shot, sample 0): 400: content" in capsys.readouterr().err
         )
-        assert teach(three, zero_shot(), ask, out=out).asked == 0
+        assert teach(three, zero_shot(**ask), out=out).asked == 0
     assert len(endpoint.requests) == 3
 
 
@@ -180,10 +186,10 @@ def test_when_every_request_is_refused_the_settings_are_wrong_and_nothing_is_mar
     out = tmp_path / "out"
     with serve(lambda number, body: "400 prompt is too long") as endpoint:
         with pytest.raises(QeEdgeError, match=r"20 requests in a row failed, .*prompt is too long"):
-            teach(many(), zero_shot(), AskConfig(endpoint=endpoint.url), out=out)
+            teach(many(), zero_shot(endpoint=endpoint.url), out=out)
         assert rows(out) == []
         endpoint.fault = lambda number, body: None
-        assert teach(many(), zero_shot(), AskConfig(endpoint=endpoint.url), out=out).done == 48
+        assert teach(many(), zero_shot(endpoint=endpoint.url), out=out).done == 48
 
 
 def test_a_request_that_keeps_failing_is_left_for_the_next_run(three, tmp_path):
@@ -191,11 +197,11 @@ def test_a_request_that_keeps_failing_is_left_for_the_next_run(three, tmp_path):
         return "500" if "bread" in body["messages"][1]["content"] else None
 
     with serve(broken) as endpoint:
-        ask = AskConfig(endpoint=endpoint.url, patience=1e-6)
-        outcome = teach(three, zero_shot(), ask, out=tmp_path / "out")
+        ask = {"endpoint": endpoint.url, "patience": 1e-6}
+        outcome = teach(three, zero_shot(**ask), out=tmp_path / "out")
         assert (outcome.done, outcome.failed, outcome.stopped) == (2, 1, "")
         endpoint.fault = lambda number, body: None
-        assert teach(three, zero_shot(), ask, out=tmp_path / "out").asked == 1
+        assert teach(three, zero_shot(**ask), out=tmp_path / "out").asked == 1
 
 
 @pytest.mark.parametrize(
@@ -209,14 +215,14 @@ def test_a_request_that_keeps_failing_is_left_for_the_next_run(three, tmp_path):
 )
 def test_hopeless_answers_stop_at_once(tmp_path, fault, kind, message):
     with serve(lambda number, body: fault) as endpoint, pytest.raises(kind, match=message):
-        teach(many(), zero_shot(), AskConfig(endpoint=endpoint.url), out=tmp_path / "out")
+        teach(many(), zero_shot(endpoint=endpoint.url), out=tmp_path / "out")
     assert len(endpoint.requests) <= 4  # those that were sent together at the start
 
 
 def test_an_endpoint_that_is_down_is_given_up(tmp_path):
-    ask = AskConfig(endpoint="http://127.0.0.1:9/v1", patience=1e-6)
+    ask = {"endpoint": "http://127.0.0.1:9/v1", "patience": 1e-6}
     with pytest.raises(QeEdgeError, match="20 requests in a row failed, the last with: connection failed"):
-        teach(many(), zero_shot(), ask, out=tmp_path / "out")
+        teach(many(), zero_shot(**ask), out=tmp_path / "out")
 
 
 def test_a_rate_limit_lowers_the_number_at_once(tmp_path):
@@ -230,8 +236,8 @@ def test_a_rate_limit_lowers_the_number_at_once(tmp_path):
         return "Moon and gravity."
 
     with serve(too_many, slow) as endpoint:
-        ask = AskConfig(endpoint=endpoint.url, concurrency=32)
-        outcome = teach(many(), zero_shot(n=4), ask, out=tmp_path / "out")
+        ask = {"endpoint": endpoint.url, "concurrency": 32}
+        outcome = teach(many(), zero_shot(n=4, **ask), out=tmp_path / "out")
     assert (outcome.done, outcome.failed) == (192, 0)
     assert endpoint.most_flying < 12  # it would be 32
 
@@ -316,17 +322,17 @@ def test_a_users_mistake_is_one_line(tmp_path, arguments, code, message):
 
 def test_queries_without_judgments_need_a_named_training_split(three, tmp_path):
     with pytest.raises(BadArgument, match="name one with --exemplars NAME@train"):
-        teach(three, TeachConfig(model="big"), AskConfig(endpoint="http://x"), out=tmp_path / "out")
+        teach(three, TeachConfig(model="big", endpoint="http://x"), out=tmp_path / "out")
     with serve() as endpoint:
-        config = TeachConfig(model="big", exemplars="demo-en@train")
-        assert teach(three, config, AskConfig(endpoint=endpoint.url), out=tmp_path / "out").done == 6
+        config = TeachConfig(model="big", exemplars="demo-en@train", endpoint=endpoint.url)
+        assert teach(three, config, out=tmp_path / "out").done == 6
 
 
 def test_a_blank_query_is_named_before_anything_is_asked(tmp_path):
     file = tmp_path / "q.jsonl"
     file.write_text('{"_id": "q1", "text": "tides"}\n{"_id": "q2", "text": "  "}\n')
     with serve() as endpoint, pytest.raises(BadInput, match="query 'q2' of q: the query is empty"):
-        teach(load_queries(file), zero_shot(), AskConfig(endpoint=endpoint.url), out=tmp_path / "out")
+        teach(load_queries(file), zero_shot(endpoint=endpoint.url), out=tmp_path / "out")
     assert not endpoint.requests
 
 
@@ -357,9 +363,10 @@ def test_a_real_llama_cpp_server_is_a_teacher(three, tmp_path):
     try:
         url = f"http://127.0.0.1:{port}/v1"
         wait_until_up(url, server)
-        config = TeachConfig(model="smollm2", exemplars="demo-en@train", shots=2, max_tokens=24)
-        ask = AskConfig(endpoint=url, concurrency=2, keep_bad=True)
-        outcome = teach(three, config, ask, out=tmp_path / "out")
+        exemplars = {"exemplars": "demo-en@train", "shots": 2}
+        ask = {"endpoint": url, "concurrency": 2, "keep_bad": True}
+        config = TeachConfig(model="smollm2", max_tokens=24, **exemplars, **ask)
+        outcome = teach(three, config, out=tmp_path / "out")
     finally:
         server.kill()
         server.wait()
@@ -394,12 +401,12 @@ def wait_until_up(url, process):
 def test_a_local_model_is_a_teacher_too(three, tmp_path):
     pytest.importorskip("llama_cpp")
     out = tmp_path / "out"
-    config = zero_shot(model="builtin:smollm2-135m", max_tokens=24, temperature=0)
-    outcome = teach(three, config, AskConfig(keep_bad=True), out=out)
+    config = {"model": "builtin:smollm2-135m", "max_tokens": 24, "temperature": 0}
+    outcome = teach(three, zero_shot(**config, keep_bad=True), out=out)
     assert outcome.done == 3
     written = rows(out)
     assert all(0 < row.completion_tokens <= 24 for row in written)
     assert all(row.finish_reason == "stop" or row.problem == "cut" for row in written)
-    assert teach(three, config, AskConfig(), out=out).asked == 0
+    assert teach(three, zero_shot(**config), out=out).asked == 0
     with pytest.raises(BadArgument, match="a local model takes none"):
-        teach(three, zero_shot(model="builtin:smollm2-135m", extra={"a": 1}), AskConfig(), out=out)
+        teach(three, zero_shot(model="builtin:smollm2-135m", extra={"a": 1}), out=out)

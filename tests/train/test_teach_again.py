@@ -14,7 +14,7 @@ from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.retrieval.datasets import load_dataset
 from qe_edge.train.teach.ledger import Ledger
-from qe_edge.train.teach.teach import AskConfig, teach
+from qe_edge.train.teach.teach import teach
 from qe_edge.work.files import read_json
 
 pytest.importorskip("openai")
@@ -33,9 +33,9 @@ pytest.importorskip("openai")
 def test_a_budget_is_kept_over_all_runs(tmp_path, limit, most):
     data, out = load_dataset("demo-en@train"), tmp_path / "out"
     with serve() as endpoint:
-        ask = AskConfig(endpoint=endpoint.url, concurrency=8, **limit)
+        ask = dict(endpoint=endpoint.url, concurrency=8, **limit)
         for _ in range(2):
-            outcome = teach(data, zero_shot(max_tokens=50), ask, out=out)
+            outcome = teach(data, zero_shot(max_tokens=50, **ask), out=out)
             assert outcome.stopped == "the budget is spent"
     # An answer takes 150 tokens, .002 in money; the last ones are not risked on a guess.
     assert 3 <= len(endpoint.requests) <= most
@@ -49,8 +49,8 @@ def test_a_budget_holds_under_other_names_of_the_token_limit(tmp_path):
     extra = {"max_tokens": None, "max_completion_tokens": 2000}
     with serve() as endpoint:
         endpoint.usage = {"prompt_tokens": 100, "completion_tokens": 2000}
-        ask = AskConfig(endpoint=endpoint.url, max_tokens_total=10_000)
-        outcome = teach(many(), zero_shot(extra=extra), ask, out=tmp_path / "out")
+        ask = {"endpoint": endpoint.url, "max_tokens_total": 10_000}
+        outcome = teach(many(), zero_shot(extra=extra, **ask), out=tmp_path / "out")
     assert outcome.stopped == "the budget is spent"
     assert 2 <= len(endpoint.requests) <= 4  # four take 8,400
     assert endpoint.requests[0]["max_completion_tokens"] == 2000
@@ -58,18 +58,18 @@ def test_a_budget_holds_under_other_names_of_the_token_limit(tmp_path):
 
 def test_other_models_answers_are_not_in_a_models_budget(three, tmp_path):
     with serve() as endpoint:
-        teach(three, zero_shot(model="cheap"), AskConfig(endpoint=endpoint.url), out=tmp_path / "out")
-        ask = AskConfig(endpoint=endpoint.url, max_tokens_total=1000)
-        assert teach(three, zero_shot(max_tokens=50), ask, out=tmp_path / "out").done == 3
+        teach(three, zero_shot(model="cheap", endpoint=endpoint.url), out=tmp_path / "out")
+        ask = {"endpoint": endpoint.url, "max_tokens_total": 1000}
+        assert teach(three, zero_shot(max_tokens=50, **ask), out=tmp_path / "out").done == 3
 
 
 def test_a_budget_needs_an_endpoint_that_counts(three, tmp_path):
     with serve() as endpoint:
         endpoint.usage = None
-        ask = AskConfig(endpoint=endpoint.url, concurrency=1, max_tokens_total=10_000)
-        assert "reports no token usage" in teach(three, zero_shot(), ask, out=tmp_path / "out").stopped
+        ask = {"endpoint": endpoint.url, "concurrency": 1, "max_tokens_total": 10_000}
+        assert "reports no token usage" in teach(three, zero_shot(**ask), out=tmp_path / "out").stopped
         assert len(rows(tmp_path / "out")) == 1  # it was paid for, so it is kept
-        assert teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=tmp_path / "out").done == 3
+        assert teach(three, zero_shot(endpoint=endpoint.url), out=tmp_path / "out").done == 3
 
 
 # Killed
@@ -183,20 +183,20 @@ def test_two_at_once_are_refused(three, tmp_path):
     filelock = pytest.importorskip("filelock")
     out = tmp_path / "out"
     with serve() as endpoint:
-        teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=out)
+        teach(three, zero_shot(endpoint=endpoint.url), out=out)
     with (
         filelock.FileLock(out / "expansions.jsonl.lock"),
         pytest.raises(QeEdgeError, match="another `qe-edge teach` is writing"),
     ):
-        teach(three, zero_shot(), AskConfig(endpoint="http://127.0.0.1:9/v1"), out=out)
+        teach(three, zero_shot(endpoint="http://127.0.0.1:9/v1"), out=out)
 
 
 def test_a_damaged_line_is_named_and_nothing_is_asked(three, tmp_path):
     out = tmp_path / "out"
     with serve() as endpoint:
-        teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=out)
+        teach(three, zero_shot(endpoint=endpoint.url), out=out)
         file = out / "expansions.jsonl"
         file.write_bytes(b"{]\n" + file.read_bytes())
         with pytest.raises(BadInput, match=r"expansions\.jsonl:1: not a valid expansion"):
-            teach(three, zero_shot(n=2), AskConfig(endpoint=endpoint.url), out=out)
+            teach(three, zero_shot(n=2, endpoint=endpoint.url), out=out)
     assert len(endpoint.requests) == 3

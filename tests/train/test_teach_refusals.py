@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from teaching import many, rows, zero_shot
 
 from qe_edge.errors import BadArgument, NotInstalled, QeEdgeError
+from qe_edge.train.teach.config import AskConfig
 from qe_edge.train.teach.refusals import Refused, Unanswerable, Unanswered, what_it_means
-from qe_edge.train.teach.teach import AskConfig, teach
+from qe_edge.train.teach.teach import teach
 from qe_edge.train.teach.teacher import EndpointTeacher, read_answer
 from qe_edge.work.files import read_json
 
@@ -48,13 +49,13 @@ ACCOUNT = [
 def test_an_account_error_marks_nothing_and_leaves_the_rest_for_the_next_run(tmp_path, fault):
     out = tmp_path / "out"
     with serve(lambda number, body: fault if number >= 6 else None) as endpoint:
-        ask = AskConfig(endpoint=endpoint.url, concurrency=1)
-        outcome = teach(many(), zero_shot(), ask, out=out)
+        ask = {"endpoint": endpoint.url, "concurrency": 1}
+        outcome = teach(many(), zero_shot(**ask), out=out)
         assert (outcome.done, outcome.failed, len(endpoint.requests)) == (6, 0, 7)
         assert "answers" in outcome.stopped
         assert {row.problem for row in rows(out)} == {None}
         endpoint.fault = lambda number, body: None
-        outcome = teach(many(), zero_shot(), ask, out=out)
+        outcome = teach(many(), zero_shot(**ask), out=out)
     assert (outcome.done, outcome.asked, outcome.stopped) == (48, 42, "")
     assert set(endpoint.answers.values()) == {1}
     assert len({row.key for row in rows(out)}) == 48
@@ -109,12 +110,12 @@ def test_a_refusal_in_unknown_words_is_passed_over_but_never_marked(three, tmp_p
         return (400, error("rejected by upstream")) if "bread" in body["messages"][1]["content"] else None
 
     with serve(odd) as endpoint:
-        ask = AskConfig(endpoint=endpoint.url, concurrency=1)
-        outcome = teach(three, zero_shot(), ask, out=tmp_path / "out")
+        ask = {"endpoint": endpoint.url, "concurrency": 1}
+        outcome = teach(three, zero_shot(**ask), out=tmp_path / "out")
         assert (outcome.done, outcome.failed, outcome.stopped) == (2, 1, "")
         assert len(endpoint.requests) == 3  # not sent again in this session
         endpoint.fault = lambda number, body: None
-        assert teach(three, zero_shot(), ask, out=tmp_path / "out").asked == 1
+        assert teach(three, zero_shot(**ask), out=tmp_path / "out").asked == 1
 
 
 def test_a_rate_limits_reason_is_told_once(three, tmp_path, capsys):
@@ -122,7 +123,7 @@ def test_a_rate_limits_reason_is_told_once(three, tmp_path, capsys):
         return (429, error("tokens per min (TPM): Limit 30000")) if number < 2 else None
 
     with serve(busy) as endpoint:
-        teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=tmp_path / "out")
+        teach(three, zero_shot(endpoint=endpoint.url), out=tmp_path / "out")
     assert capsys.readouterr().err.count("tokens per min (TPM): Limit 30000") == 1
 
 
@@ -144,9 +145,9 @@ CONTENTS: list[tuple[Any, str | None, str]] = [
 @pytest.mark.parametrize(("content", "problem", "text"), CONTENTS, ids=[str(c[0])[:40] for c in CONTENTS])
 def test_content_in_parts(three, tmp_path, content, problem, text):
     with serve(text=lambda body: content) as endpoint:
-        ask = AskConfig(endpoint=endpoint.url, max_cost=1.0, price_in=10.0, price_out=20.0)
-        outcome = teach(three, zero_shot(), ask, out=tmp_path / "out")
-        assert teach(three, zero_shot(), ask, out=tmp_path / "out").asked == 0
+        ask = {"endpoint": endpoint.url, "max_cost": 1.0, "price_in": 10.0, "price_out": 20.0}
+        outcome = teach(three, zero_shot(**ask), out=tmp_path / "out")
+        assert teach(three, zero_shot(**ask), out=tmp_path / "out").asked == 0
     assert len(endpoint.requests) == outcome.done == 3
     assert outcome.cost == pytest.approx(3 * 0.002)
     assert {(row.problem, row.text) for row in rows(tmp_path / "out")} == {(problem, text)}
@@ -179,7 +180,7 @@ def test_requests_are_as_many_as_candidates_whatever_the_body_is(three, tmp_path
     out = tmp_path_factory.mktemp("any") / "out"
     for body in (value, {"choices": value}, {"choices": [{"message": {"content": value}}]}):
         with serve(lambda number, _, body=body: (200, body)) as endpoint:
-            outcome = teach(three, zero_shot(), AskConfig(endpoint=endpoint.url), out=out)
+            outcome = teach(three, zero_shot(endpoint=endpoint.url), out=out)
             assert len(endpoint.requests) == outcome.asked
     assert (outcome.done, outcome.asked) == (3, 0)
     assert len(rows(out)) == 3
@@ -230,7 +231,7 @@ def test_no_output_holds_a_key_or_a_password(tmp_path, fault):
 def test_a_key_that_no_header_can_hold_is_refused_unseen(three, tmp_path, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(BadArgument, match="the key in OPENAI_API_KEY holds a blank") as error:
-        teach(three, zero_shot(), AskConfig(endpoint="http://127.0.0.1:9/v1"), out=tmp_path / "out")
+        teach(three, zero_shot(endpoint="http://127.0.0.1:9/v1"), out=tmp_path / "out")
     assert key not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -239,9 +240,9 @@ def test_a_key_in_place_of_its_variables_name_is_refused_unseen(three, tmp_path)
     with pytest.raises(ValueError, match="not the key itself") as error:
         AskConfig(endpoint="http://x/v1", api_key_env=KEY)
     assert KEY not in str(error.value)
-    ask = AskConfig(endpoint="http://x/v1", api_key_env="sk_live_0123456789")
+    ask = {"endpoint": "http://x/v1", "api_key_env": "sk_live_0123456789"}
     with pytest.raises(BadArgument, match="that --api-key-env names is not set") as unset:
-        teach(three, zero_shot(), ask, out=tmp_path / "out")
+        teach(three, zero_shot(**ask), out=tmp_path / "out")
     assert "sk_live" not in str(unset.value)
 
 
@@ -253,14 +254,14 @@ def test_a_key_in_place_of_its_variables_name_is_refused_unseen(three, tmp_path)
 )
 def test_an_address_that_is_none_is_told_before_anything_is_asked(three, tmp_path, url):
     with pytest.raises(BadArgument, match="is no address"):
-        teach(three, zero_shot(), AskConfig(endpoint=url), out=tmp_path / "out")
+        teach(three, zero_shot(endpoint=url), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_query_in_the_address_stays_a_query(three, tmp_path):
     with serve() as endpoint:
-        ask = AskConfig(endpoint=f"{endpoint.url}/gpt/?api-version=2024-10-21&x=")
-        teach(three, zero_shot(), ask, out=tmp_path / "out")
+        ask = {"endpoint": f"{endpoint.url}/gpt/?api-version=2024-10-21&x="}
+        teach(three, zero_shot(**ask), out=tmp_path / "out")
     assert set(endpoint.paths) == {"/v1/gpt/chat/completions?api-version=2024-10-21&x="}
     assert read_json(tmp_path / "out" / "run.json")["settings"]["ask"]["endpoint"] == ask.endpoint
 

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from qe_edge.bench.generations import generate_once
-from qe_edge.bench.speed import Generated, Request
+from qe_edge.bench.speed import Generated, Task
 from qe_edge.errors import BadArgument
 from qe_edge.records import encode_jsonl, read_jsonl
 from qe_edge.work.folder import Workdir
@@ -106,7 +106,7 @@ sys.stdin.read()
 
 
 def test_rows_of_other_settings_are_not_taken(gguf, tmp_path):
-    request = Request(
+    request = Task(
         str(gguf), "en", {"q1": "tides", "q2": "bread"}, str(tmp_path / "own.jsonl"), "x", max_tokens=3
     )
     rows, _, _ = generate_once(request, "digest", tmp_path / "kept")

@@ -9,8 +9,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from qe_edge.errors import BadArgument, NotInstalled
 from qe_edge.redact import redact
+from qe_edge.train.teach.config import DEFAULT_KEY
 
-DEFAULT_KEY = "OPENAI_API_KEY"
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
 

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import chain, islice
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.records import Lang
@@ -14,8 +14,8 @@ from qe_edge.retrieval.datasets import SHORT_NAMES, Dataset, load_dataset, load_
 from qe_edge.retrieval.index import Index
 from qe_edge.student.prompt import Exemplar
 from qe_edge.text import analyzer_for, detect_language, get_analyzer
+from qe_edge.train.teach.config import Rule
 
-Rule = Literal["random", "bm25"]
 # Characters; a longer passage is cut at a sentence's end. Exemplars are paid for with every request.
 LONGEST: dict[Lang, int] = {"en": 600, "zh": 200, "other": 600}
 

@@ -4,48 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from qe_edge.errors import BadInput
-from qe_edge.records import Count, Expansion, Seed
+from qe_edge.records import Expansion
 from qe_edge.retrieval.datasets import Dataset
-from qe_edge.student.prompt import DEFAULT_TEACHER_PROMPT, load_teacher_prompt
+from qe_edge.student.prompt import load_teacher_prompt
 from qe_edge.text import detect_language
-from qe_edge.train.teach.exemplars import Exemplars, Rule, load_exemplars
+from qe_edge.train.teach.config import TeachConfig
+from qe_edge.train.teach.exemplars import Exemplars, load_exemplars
 from qe_edge.train.teach.problems import problem_of
 from qe_edge.train.teach.teacher import Answer, Request
-
-
-class TeachConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is asked for; a change of any of it makes new candidates.
-
-    Of each query `n` candidates per mode, with the seeds `seed`, `seed + 1`, … `max_tokens` is the budget
-    of one answer. `prompt` is a shipped prompt's id or a TOML file. `extra` holds further fields of the
-    request, and takes one out where it is null.
-    """
-
-    model: str
-    modes: Annotated[tuple[Literal["zero-shot", "few-shot"], ...], msgspec.Meta(min_length=1)] = (
-        "zero-shot",
-        "few-shot",
-    )
-    n: Count = 1
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] = 1.0
-    seed: Seed = 0
-    max_tokens: Count = 256
-    prompt: str = DEFAULT_TEACHER_PROMPT
-    exemplars: str = ""
-    exemplar_rule: Rule = "random"
-    shots: Count = 4
-    extra: dict[str, Any] = {}
-
-    def __post_init__(self) -> None:
-        if "n" in self.extra:
-            raise ValueError("extra must not hold `n`: ask for several candidates with --n")
-        if self.n > 1 and self.temperature == 0:
-            raise ValueError("at temperature 0 all n candidates would be the same; raise it or take n = 1")
 
 
 class Job(NamedTuple):

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
 from qe_edge.console import note, progress
 from qe_edge.errors import BadArgument, QeEdgeError
-from qe_edge.records import Amount, Count, Expansion, Positive
+from qe_edge.records import Expansion
 from qe_edge.retrieval.datasets import Dataset
-from qe_edge.train.teach.address import DEFAULT_KEY, read_key
+from qe_edge.train.teach.address import read_key
+from qe_edge.train.teach.config import AskConfig, TeachConfig
 from qe_edge.train.teach.ledger import Ledger
 from qe_edge.train.teach.pace import LONGEST_WAIT, Budget, Pace, Stopped
-from qe_edge.train.teach.plan import Job, Plan, TeachConfig
+from qe_edge.train.teach.plan import Job, Plan
 from qe_edge.train.teach.refusals import Refused, Unanswerable, Unanswered
 from qe_edge.train.teach.teacher import Answer, EndpointTeacher, LocalTeacher, Request, Teacher
 from qe_edge.work.files import MANIFEST, write_json
@@ -33,35 +33,6 @@ EXPANSIONS = "expansions.jsonl"
 GIVE_UP = 20
 # Seconds in which the first answer must come: a wrong address is told at once, an outage waited for.
 FIRST_PATIENCE = 15.0
-
-
-class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How it is asked for; none of this changes a candidate.
-
-    Without an `endpoint` the model is a local one. `timeout` is in seconds per request; one that fails is
-    sent again for `patience` seconds. Prices are per million tokens. The budgets count all of the model's
-    answers in the output file, also from earlier runs, 0 being none; what an endpoint may charge for
-    requests that timed out or broke off is not known and not counted.
-    """
-
-    endpoint: str = ""
-    api_key_env: str = DEFAULT_KEY
-    concurrency: Count = 16
-    timeout: Positive = 120.0
-    patience: Positive = 900.0
-    max_tokens_total: Annotated[int, msgspec.Meta(ge=0, lt=10**15)] = 0
-    max_cost: Amount = 0.0
-    price_in: Amount = 0.0
-    price_out: Amount = 0.0
-    keep_bad: bool = False
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env):  # not shown: it may be the key itself
-            raise ValueError("api-key-env is the name of an environment variable, not the key itself")
-        if self.max_cost and not (self.price_in or self.price_out):
-            raise ValueError(
-                "a limit of cost needs the prices: give price-in and price-out per million tokens"
-            )
 
 
 class Outcome(msgspec.Struct):
@@ -81,7 +52,7 @@ class Outcome(msgspec.Struct):
     stopped: str = ""
 
 
-def teach(data: Dataset, config: TeachConfig, ask: AskConfig | None = None, *, out: Path) -> Outcome:
+def teach(data: Dataset, config: TeachConfig, *, out: Path) -> Outcome:
     """Ask for every candidate that `out/expansions.jsonl` does not hold yet.
 
     When it could not get all, the outcome says so; the same call asks for the others.
@@ -89,12 +60,11 @@ def teach(data: Dataset, config: TeachConfig, ask: AskConfig | None = None, *, o
     Raises:
         QeEdgeError: nothing could be got at all. What was answered in earlier sessions is kept.
     """
-    ask = ask or AskConfig()
     check_output(out, "teach")
     plan = Plan(data, config)
     # A wrong address or key is told before anything is written.
-    teacher: Teacher | None = open_endpoint(ask) if ask.endpoint else None
-    settings = {"dataset": str(data), **msgspec.to_builtins(config), "ask": msgspec.to_builtins(ask)}
+    teacher: Teacher | None = open_endpoint(config) if config.endpoint else None
+    settings = {"dataset": str(data), **msgspec.to_builtins(config)}
     with Ledger(out / EXPANSIONS) as ledger:
         record = run_record("teach", settings, {}) | {"sessions": read_record(out).get("sessions", [])}
         write_json(out / MANIFEST, record)
@@ -102,10 +72,10 @@ def teach(data: Dataset, config: TeachConfig, ask: AskConfig | None = None, *, o
         outcome = Outcome(candidates=len(plan), done=len(plan) - len(pending))
         error = None
         if pending:
-            where = ask.endpoint or "this machine"
+            where = config.endpoint or "this machine"
             note(f"teach: {len(pending)} of {len(plan)} candidates to ask of {config.model} at {where}")
             teacher = teacher or open_local(config)
-            error = asyncio.run(_Session(plan, ledger, teacher, ask, outcome).run(pending))
+            error = asyncio.run(_Session(plan, ledger, teacher, outcome).run(pending))
         record["sessions"].append(msgspec.to_builtins(outcome))
         write_json(out / MANIFEST, record)
     if error is not None and (not outcome.done or not isinstance(error, QeEdgeError)):
@@ -128,15 +98,16 @@ def open_local(config: TeachConfig) -> LocalTeacher:
 class _Session:
     """One run against a teacher: so many workers, one pace, one budget."""
 
-    def __init__(self, plan: Plan, ledger: Ledger, teacher: Teacher, ask: AskConfig, outcome: Outcome):
-        self.plan, self.ledger, self.teacher, self.ask, self.outcome = plan, ledger, teacher, ask, outcome
-        self.workers = 1 if isinstance(teacher, LocalTeacher) else ask.concurrency
+    def __init__(self, plan: Plan, ledger: Ledger, teacher: Teacher, outcome: Outcome):
+        self.plan, self.ledger, self.teacher, self.outcome = plan, ledger, teacher, outcome
+        self.ask: AskConfig = plan.config
+        self.workers = 1 if isinstance(teacher, LocalTeacher) else self.ask.concurrency
         self.pace = Pace(self.workers)
         self.budget = Budget(
-            tokens=ask.max_tokens_total,
-            cost=ask.max_cost,
-            price_in=ask.price_in,
-            price_out=ask.price_out,
+            tokens=self.ask.max_tokens_total,
+            cost=self.ask.max_cost,
+            price_in=self.ask.price_in,
+            price_out=self.ask.price_out,
         )
         self.budget.spend(*ledger.tokens.get(plan.config.model, (0, 0)))
         self.error: Exception | None = None

@@ -1,4 +1,4 @@
-"""`run` and `demo`: the whole way at once."""
+"""`qe-edge run` and `demo`: the whole way at once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from qe_edge.commands.bench import emit_bench
 from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption
-from qe_edge.commands.measure import emit_bench
 from qe_edge.work.folder import Workdir
 
 

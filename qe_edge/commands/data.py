@@ -1,4 +1,4 @@
-"""`doctor` and `data`: look before you start."""
+"""`qe-edge data`: look at data sets before you start, and bring your own."""
 
 from __future__ import annotations
 
@@ -7,18 +7,9 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit
+from qe_edge.commands.common import JsonOption, OutOption, emit
 
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
-
-
-def doctor(workdir: WorkdirOption = WORKDIR, json: JsonOption = False) -> None:
-    """Show what is installed, what is missing and how to get it."""
-    from qe_edge.doctor import describe
-    from qe_edge.doctor import doctor as look
-
-    found = look(workdir)
-    emit(json, "doctor", describe(found), metrics=found)
 
 
 @data_app.command("list")

@@ -1,0 +1,121 @@
+"""`qe-edge bench` and `bench speed`: what a student gains and costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qe_edge.bench.config import BenchConfig
+from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, ThreadsOption, WorkdirOption, emit, took
+from qe_edge.commands.flags import Settings, flags_of
+from qe_edge.console import note
+from qe_edge.errors import BadArgument, NotFound, PartlyDone
+from qe_edge.work.folder import Workdir
+
+bench_app = typer.Typer(help="Measure nDCG@10 beside tokens per second, or speed alone.")
+
+
+@bench_app.callback(invoke_without_command=True)
+@flags_of(BenchConfig, "bench", recipe=True)
+def bench(
+    context: typer.Context,
+    out: OutOption = None,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+    *,
+    settings: Settings[BenchConfig],
+) -> None:
+    """Measure nDCG@10 beside tokens per second: BM25, models and teacher."""
+    if context.invoked_subcommand:
+        given = [name for name in context.params if _is_given(context, name)]
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise BadArgument(f"{flags} comes before `{context.invoked_subcommand}`; put it after")
+        return
+    from qe_edge.bench.bench import bench as verb
+    from qe_edge.bench.inputs import default_models, default_teachers
+
+    work, values = Workdir(workdir), settings.values
+    if not values.get("datasets"):
+        raise BadArgument("name at least one data set with --dataset")
+    values["teachers"] = values.get("teachers") or default_teachers(values["datasets"])
+    if not values.get("models"):
+        try:
+            values["models"] = default_models(work)
+            took("models", ", ".join(values["models"]))
+        except NotFound as error:
+            if not values["teachers"]:
+                raise
+            note(f"no model is run: {error}")
+    emit_bench(json, "bench", verb(settings.config(), out=out, workdir=work))
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+@bench_app.command("speed")
+def bench_speed(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="A GGUF file or builtin:NAME; repeat for several."),
+    ] = None,
+    synthetic: Annotated[
+        list[str] | None,
+        typer.Option(help="A real shape with random weights, such as qwen3-0.6b; nothing is downloaded."),
+    ] = None,
+    quant: Annotated[
+        list[str] | None, typer.Option(help="Kinds of the synthetic ones (default: Q4_K_M).")
+    ] = None,
+    threads: ThreadsOption = None,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Measured turns; one more warms up.")] = 3,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+) -> None:
+    """Measure prefill and decode beside the plainest loop over llama.cpp, and the memory's bandwidth."""
+    import msgspec
+
+    from qe_edge.bench.engine_speed import engine_speed, synthetic_gguf, table
+    from qe_edge.student.models import resolve
+
+    folder = Workdir(workdir).root / "synthetic"
+    names = list(model or [])
+    names += [
+        str(synthetic_gguf(shape, kind, folder)) for shape in synthetic or [] for kind in quant or ["Q4_K_M"]
+    ]
+    if not names:
+        raise BadArgument("name a model with --model or a shape with --synthetic")
+    models = [resolve(name) for name in names]  # a wrong name is found before the work
+    found = []
+    for ref in models:
+        note(f"bench: {ref.name}")
+        found.append(engine_speed(ref, threads=threads, rounds=rounds))
+    emit(json, "bench speed", table(found), metrics={"models": msgspec.to_builtins(found)})
+
+
+def emit_bench(json: bool, command: str, folder: Path, *, report: Path | None = None) -> None:
+    """Print a bench's table; then, if a model failed, exit with the code for work done in part."""
+    from qe_edge.bench.report.table import console_table
+    from qe_edge.bench.result import RESULT, read_result
+
+    result = read_result(folder)
+    rows = {
+        str(data.info.name): {f"{s.name} {s.join}".strip(): s.ndcg.mean for s in data.systems}
+        for data in result.datasets
+    }
+    following = f"report: {report}" if report else f"next:   qe-edge report {folder / RESULT}"
+    emit(
+        json,
+        command,
+        f"{console_table(result)}\nresult: {folder / RESULT}\n{following}",
+        artifacts={"folder": folder} | ({"report": report} if report else {}),
+        metrics={"ndcg@10": rows},
+        warnings=result.failures + result.warnings,
+        status="partial" if result.failures else "ok",
+    )
+    if result.failures:
+        note(f"error: {'; '.join(result.failures)}")
+        raise typer.Exit(PartlyDone.exit_code)

@@ -1,0 +1,71 @@
+"""`qe-edge expand`: a student at work."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from qe_edge.commands.common import WORKDIR, JsonOption, ModelOption, WorkdirOption, emit, load_expander
+from qe_edge.console import note
+from qe_edge.errors import BadInput, PartlyDone
+from qe_edge.lines import cut, decoded
+from qe_edge.runtime.expansion import ExpandedQuery
+
+
+def expand(
+    queries: Annotated[list[str], typer.Argument(help="Queries; `-` reads one per line from stdin.")],
+    model: ModelOption = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Token budget (default: the model's own).")] = None,
+    terms: Annotated[
+        bool, typer.Option("--terms", help="Print weighted index terms instead of text.")
+    ] = False,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+) -> None:
+    """Expand queries with a student."""
+    if queries == ["-"]:
+        queries = [line for _, line in decoded(cut(sys.stdin.buffer), "<stdin>") if line.strip()]
+        if not queries:
+            raise BadInput("stdin holds no query")
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    with load_expander(model, workdir, budget_tokens=max_tokens) as expander:
+        for query in queries:
+            try:
+                expanded = expander.expand(query)
+            except BadInput as error:
+                if len(queries) == 1:
+                    raise
+                failures.append(f"{query[:40]!r}: {error}")
+                note(f"error: {failures[-1]}")
+                continue
+            rows.append(_row(expanded))
+            if not json:
+                if expanded.fallback:
+                    note(f"{query[:40]!r} is to be searched as it is: {expanded.fallback}")
+                print(_weighted(expanded.terms()) if terms else expanded.text, flush=True)
+    if json:
+        metrics = {"expansions": rows}
+        status = "partial" if failures else "ok"
+        emit(True, "expand", "", inputs={"model": model}, metrics=metrics, warnings=failures, status=status)
+    if failures:
+        raise typer.Exit(PartlyDone.exit_code)
+
+
+def _row(expanded: ExpandedQuery) -> dict[str, Any]:
+    return {
+        "query": expanded.query,
+        "text": expanded.text,
+        "terms": expanded.terms(),
+        "tokens": expanded.tokens,
+        "finish_reason": expanded.finish_reason,
+        "fallback": expanded.fallback,
+        "prefill_s": round(expanded.prefill_s, 4),
+        "decode_s": round(expanded.decode_s, 4),
+    }
+
+
+def _weighted(terms: dict[str, float]) -> str:
+    return "  ".join(f"{term}^{weight:.3g}" for term, weight in terms.items())

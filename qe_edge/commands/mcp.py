@@ -1,0 +1,29 @@
+"""`qe-edge mcp`: a student for MCP clients."""
+
+from __future__ import annotations
+
+import msgspec
+
+from qe_edge.commands.common import WORKDIR, IndexOption, ModelOption, WorkdirOption, load_expander
+from qe_edge.commands.flags import Settings, flags_of
+from qe_edge.errors import require
+from qe_edge.serve.config import StudentConfig
+
+
+@flags_of(StudentConfig, "mcp")
+def mcp(
+    model: ModelOption = None,
+    index: IndexOption = None,
+    workdir: WorkdirOption = WORKDIR,
+    *,
+    settings: Settings[StudentConfig],
+) -> None:
+    """Offer expansion and search to an MCP client over stdin and stdout."""
+    require("mcp", "mcp")
+    config = settings.config()
+    from qe_edge.serve.collection import open_collections
+    from qe_edge.serve.mcp import create_mcp
+
+    collections = open_collections(index or [], workdir / "index")
+    with load_expander(model, workdir, **msgspec.structs.asdict(config)) as expander:
+        create_mcp(expander, collections).run("stdio")

@@ -1,0 +1,54 @@
+"""`qe-edge pairs`: retrieval tells the better expansion from the worse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took
+from qe_edge.commands.flags import Settings, flags_of
+from qe_edge.errors import BadArgument
+from qe_edge.train.config import PairsConfig
+from qe_edge.work.folder import Workdir
+
+
+@flags_of(PairsConfig, "pairs", recipe=True)
+def pairs(
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="Judged queries, as NAME or NAME@SPLIT.")
+    ] = None,
+    expansions: Annotated[
+        list[Path] | None,
+        typer.Option("--expansions", "-e", help="Candidates (JSON Lines; default: what `teach` collected)."),
+    ] = None,
+    out: OutOption = None,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+    *,
+    settings: Settings[PairsConfig],
+) -> None:
+    """Score candidate expansions by retrieval and build preference pairs."""
+    from qe_edge.retrieval.datasets import load_dataset
+    from qe_edge.train.pair_report import describe
+    from qe_edge.train.pairs import REPORT
+    from qe_edge.train.pairs import pairs as verb
+    from qe_edge.work.files import read_json
+
+    dataset = dataset or settings.values.pop("dataset", None)
+    named = settings.values.pop("expansions", [])
+    config = settings.config()
+    if not dataset:
+        raise BadArgument("name the judged queries with --dataset")
+    work = Workdir(workdir)
+    files = expansions or [Path(name) for name in named]
+    if not files:
+        files = [work.taught(str(load_dataset(dataset)))]
+        took("expansions", files[0])
+    folder = verb(dataset, files, config, out=out, workdir=work)
+    report = read_json(folder / REPORT)
+    text = (
+        f"{report['pairs']} pairs of {report['queries_with_pairs']} queries in {folder}\n{describe(report)}"
+    )
+    emit(json, "pairs", text, inputs={"dataset": dataset}, artifacts={"folder": folder}, metrics=report)

@@ -1,0 +1,59 @@
+"""`qe-edge report`: results of one or several machines, drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit, took
+from qe_edge.errors import BadArgument
+from qe_edge.work.folder import Workdir
+
+
+def report(
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="Result files or folders (default: the newest bench).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The HTML file (default: beside the first result).")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Also draw the first result's chart as a picture.")
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Also write every figure to this CSV file.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print the tables as LaTeX (booktabs).")] = False,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+) -> None:
+    """Draw one self-contained HTML report from bench results of one or several machines."""
+    from qe_edge.bench.report.report import chart_png
+    from qe_edge.bench.report.report import report as verb
+    from qe_edge.bench.report.table import csv_rows, latex_table, markdown_table
+    from qe_edge.bench.result import read_result
+    from qe_edge.work.files import write_bytes
+
+    if markdown and latex:
+        raise BadArgument("give either --markdown or --latex")
+    if not results:
+        results = [Workdir(workdir).newest("bench")]
+        took("result", results[0])
+    folder = results[0] if results[0].is_dir() else results[0].parent
+    artifacts = {"report": verb(results, out or folder / "report.html")}
+    if png:
+        artifacts["png"] = chart_png(read_result(results[0]), png)
+    read = [read_result(path) for path in results]
+    if csv:
+        write_bytes(csv, csv_rows(read).encode())
+        artifacts["csv"] = csv
+    text = "\n".join(str(path) for path in artifacts.values())
+    if markdown:
+        tables = [(data.info.name, markdown_table(data)) for result in read for data in result.datasets]
+        text = "\n".join(f"### {name}\n\n{table}" for name, table in tables)
+    if latex:
+        text = "\n".join(latex_table(data) for result in read for data in result.datasets)
+    emit(json, "report", text, inputs={"results": [str(r) for r in results]}, artifacts=artifacts)

@@ -1,0 +1,51 @@
+"""`qe-edge verify`: an export beside its source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit
+from qe_edge.work.folder import Workdir
+
+
+def verify(
+    exported: Annotated[Path, typer.Argument(help="A GGUF file or an MLX folder of `qe-edge export`.")],
+    source: Annotated[
+        Path | None,
+        typer.Option(help="The merged model it was made from (default: the one its run.json names)."),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="Compare nDCG@10 on it too: NAME or NAME@SPLIT.")
+    ] = None,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+) -> None:
+    """Check an export against its source: checksums, token ids, spec, logits, and nDCG@10 if asked."""
+    from qe_edge.export.compare import compare_retrieval
+    from qe_edge.export.verify import source_of, verify_export
+    from qe_edge.retrieval.datasets import load_dataset
+
+    if dataset:
+        load_dataset(dataset)  # a name that is wrong is found before the work
+    source = source or source_of(exported)
+    found = verify_export(exported, source)
+    text = (
+        f"{exported} answers as its source does: {found['checksums']} checksums right, token ids of "
+        f"{found['probes']} texts identical, logit cosine {found['logit_cosine']:.4f}, "
+        f"KL divergence {found['kl_divergence']:.4f} ({found['answer_divergence']:.4f} of answers), "
+        f"top-1 agreement {found['top1_agreement']:.0%}, "
+        f"greedy agreement {found['greedy_agreement']:.0%}"
+    )
+    if dataset:
+        retrieval = compare_retrieval(exported, source, dataset, workdir=Workdir(workdir))
+        found["retrieval"] = retrieval
+        change = retrieval["difference"]
+        text += (
+            f"\nnDCG@10 on {retrieval['queries']} queries of {retrieval['dataset']}: "
+            f"{retrieval['before']:.3f} before, {retrieval['after']:.3f} after, difference "
+            f"{change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
+        )
+    emit(json, "verify", text, inputs={"export": exported}, metrics=found)
