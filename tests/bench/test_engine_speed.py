@@ -105,7 +105,7 @@ def test_what_cannot_be_measured_is_refused(tiny_qwen3: Path, tmp_path: Path) ->
         synthetic_gguf("tiny", "Q4_0", tmp_path)
     with pytest.raises(BadArgument, match="no kind 'IQ2_XS' for random weights"):
         synthetic_gguf("small", "IQ2_XS", tmp_path)
-    with pytest.raises(QeEdgeError, match="ended with exit code 5"):
+    with pytest.raises(QeEdgeError, match="damaged or truncated"):
         (tmp_path / "broken").mkdir()
         (tmp_path / "broken" / "x.gguf").write_bytes(b"GGUF")
         engine_speed(resolve(tmp_path / "broken" / "x.gguf"))

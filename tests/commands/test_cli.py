@@ -89,7 +89,7 @@ def test_a_users_mistake_is_one_line_and_its_code(qe_edge, arguments, code, mess
     ("arguments", "message"),
     [
         (["train", "sft", "-e", "x", "--epochs", "-1"], "`epochs`"),
-        (["train", "sft", "-e", "x", "--rank", "0"], "`rank`"),
+        (["train", "sft", "-e", "x", "--rank", "0"], "--rank"),
         (["train", "sft", "-e", "x", "--mode", "nonsense"], "`modes"),
         (["train", "dpo", "--pairs", "x", "--adapter", "x", "--beta", "0"], "`beta`"),
         (["train", "dpo", "--pairs", "x", "--adapter", "x", "--loss", "dpo"], "`loss["),
@@ -98,10 +98,10 @@ def test_a_users_mistake_is_one_line_and_its_code(qe_edge, arguments, code, mess
             "as many weights",
         ),
         (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "0"], "`min-gap`"),
-        (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "nan"], "`min-gap`"),
-        (["pairs", "-d", "demo-en", "-e", "x", "--max-per-query", "-1"], "`max-per-query`"),
+        (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "nan"], "--min-gap"),
+        (["pairs", "-d", "demo-en", "-e", "x", "--max-per-query", "-1"], "--max-per-query"),
         (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--threads", "0"], "--threads"),
-        (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--max-tokens", "0"], "`max-tokens`"),
+        (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--max-tokens", "0"], "--max-tokens"),
         (["search", "x", "--plain", "--analyzer", "german"], "no analyzer named 'german'"),
     ],
 )

@@ -162,7 +162,7 @@ def test_no_error_of_the_system_is_a_traceback(raised, message):
 import sys
 from qe_edge import cli, doctor
 def broken(*_): raise {raised}
-doctor.doctor = broken
+doctor.look = broken
 sys.argv = ["qe-edge", "doctor", *sys.argv[1:]]
 cli.main()
 """

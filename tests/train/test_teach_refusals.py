@@ -263,7 +263,7 @@ def test_a_query_in_the_address_stays_a_query(three, tmp_path):
         ask = {"endpoint": f"{endpoint.url}/gpt/?api-version=2024-10-21&x="}
         teach(three, zero_shot(**ask), out=tmp_path / "out")
     assert set(endpoint.paths) == {"/v1/gpt/chat/completions?api-version=2024-10-21&x="}
-    assert read_json(tmp_path / "out" / "run.json")["settings"]["ask"]["endpoint"] == ask.endpoint
+    assert read_json(tmp_path / "out" / "run.json")["settings"]["endpoint"] == ask["endpoint"]
 
 
 @pytest.mark.parametrize(
