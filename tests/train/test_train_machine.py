@@ -23,7 +23,7 @@ pytest.importorskip("trl")
 import torch
 
 from qe_edge.train.base_model import load_config
-from qe_edge.train.estimate import estimate
+from qe_edge.train.estimate import SURPLUS, estimate
 
 CPU = Hardware("cpu", "float32", 1, "a CPU")
 GPU = Hardware("cuda", "bfloat16", 1, "a GPU")
@@ -148,7 +148,7 @@ def test_the_recipes_fit_their_gpu_by_the_estimate_and_train_alike(name, size):
 
 @pytest.mark.parametrize(("precision", "rank"), [("float32", 8), ("bfloat16", 0)])
 def test_the_estimate_counts_what_autograd_really_keeps(tiny_qwen3, precision, rank):
-    """The estimate's activations, from fake tensors of two layers, against a real pass through four."""
+    """The estimate's activations, by a formula, against a real pass through four layers."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -177,7 +177,7 @@ def test_the_estimate_counts_what_autograd_really_keeps(tiny_qwen3, precision, r
         output = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
     real = sum(storage.nbytes() for storage in kept.values())
     tile = 8 * 4 * 400 * shape.vocab_size
-    assert needs.activations - tile == pytest.approx(real, rel=0.05)
+    assert needs.activations / SURPLUS["cpu"] - tile == pytest.approx(real, rel=0.15)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert needs.weights > 4 * parameters  # and what the process holds
