@@ -7,6 +7,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from qe_edge.records import said
+
 
 class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Which files a student becomes.
@@ -17,37 +19,30 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     hand. Bits or a recipe of MLX take the place of what the kinds say.
     """
 
-    kinds: Annotated[
-        tuple[str, ...],
-        Meta(description="Another of llama.cpp's kinds, such as Q6_K.", extra={"flag": "--quant"}),
-    ] = ("Q4_K_M",)
-    formats: Annotated[
-        tuple[str, ...], Meta(description="gguf or mlx; repeat for both.", extra={"flag": "--format"})
-    ] = ("gguf", "mlx")
+    kinds: Annotated[tuple[str, ...], said("Another of llama.cpp's kinds, such as Q6_K.", flag="--quant")] = (
+        "Q4_K_M",
+    )
+    formats: Annotated[tuple[str, ...], said("gguf or mlx; repeat for both.", flag="--format")] = (
+        "gguf",
+        "mlx",
+    )
     budget_mb: Annotated[
         Annotated[float, Meta(ge=0.1, le=1e9)] | None,
-        Meta(description="Add a mixed GGUF of at most so many MB, by measurement."),
+        said("Add a mixed GGUF of at most so many MB, by measurement."),
     ] = None
     target_bpw: Annotated[
         Annotated[float, Meta(ge=1, le=32)] | None,
-        Meta(description="The same, by the file's bits per weight instead of its MB."),
+        said("The same, by the file's bits per weight instead of its MB."),
     ] = None
-    adapter: Annotated[
-        bool, Meta(description="Add the LoRA adapter alone, for a GGUF of the base model.")
-    ] = False
+    adapter: Annotated[bool, said("Add the LoRA adapter alone, for a GGUF of the base model.")] = False
     calibrate: Annotated[
-        tuple[str, ...],
-        Meta(description="Expansions for the importance matrix (default: those it was trained on)."),
+        tuple[str, ...], said("Expansions for the importance matrix (default: those it was trained on).")
     ] = ()
-    no_calibrate: Annotated[bool, Meta(description="Quantize without an importance matrix.")] = False
-    mlx_bits: Annotated[int | None, Meta(description="2, 3, 4, 5, 6 or 8 (default: the kind's).")] = None
-    mlx_group: Annotated[int, Meta(description="Weights that share a scale: 32, 64 or 128.")] = 64
-    mlx_recipe: Annotated[
-        str | None, Meta(description="mlx-lm's mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.")
-    ] = None
-    verify: Annotated[bool, Meta(description="Check every file against the source.", extra={"flag": ""})] = (
-        True
-    )
+    no_calibrate: Annotated[bool, said("Quantize without an importance matrix.")] = False
+    mlx_bits: Annotated[int | None, said("2, 3, 4, 5, 6 or 8 (default: the kind's).")] = None
+    mlx_group: Annotated[int, said("Weights that share a scale: 32, 64 or 128.")] = 64
+    mlx_recipe: Annotated[str | None, said("mlx-lm's mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.")] = None
+    verify: Annotated[bool, said("Check every file against the source.", flag="")] = True
 
     def __post_init__(self) -> None:
         if self.calibrate and self.no_calibrate:

@@ -7,22 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from qe_edge.redact import redact
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-
-@cache
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def prepare_streams() -> None:
@@ -100,36 +89,13 @@ def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callabl
 
     Yields `advance(steps=1, info="")`; `done` steps count as already made and not into the rate.
     """
-    if not sys.stderr.isatty() or not is_main_process():
-        yield lambda steps=1, info="": None
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        Task,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
+    from tqdm import tqdm
 
-    class Rate(TaskProgressColumn):  # which itself shows one only where the total is unknown
-        def render(self, task: Task) -> Text:
-            return self.render_speed(task.finished_speed or task.speed)
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[info]}"),
-    )
-    with Progress(*columns, console=_console(), transient=True) as bar:
-        task = bar.add_task(description, total=total, completed=done, info="")
+    shown = sys.stderr.isatty() and is_main_process()
+    with tqdm(desc=description, total=total, initial=done, leave=False, disable=not shown) as bar:
 
         def advance(steps: int = 1, info: str = "") -> None:
-            bar.update(task, advance=steps, info=info)
+            bar.set_postfix_str(info, refresh=False)
+            bar.update(steps)
 
         yield advance

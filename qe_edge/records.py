@@ -105,6 +105,17 @@ Threads = Annotated[int, msgspec.Meta(ge=1, le=MOST_THREADS)]
 Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]  # which every random generator takes
 Amount = Annotated[float, msgspec.Meta(ge=0, lt=1e15)]  # of money, or a price
 
+
+def said(
+    text: str, *, flag: str | None = None, short: str | None = None, env: str | None = None, **bounds: Any
+) -> msgspec.Meta:
+    """A setting's help; its flag's name where it isn't the field's (empty: it has none), a short one, and the
+    environment variable that sets it too."""
+    extra = {"flag": flag, "short": short, "env": env}
+    given = {name: value for name, value in extra.items() if value is not None}
+    return msgspec.Meta(description=text, extra=given or None, **bounds)
+
+
 # What several settings say of one thing.
 ANALYZER = "english, cjk or jieba (default: the collection's language decides)."
 RETRIEVER = "An OpenSearch or Elasticsearch index instead of our own: http://HOST:PORT/INDEX?fields=…"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from qe_edge.records import ANALYZER, RETRIEVER, Count, Mode, Problem
+from qe_edge.records import ANALYZER, RETRIEVER, Count, Mode, Problem, said
 from qe_edge.student.join import DEFAULT_JOIN
 from qe_edge.student.models import DEFAULT_STUDENT
 
@@ -29,32 +29,25 @@ class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     - `best-vs-sampled`: the best against others, drawn with `seed` from those that are worse enough.
     """
 
-    join: Annotated[
-        str, Meta(description="How query and expansion are joined: mass:R, repeat:N or adaptive:B.")
-    ] = str(DEFAULT_JOIN)
-    reward: Annotated[
-        str, Meta(description="A measure of ir_measures, or a mix: 0.7*nDCG@10 + 0.3*R@100.")
-    ] = "nDCG@10"
-    length_penalty: Annotated[
-        float, Meta(ge=0, le=10, description="Taken off the reward per hundred words.")
-    ] = 0.0
-    strategy: Annotated[
-        Strategy,
-        Meta(description="all-above-gap, best-worst or best-vs-sampled."),
-    ] = "all-above-gap"
+    join: Annotated[str, said("How query and expansion are joined: mass:R, repeat:N or adaptive:B.")] = str(
+        DEFAULT_JOIN
+    )
+    reward: Annotated[str, said("A measure of ir_measures, or a mix: 0.7*nDCG@10 + 0.3*R@100.")] = "nDCG@10"
+    length_penalty: Annotated[float, said("Taken off the reward per hundred words.", ge=0, le=10)] = 0.0
+    strategy: Annotated[Strategy, said("all-above-gap, best-worst or best-vs-sampled.")] = "all-above-gap"
     min_gap: Annotated[
-        float, Meta(gt=0, le=1, description="Difference of rewards from which two candidates make a pair.")
+        float, said("Difference of rewards from which two candidates make a pair.", gt=0, le=1)
     ] = 0.05
-    max_per_query: Annotated[Count, Meta(description="Pairs kept of each query.")] = 4
-    seed: Annotated[int, Meta(description="Of what best-vs-sampled draws.")] = 0
+    max_per_query: Annotated[Count, said("Pairs kept of each query.")] = 4
+    seed: Annotated[int, said("Of what best-vs-sampled draws.")] = 0
     accept: Annotated[
         tuple[Problem, ...],
-        Meta(description="Let in rows that `teach` marked so, such as cut (others need its --keep-bad)."),
+        said("Let in rows that `teach` marked so, such as cut (others need its --keep-bad)."),
     ] = ()
-    analyzer: Annotated[str, Meta(description=ANALYZER)] = ""
-    retriever: Annotated[str, Meta(description=RETRIEVER)] = ""
-    executor: Annotated[Executor, Meta(description="local, or ray for a Ray cluster.")] = "local"
-    workers: Annotated[int, Meta(ge=0, le=512, description="Processes; 0 is one per core.")] = 0
+    analyzer: Annotated[str, said(ANALYZER)] = ""
+    retriever: Annotated[str, said(RETRIEVER)] = ""
+    executor: Annotated[Executor, said("local, or ray for a Ray cluster.")] = "local"
+    workers: Annotated[int, said("Processes; 0 is one per core.", ge=0, le=512)] = 0
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -63,36 +56,36 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     Rows over `max_length` tokens are dropped and counted, never cut.
     """
 
-    learning_rate: Annotated[float, Share, Meta(description="Peak; a cosine takes it to zero.")] = 1e-4
-    epochs: Annotated[float, Share, Meta(description="Passes over the rows.")] = 1.0
-    batch_size: Annotated[int, Size, Meta(description="Rows in memory at a time.")] = 4
-    accumulate: Annotated[int, Size, Meta(description="Batches per step.")] = 2
+    learning_rate: Annotated[float, Share, said("Peak; a cosine takes it to zero.")] = 1e-4
+    epochs: Annotated[float, Share, said("Passes over the rows.")] = 1.0
+    batch_size: Annotated[int, Size, said("Rows in memory at a time.")] = 4
+    accumulate: Annotated[int, Size, said("Batches per step.")] = 2
     max_length: Annotated[
-        int, Size, Meta(description="Tokens, prompt included; longer rows are dropped and counted.")
+        int, Size, said("Tokens, prompt included; longer rows are dropped and counted.")
     ] = 512
     checkpointing: Annotated[
-        bool, Meta(description="Compute activations twice: less memory, about a third more time.")
+        bool, said("Compute activations twice: less memory, about a third more time.")
     ] = False
-    device: Annotated[Device, Meta(description="auto is cuda where there is one.")] = "auto"
+    device: Annotated[Device, said("auto is cuda where there is one.")] = "auto"
     precision: Annotated[
-        Precision, Meta(description="Of the arithmetic; auto is the fastest one that the device has.")
+        Precision, said("Of the arithmetic; auto is the fastest one that the device has.")
     ] = "auto"
     eval_dataset: Annotated[
         str,
-        Meta(
-            description="Judged dev queries, as NAME or NAME@SPLIT: nDCG@10 of the student's greedy "
+        said(
+            "Judged dev queries, as NAME or NAME@SPLIT: nDCG@10 of the student's greedy "
             "expansions is measured while it trains, and the best checkpoint is kept."
         ),
     ] = ""
     eval_join: Annotated[
-        str, Meta(description="How query and expansion are joined for that (default: the student's join).")
+        str, said("How query and expansion are joined for that (default: the student's join).")
     ] = ""
-    eval_steps: Annotated[int, Size, Meta(description="Steps between two of these.")] = 50
-    eval_queries: Annotated[int, Size, Meta(description="Dev queries, drawn at random.")] = 50
-    seed: Annotated[int, Meta(ge=0, lt=2**32), Meta(description="Of all that is drawn.")] = 0
-    save_steps: Annotated[int, Size, Meta(description="Steps between checkpoints to resume from.")] = 20
-    logging_steps: Annotated[int, Size, Meta(description="Steps between entries of the log.")] = 5
-    tensorboard: Annotated[bool, Meta(description="Also log for TensorBoard.")] = False
+    eval_steps: Annotated[int, Size, said("Steps between two of these.")] = 50
+    eval_queries: Annotated[int, Size, said("Dev queries, drawn at random.")] = 50
+    seed: Annotated[int, Meta(ge=0, lt=2**32), said("Of all that is drawn.")] = 0
+    save_steps: Annotated[int, Size, said("Steps between checkpoints to resume from.")] = 20
+    logging_steps: Annotated[int, Size, said("Steps between entries of the log.")] = 5
+    tensorboard: Annotated[bool, said("Also log for TensorBoard.")] = False
 
 
 class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -105,33 +98,26 @@ class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     several rows into one of `max_length` tokens, apart from each other for the attention: nothing is padded.
     """
 
-    student: Annotated[str, Meta(description="Hub id, folder, GGUF file or builtin:NAME.")] = DEFAULT_STUDENT
-    models: Annotated[
-        tuple[str, ...], Meta(description="Take only this model's rows.", extra={"flag": "--teacher-model"})
-    ] = ()
-    modes: Annotated[
-        tuple[Mode, ...], Meta(description="Take only zero-shot or few-shot rows.", extra={"flag": "--mode"})
-    ] = ()
-    max_rows: Annotated[int, Meta(ge=0), Meta(description="Rows drawn at random; 0 takes all.")] = 0
+    student: Annotated[str, said("Hub id, folder, GGUF file or builtin:NAME.")] = DEFAULT_STUDENT
+    models: Annotated[tuple[str, ...], said("Take only this model's rows.", flag="--teacher-model")] = ()
+    modes: Annotated[tuple[Mode, ...], said("Take only zero-shot or few-shot rows.", flag="--mode")] = ()
+    max_rows: Annotated[int, Meta(ge=0), said("Rows drawn at random; 0 takes all.")] = 0
     tasks: Annotated[
         tuple[Task, ...],
         Meta(min_length=1),
-        Meta(
-            description="write, read (for feedback), or both: each makes a row of its own.",
-            extra={"flag": "--task"},
-        ),
+        said("write, read (for feedback), or both: each makes a row of its own.", flag="--task"),
     ] = ("write",)
     accept: Annotated[
         tuple[Problem, ...],
-        Meta(description="Let in rows that `teach` marked so, such as cut (others need its --keep-bad)."),
+        said("Let in rows that `teach` marked so, such as cut (others need its --keep-bad)."),
     ] = ()
-    tuning: Annotated[
-        Literal["lora", "full"], Meta(description="An adapter, or all weights of a small student.")
-    ] = "lora"
-    rank: Annotated[int, Size, Meta(description="Of the LoRA adapter.")] = 32
-    alpha: Annotated[int, Size, Meta(description="LoRA's alpha: its output counts alpha / rank.")] = 64
-    packing: Annotated[bool, Meta(description="Several short rows in one; for a GPU.")] = False
-    learning_rate: Annotated[float, Share, Meta(description="Peak; a cosine takes it to zero.")] = 3e-4
+    tuning: Annotated[Literal["lora", "full"], said("An adapter, or all weights of a small student.")] = (
+        "lora"
+    )
+    rank: Annotated[int, Size, said("Of the LoRA adapter.")] = 32
+    alpha: Annotated[int, Size, said("LoRA's alpha: its output counts alpha / rank.")] = 64
+    packing: Annotated[bool, said("Several short rows in one; for a GPU.")] = False
+    learning_rate: Annotated[float, Share, said("Peak; a cosine takes it to zero.")] = 3e-4
 
     def __post_init__(self) -> None:
         if len(set(self.tasks)) < len(self.tasks):
@@ -148,27 +134,20 @@ class DpoConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     less memory, and less time over several epochs.
     """
 
-    beta: Annotated[float, Share, Meta(description="Pull towards the SFT model.")] = 0.1
+    beta: Annotated[float, Share, said("Pull towards the SFT model.")] = 0.1
     loss: Annotated[
-        tuple[Loss, ...],
-        Meta(min_length=1),
-        Meta(description="sigmoid, sigmoid_norm, ipo or sft; several are summed."),
+        tuple[Loss, ...], Meta(min_length=1), said("sigmoid, sigmoid_norm, ipo or sft; several are summed.")
     ] = ("sigmoid",)
     loss_weights: Annotated[
-        tuple[Annotated[float, Share], ...],
-        Meta(description="Of each loss, in their order.", extra={"flag": "--loss-weight"}),
+        tuple[Annotated[float, Share], ...], said("Of each loss, in their order.", flag="--loss-weight")
     ] = ()
     length_weight: Annotated[
-        float,
-        Meta(ge=0, le=1),
-        Meta(description="Below 1, the longer side's surplus tokens count less (LD-DPO)."),
+        float, Meta(ge=0, le=1), said("Below 1, the longer side's surplus tokens count less (LD-DPO).")
     ] = 1.0
-    precompute: Annotated[bool, Meta(description="Compute the reference's log-probabilities beforehand.")] = (
-        False
-    )
-    learning_rate: Annotated[float, Share, Meta(description="Peak; a cosine takes it to zero.")] = 5e-5
-    batch_size: Annotated[int, Size, Meta(description="Pairs in memory at a time.")] = 2
-    accumulate: Annotated[int, Size, Meta(description="Batches per step.")] = 4
+    precompute: Annotated[bool, said("Compute the reference's log-probabilities beforehand.")] = False
+    learning_rate: Annotated[float, Share, said("Peak; a cosine takes it to zero.")] = 5e-5
+    batch_size: Annotated[int, Size, said("Pairs in memory at a time.")] = 2
+    accumulate: Annotated[int, Size, said("Batches per step.")] = 4
 
     def __post_init__(self) -> None:
         if self.loss_weights and len(self.loss_weights) != len(self.loss):

@@ -7,6 +7,7 @@ term's score in every document is computed beforehand.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from array import array
@@ -175,14 +176,13 @@ def _chunks(spool: Path, sizes: np.ndarray) -> Iterator[tuple[np.ndarray, np.nda
 
 
 def _idf(frequencies: np.ndarray, documents: int) -> np.ndarray:
-    from bm25s.scoring import _select_idf_scorer
-
-    score = _select_idf_scorer("lucene")
+    """Lucene's inverse document frequency (Kamphuis et al., ECIR 2020), exact until it is rounded."""
     distinct, inverse = np.unique(frequencies, return_inverse=True)
-    return np.array([score(int(df), documents) for df in distinct], np.float32)[inverse]
+    exact = [math.log(1 + (documents - df + 0.5) / (df + 0.5)) for df in distinct.tolist()]
+    return np.array(exact, np.float32)[inverse]
 
 
 def _tfc(counts: np.ndarray, lengths: np.ndarray, mean: float, k1: float, b: float) -> np.ndarray:
-    from bm25s.scoring import _select_tfc_scorer
-
-    return _select_tfc_scorer("lucene")(counts.astype(np.float32), lengths, mean, k1, b)
+    """Lucene's share of a term's frequency in a score, saturated by the document's length."""
+    counts = counts.astype(np.float32)
+    return counts / (k1 * ((1 - b) + b * lengths / mean) + counts)

@@ -6,42 +6,32 @@ import ipaddress
 from typing import Annotated
 
 import msgspec
-from msgspec import Meta
 
 from qe_edge.arguments import LONGEST_MS
-from qe_edge.records import Count, Threads
+from qe_edge.records import Count, Threads, said
 from qe_edge.student.feedback import Passages
 
 
 class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How a student works for other programs."""
 
-    budget_tokens: Annotated[Count | None, Meta(description="Token budget (default: the model's own).")] = (
-        None
-    )
+    budget_tokens: Annotated[Count | None, said("Token budget (default: the model's own).")] = None
     passages: Annotated[
-        Passages | None,
-        Meta(description="That feedback reads for each query (default: the model's own number)."),
+        Passages | None, said("That feedback reads for each query (default: the model's own number).")
     ] = None
-    threads: Annotated[Threads | None, Meta(description="CPU threads (default: all cores).")] = None
-    cache: Annotated[str | None, Meta(description="A SQLite file that keeps expansions (default: none).")] = (
-        None
-    )
+    threads: Annotated[Threads | None, said("CPU threads (default: all cores).")] = None
+    cache: Annotated[str | None, said("A SQLite file that keeps expansions (default: none).")] = None
 
 
 class ServeConfig(StudentConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A student behind an address."""
 
-    host: Annotated[str, Meta(description="Other machines can reach no loopback address.")] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535, description="0: a free one.")] = 8017
-    token: Annotated[
-        str, Meta(description="Clients must send it as a bearer token.", extra={"env": "QE_EDGE_TOKEN"})
-    ] = ""
-    parallel: Annotated[int, Meta(ge=1, le=64, description="Queries that are decoded together.")] = 16
-    queue: Annotated[int, Meta(ge=0, le=192, description="Queries that may wait beside them.")] = 64
-    deadline_ms: Annotated[
-        float, Meta(ge=1, le=LONGEST_MS, description="The most that a query may take.")
-    ] = 10_000
+    host: Annotated[str, said("Other machines can reach no loopback address.")] = "127.0.0.1"
+    port: Annotated[int, said("0: a free one.", ge=0, le=65535)] = 8017
+    token: Annotated[str, said("Clients must send it as a bearer token.", env="QE_EDGE_TOKEN")] = ""
+    parallel: Annotated[int, said("Queries that are decoded together.", ge=1, le=64)] = 16
+    queue: Annotated[int, said("Queries that may wait beside them.", ge=0, le=192)] = 64
+    deadline_ms: Annotated[float, said("The most that a query may take.", ge=1, le=LONGEST_MS)] = 10_000
 
     def __post_init__(self) -> None:
         if not self.loopback and not self.token:

@@ -162,12 +162,13 @@ def test_progress_shows_count_rate_and_time_left_on_a_terminal_alone():
         "    for _ in range(4):\n        time.sleep(0.3)\n        advance(info='a note')\n"
     )
     terminal, end = pty.openpty()
-    environment = os.environ | {"COLUMNS": "120", "TERM": "xterm"}
-    subprocess.run([sys.executable, "-c", code], stderr=end, check=True, env=environment)
+    termios = pytest.importorskip("termios")
+    termios.tcsetwinsize(end, (24, 120))
+    subprocess.run([sys.executable, "-c", code], stderr=end, check=True)
     os.close(end)
     shown = os.read(terminal, 1 << 16).decode()
     os.close(terminal)
-    for part in ("working", "4/4", "it/s", "0:00:0", "a note"):
+    for part in ("working", "4/4", "it/s", "[00:0", "a note"):
         assert part in shown
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from qe_edge.records import Amount, Count, Positive, Seed
+from qe_edge.records import Amount, Count, Positive, Seed, said
 from qe_edge.student.prompt import DEFAULT_TEACHER_PROMPT
 
 DEFAULT_KEY = "OPENAI_API_KEY"
@@ -24,29 +24,17 @@ class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """
 
     endpoint: Annotated[
-        str,
-        Meta(
-            description="An OpenAI-compatible URL, such as http://localhost:8080/v1.",
-            extra={"env": "OPENAI_BASE_URL"},
-        ),
+        str, said("An OpenAI-compatible URL, such as http://localhost:8080/v1.", env="OPENAI_BASE_URL")
     ] = ""
-    api_key_env: Annotated[str, Meta(description="The environment variable that holds the key.")] = (
-        DEFAULT_KEY
-    )
-    concurrency: Annotated[Count, Meta(description="The most requests at once; rate limits lower it.")] = 16
-    timeout: Annotated[Positive, Meta(description="Seconds for one request.")] = 120.0
-    patience: Annotated[Positive, Meta(description="Seconds in which a failed request is sent again.")] = (
-        900.0
-    )
-    max_tokens_total: Annotated[
-        int, Meta(ge=0, lt=10**15, description="Stop before so many tokens are used.")
-    ] = 0
-    max_cost: Annotated[Amount, Meta(description="Stop before so much is spent; needs the prices.")] = 0.0
-    price_in: Annotated[Amount, Meta(description="Price of a million prompt tokens.")] = 0.0
-    price_out: Annotated[Amount, Meta(description="Price of a million answer tokens.")] = 0.0
-    keep_bad: Annotated[bool, Meta(description="Keep the text of unusable answers, marked, to look at.")] = (
-        False
-    )
+    api_key_env: Annotated[str, said("The environment variable that holds the key.")] = DEFAULT_KEY
+    concurrency: Annotated[Count, said("The most requests at once; rate limits lower it.")] = 16
+    timeout: Annotated[Positive, said("Seconds for one request.")] = 120.0
+    patience: Annotated[Positive, said("Seconds in which a failed request is sent again.")] = 900.0
+    max_tokens_total: Annotated[int, said("Stop before so many tokens are used.", ge=0, lt=10**15)] = 0
+    max_cost: Annotated[Amount, said("Stop before so much is spent; needs the prices.")] = 0.0
+    price_in: Annotated[Amount, said("Price of a million prompt tokens.")] = 0.0
+    price_out: Annotated[Amount, said("Price of a million answer tokens.")] = 0.0
+    keep_bad: Annotated[bool, said("Keep the text of unusable answers, marked, to look at.")] = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env):  # not shown: it may be the key itself
@@ -64,31 +52,24 @@ class TeachConfig(AskConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     the request where it is null.
     """
 
-    model: Annotated[
-        str,
-        Meta(description="The endpoint's model, or a local one as everywhere else.", extra={"short": "-m"}),
-    ]
+    model: Annotated[str, said("The endpoint's model, or a local one as everywhere else.", short="-m")]
     modes: Annotated[
         tuple[Literal["zero-shot", "few-shot"], ...],
         Meta(min_length=1),
-        Meta(description="zero-shot, few-shot, or both: zero-shot,few-shot.", extra={"flag": "--mode"}),
+        said("zero-shot, few-shot, or both: zero-shot,few-shot.", flag="--mode"),
     ] = ("zero-shot", "few-shot")
-    n: Annotated[Count, Meta(description="Candidates of each query in each mode.")] = 1
-    temperature: Annotated[float, Meta(ge=0, le=10, description="0 is greedy.")] = 1.0
-    seed: Annotated[Seed, Meta(description="Of the first sample; the others count on from it.")] = 0
-    max_tokens: Annotated[Count, Meta(description="Token budget of one answer.")] = 256
-    prompt: Annotated[str, Meta(description="A shipped prompt's id, or a TOML file.")] = (
-        DEFAULT_TEACHER_PROMPT
-    )
+    n: Annotated[Count, said("Candidates of each query in each mode.")] = 1
+    temperature: Annotated[float, said("0 is greedy.", ge=0, le=10)] = 1.0
+    seed: Annotated[Seed, said("Of the first sample; the others count on from it.")] = 0
+    max_tokens: Annotated[Count, said("Token budget of one answer.")] = 256
+    prompt: Annotated[str, said("A shipped prompt's id, or a TOML file.")] = DEFAULT_TEACHER_PROMPT
     exemplars: Annotated[
-        str,
-        Meta(description="Training split to draw few-shot exemplars from (default: the data set's own)."),
+        str, said("Training split to draw few-shot exemplars from (default: the data set's own).")
     ] = ""
-    exemplar_rule: Annotated[Rule, Meta(description="random, or bm25 for the nearest queries.")] = "random"
-    shots: Annotated[Count, Meta(description="Exemplars in a few-shot prompt.")] = 4
+    exemplar_rule: Annotated[Rule, said("random, or bm25 for the nearest queries.")] = "random"
+    shots: Annotated[Count, said("Exemplars in a few-shot prompt.")] = 4
     extra: Annotated[
-        dict[str, Any],
-        Meta(description='More fields of the request as JSON, e.g. {"top_p": 0.9}; null takes one out.'),
+        dict[str, Any], said('More fields of the request as JSON, e.g. {"top_p": 0.9}; null takes one out.')
     ] = {}
 
     def __post_init__(self) -> None:
