@@ -16,7 +16,7 @@ from functools import partial
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -30,7 +30,7 @@ from qe_edge.export.export import check_choices, export_model
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
 from qe_edge.student.join import DEFAULT_JOIN, Join
 from qe_edge.student.models import resolve
-from qe_edge.train.config import DpoConfig, PairsConfig, SftConfig
+from qe_edge.train.config import DpoConfig, PairsConfig, SftConfig, TrainConfig
 from qe_edge.train.dpo import dpo
 from qe_edge.train.merge import merge
 from qe_edge.train.pairs import PAIRS, pairs
@@ -39,6 +39,7 @@ from qe_edge.work.files import read_json, sha256, write_json
 from qe_edge.work.folder import Workdir
 
 STATE = "recipe.json"
+T = TypeVar("T", bound=TrainConfig)
 
 
 class PairsPart(PairsConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -127,56 +128,29 @@ def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
 
     Everything that can be wrong with a recipe is looked for before the first stage.
     """
-    _check_installed(recipe)
-    p, s, d, e, b = recipe.pairs, recipe.sft, recipe.dpo or DpoConfig(), recipe.export, recipe.bench
-    join = Join.parse(recipe.join or (p.join if p else str(DEFAULT_JOIN)))
-    check_choices(e)
-    student = resolve(s.student)
-    judged = load_dataset(p.dataset) if p else None
-    benched = [load_dataset(name) for name in b.datasets]
-    for path in (*(p.expansions if p else ()), *s.expansions, *b.teachers):
-        if not Path(path).is_file():
-            raise NotFound(f"{path}: no such file; the recipe names it")
-
-    if s.eval_dataset and not s.eval_join:
-        s = msgspec.structs.replace(s, eval_join=str(join))
-    if d.eval_dataset and not d.eval_join:
-        d = msgspec.structs.replace(d, eval_join=str(join))
-    stages = _Stages(workdir)
+    _check(recipe)
+    join = Join.parse(recipe.join or (recipe.pairs.join if recipe.pairs else str(DEFAULT_JOIN)))
+    stages = _Stages(workdir, join)
     note(f"recipe: {recipe.title}")
-    for name in {s.eval_dataset, d.eval_dataset} & set(b.datasets):
+    trainings = [recipe.sft, recipe.dpo or DpoConfig()]
+    for name in {training.eval_dataset for training in trainings} & set(recipe.bench.datasets):
         note(f"{name} chooses the checkpoint that is kept, so the student's figure on it is no test")
-    if p and judged:
-        inputs = [judged.fingerprint(), *map(sha256, p.expansions)]
-        make = partial(pairs, p.dataset, p.expansions, _as(PairsConfig, p), workdir=workdir)
-        stages.run("pairs", p, inputs, make)
-    inputs = [sha256(student.path) if student.path else student.name, *map(sha256, s.expansions)]
-    stages.run("sft", s, inputs, lambda: sft(s.expansions, _as(SftConfig, s), workdir=workdir))
-    exports = {"sft": e}
-    if p:
-        pair_file, adapter = stages.out["pairs"] / PAIRS, stages.out["sft"]
-        inputs = [sha256(pair_file), sha256(adapter)]
-        stages.run("dpo", d, inputs, lambda: dpo(pair_file, adapter, d, workdir=workdir))
+    if recipe.pairs:
+        stages.pairs(recipe.pairs)
+    stages.sft(recipe.sft)
+    exports = {"sft": recipe.export}
+    if recipe.pairs:
+        stages.dpo(recipe.dpo or DpoConfig())
         # SFT alone is then exported for comparison only, so one small file is enough.
-        exports = {"sft": ExportConfig(kinds=e.kinds[:1], formats=("gguf",)), "dpo": e}
-    for trained, part in exports.items():
-        folder = stages.out[trained]
-        made = partial(merge, folder, join=join, workdir=workdir)
-        stages.run(f"merge {trained}", join, [sha256(folder)], made)
-        model = stages.out[f"merge {trained}"]
-        stages.run(f"export {trained}", part, [sha256(model)], partial(_export, model, part, workdir))
-    files = [file for trained in exports for file in _ggufs(stages.out, trained)]
-    models = (f"untrained={s.student}", *files, *b.models)
-    config = msgspec.structs.replace(b, models=models, joins=b.joins or (str(join),))
-    inputs = [*(data.fingerprint() for data in benched), *map(sha256, b.teachers)]
-    inputs += [sha256(stages.out[f"export {trained}"]) for trained in exports]
-    stages.run("bench", b, inputs, lambda: bench(config, workdir=workdir))
-    if read_result(stages.out["bench"]).failures:
-        stages.forget("bench")  # so that the next run tries the failed models again
+        alone = ExportConfig(kinds=recipe.export.kinds[:1], formats=("gguf",))
+        exports = {"sft": alone, "dpo": recipe.export}
+    for trained, config in exports.items():
+        stages.export(trained, config)
+    stages.bench(recipe.bench, untrained=recipe.sft.student, exported=list(exports))
     return stages.out
 
 
-def _check_installed(recipe: Recipe) -> None:
+def _check(recipe: Recipe) -> None:
     """Fail before hours of work, not after them."""
     needed = {"trl": "train", "llama_cpp": "llama", "gguf": "llama", "altair": "report"}
     if "mlx" in recipe.export.formats:
@@ -184,18 +158,14 @@ def _check_installed(recipe: Recipe) -> None:
     for module, extra in needed.items():
         if find_spec(module) is None:
             require(module, extra)
-
-
-def _export(model: Path, config: ExportConfig, workdir: Workdir) -> Path:
-    out = workdir.new("export")
-    export_model(model, out, config, progress=note)
-    return out
-
-
-def _ggufs(out: dict[str, Path], trained: str) -> list[str]:
-    label = {"sft": "SFT", "dpo": "SFT+DPO"}[trained]
-    files = sorted(out[f"export {trained}"].glob("[!.]*.gguf"))
-    return [f"{label} {file.stem.removeprefix('student-')}={file}" for file in files]
+    check_choices(recipe.export)
+    resolve(recipe.sft.student)
+    for name in ([recipe.pairs.dataset] if recipe.pairs else []) + list(recipe.bench.datasets):
+        load_dataset(name)
+    expansions = recipe.pairs.expansions if recipe.pairs else ()
+    for path in (*expansions, *recipe.sft.expansions, *recipe.bench.teachers):
+        if not Path(path).is_file():
+            raise NotFound(f"{path}: no such file; the recipe names it")
 
 
 def _as(kind: Any, part: Any) -> Any:
@@ -206,27 +176,73 @@ def _as(kind: Any, part: Any) -> Any:
 class _Stages:
     """Which stages are done, each under a key that covers its settings and the content of its inputs."""
 
-    def __init__(self, workdir: Workdir):
+    def __init__(self, workdir: Workdir, join: Join):
+        self.workdir, self.join = workdir, join
         self.file = workdir.root / STATE
         self.out: dict[str, Path] = {}
-        self.keys: dict[str, str] = {}
         self.done: dict[str, str] = read_json(self.file) if self.file.is_file() else {}
 
-    def run(self, stage: str, settings: Any, inputs: list[str], make: Callable[[], Path]) -> None:
-        """Make the stage's output, unless the same was made before and is still there."""
+    def pairs(self, part: PairsPart) -> None:
+        inputs = [load_dataset(part.dataset).fingerprint(), *map(sha256, part.expansions)]
+        config = _as(PairsConfig, part)
+        make = partial(pairs, part.dataset, part.expansions, config, workdir=self.workdir)
+        self.run("pairs", part, inputs, make)
+
+    def sft(self, part: SftPart) -> None:
+        part, student = self._with_join(part), resolve(part.student)
+        inputs = [sha256(student.path) if student.path else student.name, *map(sha256, part.expansions)]
+        make = partial(sft, part.expansions, _as(SftConfig, part), workdir=self.workdir)
+        self.run("sft", part, inputs, make)
+
+    def dpo(self, config: DpoConfig) -> None:
+        config, pair_file, adapter = self._with_join(config), self.out["pairs"] / PAIRS, self.out["sft"]
+        make = partial(dpo, pair_file, adapter, config, workdir=self.workdir)
+        self.run("dpo", config, [sha256(pair_file), sha256(adapter)], make)
+
+    def _with_join(self, config: T) -> T:
+        if config.eval_dataset and not config.eval_join:
+            return msgspec.structs.replace(config, eval_join=str(self.join))
+        return config
+
+    def export(self, trained: str, config: ExportConfig) -> None:
+        adapter = self.out[trained]
+        make = partial(merge, adapter, join=self.join, workdir=self.workdir)
+        self.run(f"merge {trained}", self.join, [sha256(adapter)], make)
+        model = self.out[f"merge {trained}"]
+
+        def write() -> Path:
+            out = self.workdir.new("export")
+            export_model(model, out, config, progress=note)
+            return out
+
+        self.run(f"export {trained}", config, [sha256(model)], write)
+
+    def bench(self, part: BenchConfig, *, untrained: str, exported: list[str]) -> None:
+        models = [f"untrained={untrained}"]
+        for trained in exported:
+            for file in sorted(self.out[f"export {trained}"].glob("[!.]*.gguf")):
+                label = {"sft": "SFT", "dpo": "SFT+DPO"}[trained]
+                models.append(f"{label} {file.stem.removeprefix('student-')}={file}")
+        joins = part.joins or (str(self.join),)
+        config = msgspec.structs.replace(part, models=(*models, *part.models), joins=joins)
+        inputs = [load_dataset(name).fingerprint() for name in part.datasets]
+        inputs += [*map(sha256, part.teachers), *(sha256(self.out[f"export {name}"]) for name in exported)]
+        key = self.run("bench", part, inputs, partial(bench, config, workdir=self.workdir))
+        if read_result(self.out["bench"]).failures:  # so that the next run tries the failed models again
+            del self.done[key]
+            write_json(self.file, self.done)
+
+    def run(self, stage: str, settings: Any, inputs: list[str], make: Callable[[], Path]) -> str:
+        """Make the stage's output, unless the same was made before and is still there; returns its key."""
         content = msgspec.json.encode([stage, msgspec.to_builtins(settings), inputs])
-        key = self.keys[stage] = hashlib.sha256(content).hexdigest()
+        key = hashlib.sha256(content).hexdigest()
         before = self.done.get(key)
         if before and Path(before).exists():
             self.out[stage] = Path(before)
             note(f"{stage}: done before, in {before}")
-            return
+            return key
         note(f"{stage}: started")
         self.out[stage] = make()
         self.done[key] = str(self.out[stage])
         write_json(self.file, self.done)
-
-    def forget(self, stage: str) -> None:
-        """Have the next run make a stage again."""
-        del self.done[self.keys[stage]]
-        write_json(self.file, self.done)
+        return key

@@ -74,51 +74,60 @@ def import_dataset(
         BadArgument: `name` can't be one, `out` holds something else, or passages are missing and `pool`
             wasn't given.
     """
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise BadArgument(f"{name!r} can't be a data set's name: letters, digits, dots and dashes can")
-    if out.exists() and not (out / ORIGIN).is_file() and (out.is_file() or any(out.iterdir())):
-        raise BadArgument(f"{out} holds something other than `qe-edge data import` made; choose a new folder")
+    _check_place(name, out)
     official = OFFICIAL.get(name)
     if official and sha256(_existing(qrels)) != official.qrels:
         raise BadInput(f"isn't the official file of {name}: its SHA-256 differs", path=qrels)
     queries = _topics(_existing(topics))
     judged = _judgments(_existing(qrels), queries)
-    files = list(_passage_files(_existing(passages)))
-    wanted = {doc_id for _, doc_id in judged}
-    ids: set[str] = set()
-    total = official.passages if official else 1
-    with atomic_path(out) as partial, progress(f"importing {name}", total) as advance:
+    with atomic_path(out) as partial:
         (partial / "qrels").mkdir(parents=True)
-        with (partial / "corpus.jsonl").open("wb") as corpus:
-            for file in files:
-                for number, passage in _passages(file):
-                    if passage["_id"] in ids:
-                        raise BadInput(f"passage {passage['_id']!r} is there twice", path=file, line=number)
-                    ids.add(passage["_id"])
-                    corpus.write(msgspec.json.encode(passage) + b"\n")
-                    if len(ids) % 1000 == 0:
-                        advance(1000)
-        count, missing = len(ids), wanted - ids
-        complete = not missing and (official is None or count == official.passages)
+        total = official.passages if official else 0
+        ids = _copy(_existing(passages), partial / "corpus.jsonl", name, total)
+        wanted = {doc_id for _, doc_id in judged}
+        missing = wanted - ids
+        complete = not missing and total in (0, len(ids))
         if not complete and not pool:
-            expected = f" of {official.passages:,}" if official else ""
             raise BadArgument(
-                f"{passages} holds {count:,} passages{expected}, and lacks {len(missing):,} of the "
-                f"{len(wanted):,} judged ones; with --pool it stands in for the collection, and every "
-                "figure says so"
+                f"{passages} holds {len(ids):,} passages{f' of {total:,}' if total else ''}, and lacks "
+                f"{len(missing):,} of the {len(wanted):,} judged ones; with --pool it stands in for the "
+                "collection, and every figure says so"
             )
-        _write_lines(partial / "queries.jsonl", ({"_id": i, "text": text} for i, text in queries.items()))
         kept = {key: grade for key, grade in judged.items() if key[1] in ids}
         if not kept:
             raise BadInput("none of its passages is judged, so nothing could be measured", path=passages)
-        lines = "".join(f"{query_id}\t{doc_id}\t{grade}\n" for (query_id, doc_id), grade in kept.items())
-        (partial / "qrels" / "test.tsv").write_text(QRELS_HEADER + lines, encoding="utf-8")
+        rows = [msgspec.json.encode({"_id": i, "text": text}) + b"\n" for i, text in queries.items()]
+        (partial / "queries.jsonl").write_bytes(b"".join(rows))
+        lines = [f"{query_id}\t{doc_id}\t{grade}\n" for (query_id, doc_id), grade in kept.items()]
+        (partial / "qrels" / "test.tsv").write_text(QRELS_HEADER + "".join(lines), encoding="utf-8")
         digests = {path.name: sha256(path) for path in (topics, qrels)}
         lost = len({query_id for query_id, _ in judged} - {query_id for query_id, _ in kept})
         is_pool = not complete or (pool and official is None)
-        origin = Origin(name, is_pool, count, len(missing), lost, digests)
+        origin = Origin(name, is_pool, len(ids), len(missing), lost, digests)
         write_json(partial / ORIGIN, origin)
     return origin
+
+
+def _check_place(name: str, out: Path) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise BadArgument(f"{name!r} can't be a data set's name: letters, digits, dots and dashes can")
+    if out.exists() and not (out / ORIGIN).is_file() and (out.is_file() or any(out.iterdir())):
+        raise BadArgument(f"{out} holds something other than `qe-edge data import` made; choose a new folder")
+
+
+def _copy(passages: Path, corpus: Path, name: str, total: int) -> set[str]:
+    """Write the passages in BEIR's keys; returns their ids."""
+    ids: set[str] = set()
+    with corpus.open("wb") as written, progress(f"importing {name}", total) as advance:
+        for file in _passage_files(passages):
+            for number, passage in _passages(file):
+                if passage["_id"] in ids:
+                    raise BadInput(f"passage {passage['_id']!r} is there twice", path=file, line=number)
+                ids.add(passage["_id"])
+                written.write(msgspec.json.encode(passage) + b"\n")
+                if len(ids) % 1000 == 0:
+                    advance(1000)
+    return ids
 
 
 def read_origin(folder: Path) -> Origin | None:
@@ -207,7 +216,3 @@ def _passages(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         if not isinstance(title, str):
             raise BadInput(f"its title is {title!r}, not a text", path=path, line=number)
         yield number, {"_id": doc_id, "title": title, "text": row[keys[2]]}
-
-
-def _write_lines(path: Path, rows: Iterator[dict[str, str]]) -> None:
-    path.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))

@@ -6,103 +6,21 @@ prompts into a batch, computes one step of all that are in one, then looks again
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Lock, Thread
-from typing import Literal
 
 from qe_edge.backends.lifetime import check_not_forked
 from qe_edge.backends.protocol import Backend, Batch, Reader
 from qe_edge.errors import BadInput, QeEdgeError
+from qe_edge.runtime.generation import Call, Generation, Reading
 
 QUERY = 512  # tokens that a prompt may have of its own
 PIECE = 64  # tokens of prompts that are read between two steps of those who write
-
-
-@dataclass(eq=False, kw_only=True)
-class Work:
-    """Something for the thread to do until its `deadline`, on `time.perf_counter`'s clock.
-
-    The future is done when the work is. Cancel it where nobody waits for it any more.
-    """
-
-    deadline: float = math.inf
-    future: Future[None] = field(default_factory=Future)
-
-    @property
-    def over(self) -> bool:
-        """Whether it need not go on: its time is up, or nobody waits for it."""
-        return self.future.done() or time.perf_counter() >= self.deadline
-
-    def end(self, error: BaseException | None = None) -> None:
-        """Tell whoever waits that it is done, or has failed."""
-        with suppress(InvalidStateError):  # it was cancelled, or has ended before
-            if error:
-                self.future.set_exception(error)
-            else:
-                self.future.set_result(None)
-
-
-@dataclass(eq=False)
-class Generation(Work):
-    """An answer to write, and what is written of it so far.
-
-    The first `prefix` tokens of the prompt are those of many prompts. The answer also ends where `enough`
-    says so of its tokens. Seconds are on `time.perf_counter`'s clock; `first` and `last` are those of its
-    first and of its last token. `finish` is None while it is written, and where its time was up.
-    """
-
-    prompt: list[int]
-    prefix: int
-    budget: int
-    temperature: float = 0.0
-    seed: int = 0
-    enough: Callable[[list[int]], bool] | None = None
-    on_token: Callable[[], None] | None = None
-    tokens: list[int] = field(default_factory=list)
-    finish: Literal["stop", "length", "dry"] | None = None
-    begin: float = 0.0
-    first: float = 0.0
-    last: float = 0.0
-
-    def take(self, token: int, end_token: int) -> None:
-        """Add a token, or finish with it."""
-        self.last = time.perf_counter()
-        self.first = self.first or self.last
-        if token == end_token:
-            self.finish = "stop"
-        else:
-            self.tokens.append(token)
-            if len(self.tokens) == self.budget:
-                self.finish = "length"
-            elif self.enough and self.enough(self.tokens):
-                self.finish = "dry"
-        if self.finish:
-            self.end()
-        if self.on_token:
-            self.on_token()
-
-
-@dataclass(eq=False)
-class Reading(Work):
-    """Prompts to read with an answer that is given: `values` gets ln P(answer | prompt), a few at a time.
-
-    The first `prefix` tokens are those of all prompts.
-    """
-
-    prompts: list[list[int]]
-    answer: list[int]
-    prefix: int
-    values: list[float] = field(default_factory=list)
-    turns: Iterator[list[float]] | None = None  # a few prompts each
 
 
 class Decoder:
@@ -130,7 +48,7 @@ class Decoder:
         self._reader: Reader | None = None  # made when it is wanted: it has a cache of its own
         self._readings: deque[Reading] = deque()
         self._wrote = self._read = 0.0  # seconds, since there were both
-        self._inbox: SimpleQueue[Generation | Reading | _Call | None] = SimpleQueue()
+        self._inbox: SimpleQueue[Generation | Reading | Call | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._lock, self._closed, self._process = Lock(), False, os.getpid()
         weakref.finalize(self, self._inbox.put, None)
@@ -165,7 +83,7 @@ class Decoder:
     def forget(self) -> None:
         """Drop what is kept of earlier prompts, so that the next one is computed whole."""
         if not self._closed:
-            call = _Call(self._forget)
+            call = Call(self._forget)
             self._hand_over(call)
             call.future.result()
 
@@ -185,7 +103,7 @@ class Decoder:
         if self._reader:
             self._reader.close()
 
-    def _hand_over(self, item: Generation | Reading | _Call) -> None:
+    def _hand_over(self, item: Generation | Reading | Call) -> None:
         check_not_forked(self._process)  # a fork has no thread that would take it
         with self._lock:
             if self._closed:
@@ -199,7 +117,7 @@ class Decoder:
 
     # What follows is called by the thread alone.
 
-    def _work(self, item: Generation | Reading | _Call) -> None:
+    def _work(self, item: Generation | Reading | Call) -> None:
         """Do this and all that comes meanwhile."""
         self._take(item)
         while self._running or self._waiting or self._readings:
@@ -213,7 +131,7 @@ class Decoder:
                 self._take(coming)
             self._step()
 
-    def _take(self, item: Generation | Reading | _Call) -> None:
+    def _take(self, item: Generation | Reading | Call) -> None:
         if isinstance(item, Generation):
             self._waiting.append(item)
         elif isinstance(item, Reading):
@@ -364,14 +282,7 @@ class Decoder:
                 batch.clear()
 
 
-@dataclass(eq=False)
-class _Call(Work):
-    """Something that must not happen in the middle of a step."""
-
-    call: Callable[[], None]
-
-
-def _serve(inbox: SimpleQueue[Generation | Reading | _Call | None], reference: weakref.ref[Decoder]) -> None:
+def _serve(inbox: SimpleQueue[Generation | Reading | Call | None], reference: weakref.ref[Decoder]) -> None:
     """The thread. It has the decoder only while there is work, so that one that nobody has can be freed."""
     while (item := inbox.get()) is not None:
         if decoder := reference():

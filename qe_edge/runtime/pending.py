@@ -19,8 +19,8 @@ PATIENCE = 0.01  # seconds beyond the deadline, in which most have noticed it th
 class Pending:
     """Begin it, then wait for it, in one way or the other. It is `ready` once nothing need be waited for.
 
-    The future is the decoder's (see `qe_edge.runtime.decoder.Work`); the deadline is on `time.perf_counter`'s
-    clock.
+    The future is that of the decoder's work (see `qe_edge.runtime.generation.Work`); the deadline is on
+    `time.perf_counter`'s clock.
     """
 
     def __init__(self, deadline: float):

@@ -9,8 +9,9 @@ from dataclasses import replace
 from qe_edge.arguments import check_scores, check_text, check_texts, check_whole
 from qe_edge.backends.protocol import Backend
 from qe_edge.errors import BadInput
-from qe_edge.runtime.decoder import Decoder, Reading
+from qe_edge.runtime.decoder import Decoder
 from qe_edge.runtime.expansion import ExpandedQuery
+from qe_edge.runtime.generation import Reading
 from qe_edge.runtime.pending import Pending
 from qe_edge.student.feedback import MOST_PASSAGES, RelevanceModel
 from qe_edge.student.gate import OPEN, Gate

@@ -15,8 +15,9 @@ from qe_edge.arguments import check_number, check_scores, check_text, check_whol
 from qe_edge.backends.protocol import Backend
 from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.runtime.cache import ExpansionCache
-from qe_edge.runtime.decoder import Decoder, Generation
+from qe_edge.runtime.decoder import Decoder
 from qe_edge.runtime.expansion import ExpandedQuery, FinishReason
+from qe_edge.runtime.generation import Generation
 from qe_edge.runtime.pending import Pending
 from qe_edge.student.gate import OPEN, Gate
 from qe_edge.student.prompt import clean_query

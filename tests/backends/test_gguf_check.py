@@ -11,11 +11,11 @@ from struct import pack
 
 import numpy as np
 import pytest
+from gguf_fuzz import OUTCOMES, File, fuzz, make
 
 from qe_edge import Expander
 from qe_edge.backends.gguf_check import BLOCKS, check_gguf
 from qe_edge.backends.gguf_header import ARRAY, FLOAT32, INT32, STRING, UINT32, Array, read_header
-from qe_edge.bench.programs.gguf_fuzz import OUTCOMES, File, fuzz, make
 from qe_edge.errors import BadInput
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.imatrix import Importance

@@ -8,9 +8,9 @@ import threading
 import time
 
 import pytest
+from survival import CLOSED_BESIDE, LEFT_BEHIND
 
 from qe_edge.backends.lifetime import Lifetime
-from qe_edge.bench.programs.survival import CLOSED_BESIDE, LEFT_BEHIND
 from qe_edge.errors import QeEdgeError
 from qe_edge.student.spec import read_spec
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import survival
 from training import run_sft, write_task
 
 from qe_edge.retrieval.datasets import builtin_folder
@@ -17,8 +18,9 @@ from qe_edge.work.folder import Workdir
 
 
 def run(program: str, *arguments: object) -> list[list[str]]:
-    """The cells of the Markdown table that a program prints."""
-    command = [sys.executable, "-m", f"qe_edge.bench.programs.{program}", *map(str, arguments)]
+    """The cells of the Markdown table that a program prints, one of the bench or of the tests."""
+    module = survival.__file__ if program == "survival" else f"-mqe_edge.bench.programs.{program}"
+    command = [sys.executable, module, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "TMPDIR": str(Path.cwd())}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr

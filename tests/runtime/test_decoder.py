@@ -18,7 +18,8 @@ import pytest
 
 from qe_edge import OPEN, Expander
 from qe_edge.errors import BadInput, QeEdgeError
-from qe_edge.runtime.decoder import Decoder, Generation, Reading
+from qe_edge.runtime.decoder import Decoder
+from qe_edge.runtime.generation import Generation, Reading
 from qe_edge.student.join import DEFAULT_JOIN
 from qe_edge.student.prompt import load_prompt
 from qe_edge.student.spec import ModelSpec

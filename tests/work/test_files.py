@@ -11,8 +11,8 @@ import sys
 import time
 
 import pytest
+from survival import REPLACING, WAYS, is_whole
 
-from qe_edge.bench.programs.survival import REPLACING, WAYS, is_whole
 from qe_edge.work import files
 from qe_edge.work.exchange import exchange
 from qe_edge.work.files import atomic_path, recover

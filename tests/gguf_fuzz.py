@@ -1,6 +1,6 @@
 """What damaged GGUF files do to a process that loads them and asks them for an expansion.
 
-    python -m qe_edge.bench.programs.gguf_fuzz --mutations 500 --seed 0
+    python tests/gguf_fuzz.py --mutations 500 --seed 0
 
 Small models with random weights are made, and of each a mutation: other numbers, texts, types, tokens,
 shapes, offsets or bytes, or less of them. A child process loads one after the other, expands a query and

@@ -1,6 +1,6 @@
 """What survives: folders of killed writers, threads beside a close or an end, short queries beside long ones.
 
-    python -m qe_edge.bench.programs.survival builtin:smollm2-135m
+    python tests/survival.py builtin:smollm2-135m
 
 Each fault ends a process of its own. `docs/reliability.md` has the figures, the tests a few of each.
 """
