@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qe_edge.errors import QeEdgeError
     from qe_edge.retrieval.index import Index
+    from qe_edge.runtime import queries
     from qe_edge.runtime.cache import ExpansionCache
     from qe_edge.runtime.expander import Expander
     from qe_edge.runtime.expansion import ExpandedQuery
@@ -33,6 +34,7 @@ _MODULES = {
     "words_of": "text",
     "get_analyzer": "text",
     "QeEdgeError": "errors",
+    "queries": "runtime.queries",  # a module
 }
 __all__ = [
     "OPEN",
@@ -44,6 +46,7 @@ __all__ = [
     "Join",
     "QeEdgeError",
     "get_analyzer",
+    "queries",
     "words_of",
 ]
 __version__ = "0.1.0"
@@ -52,7 +55,8 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    module = import_module(f"{__name__}.{_MODULES[name]}")
+    return module if name == "queries" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -48,6 +48,14 @@ def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task that a tiny student can learn: expansions.jsonl and pairs.jsonl (see `write_task`)."""
+    from training import write_task
+
+    return write_task(tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture
 def three(tmp_path: Path) -> Any:
     """A data set of three queries without judgments."""

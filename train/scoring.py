@@ -74,7 +74,7 @@ class Reward(NamedTuple):
         return gained - self.length_penalty * words / 100
 
 
-class Work(NamedTuple):
+class Scoring(NamedTuple):
     """What every worker needs to know."""
 
     searched: Path | str  # our own index, or the address of an OpenSearch index
@@ -107,12 +107,12 @@ def score(
     where = index.address if isinstance(index, OpenSearchIndex) else index.folder
     if where is None:
         raise ValueError("the index must be saved, so that workers can open it")
-    work = Work(where, data.queries, data.qrels, join, measures)
-    with closing(_Cache(cache, work, index)) as known:
+    scoring = Scoring(where, data.queries, data.qrels, join, measures)
+    with closing(_Cache(cache, scoring, index)) as known:
         found, missing = known.look_up(items)
         chunks = [missing[i : i + CHUNK] for i in range(0, len(missing), CHUNK)]
         with progress("scoring candidates", len(items), done=len(found)) as advance:
-            for chunk in _map(work, chunks, executor, workers):
+            for chunk in _map(scoring, chunks, executor, workers):
                 known.add(chunk)
                 found |= chunk
                 advance(len(chunk))
@@ -122,26 +122,26 @@ def score(
 Values = dict[Item, list[float]]
 
 
-def _map(work: Work, chunks: list[list[Item]], executor: Executor, workers: int) -> Iterator[Values]:
+def _map(scoring: Scoring, chunks: list[list[Item]], executor: Executor, workers: int) -> Iterator[Values]:
     """Each chunk's values as they come."""
     if not chunks:
         return
-    if isinstance(work.searched, Path):
+    if isinstance(scoring.searched, Path):
         require("numba", "train")  # said here, once, and not by every worker
     if executor == "local" and (sum(map(len, chunks)) <= SERIAL or (workers or usable_cores()) == 1):
-        _start(work)
+        _start(scoring)
         yield from map(_score_chunk, chunks)
         return
     if executor == "ray":
         require("ray", "ray")
         from ray.util.multiprocessing import Pool
 
-        with Pool(workers or None, initializer=_start, initargs=(work,)) as pool:
+        with Pool(workers or None, initializer=_start, initargs=(scoring,)) as pool:
             yield from pool.imap_unordered(_score_chunk, chunks)
         return
     # A forked copy of a process with threads may hang; a fresh one does not.
     with ProcessPoolExecutor(
-        workers or usable_cores(), get_context("spawn"), initializer=_start, initargs=(work, True)
+        workers or usable_cores(), get_context("spawn"), initializer=_start, initargs=(scoring, True)
     ) as processes:
         try:
             yield from processes.map(_score_chunk, chunks)
@@ -155,42 +155,44 @@ def _map(work: Work, chunks: list[list[Item]], executor: Executor, workers: int)
 
 
 class _Worker:
-    def __init__(self, work: Work):
-        self.work, self.depth = work, depth(work.measures)
-        self.search = _search_locally(work) if isinstance(work.searched, Path) else _search_cluster(work)
+    def __init__(self, scoring: Scoring):
+        self.scoring, self.depth = scoring, depth(scoring.measures)
+        self.search = (
+            _search_locally(scoring) if isinstance(scoring.searched, Path) else _search_cluster(scoring)
+        )
 
     def score(self, chunk: list[Item]) -> Values:
         rankings = self.search(chunk, self.depth)
         # One query stands in a chunk many times, so each item is a query of its own to the measures.
         run = {str(i): ranking for i, ranking in enumerate(rankings)}
-        qrels = {str(i): self.work.qrels[query_id] for i, (query_id, _) in enumerate(chunk)}
-        values = evaluate(qrels, run, self.work.measures)
-        return {item: [values[m][str(i)] for m in self.work.measures] for i, item in enumerate(chunk)}
+        qrels = {str(i): self.scoring.qrels[query_id] for i, (query_id, _) in enumerate(chunk)}
+        values = evaluate(qrels, run, self.scoring.measures)
+        return {item: [values[m][str(i)] for m in self.scoring.measures] for i, item in enumerate(chunk)}
 
 
 Search = Callable[[list[Item], int], list[Ranking]]
 """(items, k) -> the ranking of each."""
 
 
-def _search_locally(work: Work) -> Search:
-    assert isinstance(work.searched, Path)
-    index = Index.open(work.searched)
+def _search_locally(scoring: Scoring) -> Search:
+    assert isinstance(scoring.searched, Path)
+    index = Index.open(scoring.searched)
     bulk = BulkSearch(index)
-    query_terms = {query_id: index.analyze(text) for query_id, text in work.queries.items()}
+    query_terms = {query_id: index.analyze(text) for query_id, text in scoring.queries.items()}
 
     def search(items: list[Item], k: int) -> list[Ranking]:
         terms = [(query_terms[query_id], index.analyze(text)) for query_id, text in items]
-        return bulk.search(terms, work.join, k=k)
+        return bulk.search(terms, scoring.join, k=k)
 
     return search
 
 
-def _search_cluster(work: Work) -> Search:
-    cluster = OpenSearchIndex(str(work.searched))
+def _search_cluster(scoring: Scoring) -> Search:
+    cluster = OpenSearchIndex(str(scoring.searched))
 
     def search(items: list[Item], k: int) -> list[Ranking]:
-        texts = [(work.queries[query_id], text) for query_id, text in items]
-        return cluster.search_many(texts, join=work.join, k=k)
+        texts = [(scoring.queries[query_id], text) for query_id, text in items]
+        return cluster.search_many(texts, join=scoring.join, k=k)
 
     return search
 
@@ -198,11 +200,11 @@ def _search_cluster(work: Work) -> Search:
 _worker: _Worker
 
 
-def _start(work: Work, own_process: bool = False) -> None:
+def _start(scoring: Scoring, own_process: bool = False) -> None:
     global _worker
     if own_process:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends us
-    _worker = _Worker(work)
+    _worker = _Worker(scoring)
 
 
 def _score_chunk(chunk: list[Item]) -> Values:
@@ -212,16 +214,16 @@ def _score_chunk(chunk: list[Item]) -> Values:
 class _Cache:
     """Scores by query, judgments and expansion; one file for each index, join and list of measures."""
 
-    def __init__(self, folder: Path, work: Work, index: Index | OpenSearchIndex):
+    def __init__(self, folder: Path, scoring: Scoring, index: Index | OpenSearchIndex):
         folder.mkdir(parents=True, exist_ok=True)
         installed = versions()
         made_by = [installed.get(name) for name in ("bm25s", "ir-measures", "PyStemmer", "jieba")]
-        if isinstance(work.searched, Path) and isinstance(index, Index):
-            where: list[Any] = [work.searched.name, index.meta]
+        if isinstance(scoring.searched, Path) and isinstance(index, Index):
+            where: list[Any] = [scoring.searched.name, index.meta]
         else:
             assert isinstance(index, OpenSearchIndex)
             where = [index.address, index.documents, index.made_with]
-        setting = msgspec.json.encode([VERSION, made_by, *where, work.join, work.measures])
+        setting = msgspec.json.encode([VERSION, made_by, *where, scoring.join, scoring.measures])
         name = hashlib.sha256(setting).hexdigest()[:16]
         self._database = sqlite3.connect(folder / f"{name}.sqlite")
         self._database.execute(
@@ -229,9 +231,9 @@ class _Cache:
         )
         self._prefix = {
             query_id: hashlib.blake2b(
-                msgspec.json.encode([text, work.qrels[query_id]], order="deterministic")
+                msgspec.json.encode([text, scoring.qrels[query_id]], order="deterministic")
             )
-            for query_id, text in work.queries.items()
+            for query_id, text in scoring.queries.items()
         }
 
     def _key(self, item: Item) -> bytes:

@@ -38,7 +38,7 @@ K = 10
 REPEATS = int(TEACHER_JOIN.value)
 
 
-class Collection(NamedTuple):
+class Scored(NamedTuple):
     """Documents as lists of terms, and candidates as (query, expansion)."""
 
     name: str
@@ -59,7 +59,7 @@ def main(
     print("| collection | from | bm25s | bm25s numba | ours | ours / bm25s | ours / numba |")
     print("| :-- | :-- | --: | --: | --: | --: | --: |")
     pool = real(data, "trec-dl19-20-pool@test", "dl19", "dl20")
-    makers: list[Callable[[], Collection]] = [lambda: real(data, "scifact@test", "scifact"), lambda: pool]
+    makers: list[Callable[[], Scored]] = [lambda: real(data, "scifact@test", "scifact"), lambda: pool]
     if documents:
         makers.append(lambda: synthetic(pool, documents))
     for make in makers:
@@ -85,7 +85,7 @@ def whole(data: Path, dataset: str, expansions: str) -> None:
     print(f"| {Path(dataset).name.partition('@')[0]} | pairs | – | – | {rate:,.0f} | – | – |", flush=True)
 
 
-def real(data: Path, dataset: str, *expansions: str) -> Collection:
+def real(data: Path, dataset: str, *expansions: str) -> Scored:
     """A collection with the teachers' candidates of its queries, query by query."""
     from qe_edge.text import get_analyzer
 
@@ -95,14 +95,14 @@ def real(data: Path, dataset: str, *expansions: str) -> Collection:
         (row for file in files for row in read_jsonl(file, Expansion)), key=lambda row: row.query_id
     )
     analyze = get_analyzer("english")
-    return Collection(
+    return Scored(
         Path(dataset).name.partition("@")[0],
         [analyze(text) for _, text in loaded.documents()],
         [(row.query, row.text) for row in rows if row.query_id in loaded.queries],
     )
 
 
-def synthetic(pool: Collection, size: int) -> Collection:
+def synthetic(pool: Scored, size: int) -> Scored:
     """`size` documents in which every term is as frequent as in the pool; its own candidates.
 
     A document has the length and the terms that drawing from the pool's documents gives, each term drawn
@@ -118,10 +118,10 @@ def synthetic(pool: Collection, size: int) -> Collection:
     documents = []
     for length in draw.choice(lengths, size):
         documents.append(names[tokens[draw.integers(0, len(tokens), length)]].tolist())
-    return Collection(f"synthetic, {size:,} documents", documents, pool.candidates)
+    return Scored(f"synthetic, {size:,} documents", documents, pool.candidates)
 
 
-def measure(collection: Collection, folder: Path, rounds: int) -> None:
+def measure(collection: Scored, folder: Path, rounds: int) -> None:
     """Two rows of the table."""
     import bm25s
 
@@ -169,7 +169,7 @@ def _search(bulk: BulkSearch, terms: Sequence[tuple[list[str], list[str]]]) -> l
     return bulk.search(terms, TEACHER_JOIN, K)
 
 
-def _from_text(retriever: Any, backend: str, index: Index, collection: Collection, threads: int) -> Any:
+def _from_text(retriever: Any, backend: str, index: Index, collection: Scored, threads: int) -> Any:
     terms = [(index.analyze(query), index.analyze(text)) for query, text in collection.candidates]
     return _retrieve(retriever, backend, terms, threads)
 
@@ -209,7 +209,7 @@ def _check(index: Index, terms: list[tuple[list[str], list[str]]], retriever: An
             np.testing.assert_allclose(mine, scores, rtol=1e-4)
 
 
-def _row(collection: Collection, what: str, ways: dict[str, Callable[[], Any]], rounds: int) -> None:
+def _row(collection: Scored, what: str, ways: dict[str, Callable[[], Any]], rounds: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():  # compiled and warm
         way()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from qe_edge.bench.report.labels import HEIGHT, Plane, Point, Reference
-from qe_edge.bench.report.section import Row, Section
+from qe_edge.bench.report.labels import HEIGHT, Line, Plane, Point
+from qe_edge.bench.report.section import Measurement, Section
 from qe_edge.bench.report.table import rate, score, signed, with_interval
 from qe_edge.errors import require
 
@@ -53,7 +53,7 @@ def pareto(section: Section, paint: Paint, width: int | Literal["container"]) ->
     references = section.references
     plane = Plane(
         [Point(v["model"], v["x"], v["low"], v["y"], v["high"]) for v in values],
-        [Reference(f"{r.system.name} {score(r.system.ndcg.mean)}", r.system.ndcg.mean) for r in references],
+        [Line(f"{r.system.name} {score(r.system.ndcg.mean)}", r.system.ndcg.mean) for r in references],
     )
     lines = [
         {"y": row.system.ndcg.mean, "dash": [1, 0] if row.system.kind == "teacher" else [4, 3]}
@@ -114,7 +114,7 @@ def by_budget(section: Section, paint: Paint, width: int | Literal["container"])
     ).properties(width=width, height=260, description=description)
 
 
-def per_query(section: Section, row: Row, paint: Paint) -> Any:
+def per_query(section: Section, row: Measurement, paint: Paint) -> Any:
     """One bar per query: the difference to plain BM25, best first, on one scale for all models."""
     alt = require("altair", "report")
     gains = row.gains()
@@ -183,7 +183,7 @@ _FIGURES = {
 }
 
 
-def _point(section: Section, row: Row) -> dict[str, Any]:
+def _point(section: Section, row: Measurement) -> dict[str, Any]:
     system, speed = row.system, row.system.speed
     return {
         "x": row.tokens_per_s,

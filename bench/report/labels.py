@@ -29,7 +29,7 @@ class Point(NamedTuple):
     high: float
 
 
-class Reference(NamedTuple):
+class Line(NamedTuple):
     """A labelled horizontal line."""
 
     text: str
@@ -75,7 +75,7 @@ def text_width(text: str) -> float:
 class Plane:
     """The domains that hold all points and lines with room for their labels."""
 
-    def __init__(self, points: Sequence[Point], references: Sequence[Reference]):
+    def __init__(self, points: Sequence[Point], references: Sequence[Line]):
         self.points = points
         self.references = references
         self.x_domain = [min(p.x for p in points) / 1.7, max(p.x for p in points) * 1.7]
@@ -121,7 +121,7 @@ class Plane:
         for align, away in (("left", 9), ("right", -9)):
             yield _Label(text, x + away, self._y(point.mean), align)
 
-    def _beside_line(self, reference: Reference) -> Iterator[_Label]:
+    def _beside_line(self, reference: Line) -> Iterator[_Label]:
         text, y = _shorten(reference.text), self._y(reference.y)
         for align, x in (("left", 4.0), ("right", WIDTH - 4.0)):
             for below in (-1, 1):

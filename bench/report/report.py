@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qe_edge.bench.report import charts
-from qe_edge.bench.report.section import Row, Section, headline, merge
+from qe_edge.bench.report.section import Measurement, Section, headline, merge
 from qe_edge.bench.report.table import MISSING, bounds, caveat, percent, rate, score, signed
 from qe_edge.bench.result import BenchResult, System, read_result
 from qe_edge.errors import BadArgument, BadInput, require
@@ -109,7 +109,7 @@ class _Example(NamedTuple):
     expansion: str
 
 
-def _examples(section: Section, row: Row) -> dict[str, list[_Example]]:
+def _examples(section: Section, row: Measurement) -> dict[str, list[_Example]]:
     gains = list(row.gains().items())
     helped = [item for item in gains if item[1] > 0][:_EXAMPLES]
     hurt = [item for item in reversed(gains) if item[1] < 0][:_EXAMPLES]
@@ -165,7 +165,7 @@ def _quality(section: Section) -> _Table:
     )
 
 
-def _quality_row(section: Section, row: Row) -> list[_Cell]:
+def _quality_row(section: Section, row: Measurement) -> list[_Cell]:
     system, plain = row.system, row.system.kind == "bm25"
     counts = (system.helped, system.hurt, system.failed)
     return [

@@ -14,7 +14,7 @@ from qe_edge.retrieval.measures import Interval
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """A system as measured in one run. `label` names the machine, `bm25` is the plain run beside it."""
 
     label: str
@@ -43,9 +43,9 @@ class Section:
     measure: str
     queries: dict[str, str]
     teachers: dict[str, str | None] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Measurement] = field(default_factory=list)
 
-    def of_kind(self, kind: str) -> list[Row]:
+    def of_kind(self, kind: str) -> list[Measurement]:
         return [row for row in self.rows if row.system.kind == kind]
 
     @property
@@ -53,7 +53,7 @@ class Section:
         return list(dict.fromkeys(row.label for row in self.rows))
 
     @property
-    def drawn(self) -> list[Row]:
+    def drawn(self) -> list[Measurement]:
         """The models with a speed, each with its best join: others would lie on the same spot."""
         rows = sorted(self.of_kind("model"), key=lambda row: row.system.ndcg.mean)
         return list({(row.label, row.system.name): row for row in rows if row.tokens_per_s}.values())
@@ -64,7 +64,7 @@ class Section:
         return len(self.drawn) < sum(row.tokens_per_s > 0 for row in self.of_kind("model"))
 
     @property
-    def references(self) -> list[Row]:
+    def references(self) -> list[Measurement]:
         """What has no speed of writing: BM25 with and without feedback, and the teachers."""
         reading = [row for _, row in self.distinct_models() if row.system.speed and not row.tokens_per_s]
         return self.of_kind("bm25") + self.of_kind("feedback") + reading + self.of_kind("teacher")
@@ -74,22 +74,22 @@ class Section:
         """Whether a model's effectiveness is known at several token budgets."""
         return any(row.system.budgets for row in self.of_kind("model"))
 
-    def title(self, row: Row) -> str:
+    def title(self, row: Measurement) -> str:
         """A system's name, with its join where it was measured with several."""
         joins = {other.system.join for other in self.rows if other.system.name == row.system.name}
         return f"{row.system.name} ({row.system.join})" if len(joins) > 1 else row.system.name
 
-    def machine(self, row: Row) -> str:
+    def machine(self, row: Measurement) -> str:
         """The machine of a model where there are several; what the others achieve is the same on all."""
         return row.label if row.system.kind == "model" and len(self.labels) > 1 else ""
 
-    def name(self, row: Row) -> str:
+    def name(self, row: Measurement) -> str:
         """What tells a row from all others."""
         return ", ".join(filter(None, [self.title(row), self.machine(row)]))
 
-    def distinct_models(self) -> list[tuple[str, Row]]:
+    def distinct_models(self) -> list[tuple[str, Measurement]]:
         """Models with a name, without those that did the same on another machine, as most do."""
-        rows: list[Row] = []
+        rows: list[Measurement] = []
         for row in self.of_kind("model"):
             same = (other for other in rows if self.title(other) == self.title(row))
             if all(other.system.per_query != row.system.per_query for other in same):
@@ -107,7 +107,7 @@ class Section:
         return found
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> Measurement | None:
         """The most effective model; of equals, the faster one."""
         models = self.of_kind("model")
         return max(models, key=lambda row: (row.system.ndcg.mean, row.tokens_per_s), default=None)
@@ -136,7 +136,7 @@ def _add_rows(section: Section, label: str, dataset: DatasetResult) -> None:
     known = [(row.system.name, row.system.per_query) for row in section.rows]
     for system in dataset.systems:
         if system.kind == "model" or (system.name, system.per_query) not in known:
-            section.rows.append(Row(label, system, bm25))
+            section.rows.append(Measurement(label, system, bm25))
 
 
 def headline(section: Section) -> str:
@@ -173,11 +173,11 @@ def verdict(difference: Interval, queries: int) -> str:
     return f"{figures}, which includes 0: {queries} queries cannot tell the two apart."
 
 
-def _beside_bm25(row: Row) -> str:
+def _beside_bm25(row: Measurement) -> str:
     return "" if row.bm25 is None else f"; plain BM25 reaches {score(row.bm25.ndcg.mean)}"
 
 
-def _beside_teacher(section: Section, row: Row) -> str:
+def _beside_teacher(section: Section, row: Measurement) -> str:
     name = section.teachers.get(row.label)
     teacher = next((other.system for other in section.rows if other.system.name == name), None)
     if teacher is None or row.system.retention is None:
@@ -188,7 +188,7 @@ def _beside_teacher(section: Section, row: Row) -> str:
     return text + (f" and {percent(gain.mean)} of its gain over BM25." if gain and gain.mean > 0 else ".")
 
 
-def _speed(row: Row) -> str:
+def _speed(row: Measurement) -> str:
     speed = row.system.speed
     if speed is None:
         return ""

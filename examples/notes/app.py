@@ -12,10 +12,7 @@ from pathlib import Path
 from threading import Lock
 from urllib.parse import parse_qs, urlsplit
 
-from qe_edge import Expander
-from qe_edge.runtime.expansion import ExpandedQuery
-from qe_edge.runtime.queries import fts5
-from qe_edge.text import words_of
+from qe_edge import ExpandedQuery, Expander, queries, words_of
 
 HERE = Path(__file__).parent
 CHIPS, RESULTS, AROUND = 24, 10, 90
@@ -36,7 +33,7 @@ class Notes:
             self.db.execute("INSERT INTO notes VALUES (?, ?, ?)", row)
 
     def search(self, words: dict[str, float]) -> list[dict[str, str]]:
-        match = fts5(words, columns=["words"])
+        match = queries.fts5(words, columns=["words"])
         with self.lock:
             rows = self.db.execute(
                 f"SELECT name, text FROM notes WHERE notes MATCH ? ORDER BY rank LIMIT {RESULTS}", (match,)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from results import bench, small
 
-from qe_edge.bench.report.labels import HEIGHT, WIDTH, Plane, Point, Reference, text_width
+from qe_edge.bench.report.labels import HEIGHT, WIDTH, Line, Plane, Point, text_width
 from qe_edge.bench.report.section import headline, merge, verdict
 from qe_edge.bench.report.table import (
     console_table,
@@ -194,7 +194,7 @@ def test_labels_do_not_overlap() -> None:
         Point(f"student-{name}", x, 0.41, 0.5, 0.58)
         for name, x in {"BF16": 60, "Q8_0": 100, "Q4_K_M": 160, "Q2_K": 170}.items()
     ]
-    lines = [Reference("BM25 .434", 0.434), Reference("zero-shot .80", 0.80), Reference("few-shot .82", 0.82)]
+    lines = [Line("BM25 .434", 0.434), Line("zero-shot .80", 0.80), Line("few-shot .82", 0.82)]
     placed = boxes(Plane(points, lines))
     for number, (left, top, right, bottom) in enumerate(placed):
         assert left >= 0

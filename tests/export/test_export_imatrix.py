@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from training import run_sft, write_task
+from training import run_sft
 
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.export.config import ExportConfig
@@ -30,11 +30,6 @@ import torch
 from gguf import GGUFReader, dequantize
 
 from qe_edge.train.base_model import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_task(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

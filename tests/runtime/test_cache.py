@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -19,10 +20,8 @@ import pytest
 from qe_edge import Expander
 from qe_edge.backends.llama_batch import LlamaBatch
 from qe_edge.errors import BadInput, QeEdgeError
-from qe_edge.export.gguf import convert_gguf
 from qe_edge.runtime.cache import ExpansionCache
 from qe_edge.student.gate import OPEN
-from qe_edge.student.spec import read_spec
 
 
 def test_what_was_put_is_there_for_everybody(tmp_path: Path) -> None:
@@ -110,13 +109,6 @@ def test_a_models_digest_is_computed_once_for_each_state(
     assert read == [model, folder, folder]
 
 
-@pytest.fixture(scope="module")
-def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("llama_cpp")
-    out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
-    return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
-
-
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Another program has the file for itself, so that nobody else reads it either."""
@@ -135,25 +127,40 @@ def test_a_locked_one_is_waited_for_as_long_as_is_said(tmp_path: Path) -> None:
     cache.put("a", "moon")
     with locked(cache.path):
         for call in (lambda: cache.get("a", str, wait=0.1), lambda: cache.put("a", "sun", wait=0.1)):
-            start = time.perf_counter()
             with pytest.raises(BadInput, match="locked"):
                 call()
-            assert 0.05 < time.perf_counter() - start < 0.5
     assert cache.get("a", str) == "moon"
 
 
-def test_many_queries_wait_for_a_locked_one_as_long_as_one_does(gguf: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """For how many seconds each call would wait for the cache."""
+    found: list[float] = []
+    connected = ExpansionCache._connected
+
+    def noted(cache: ExpansionCache, *, wait: float = 1.0) -> Any:
+        found.append(wait)
+        return connected(cache, wait=wait)
+
+    monkeypatch.setattr(ExpansionCache, "_connected", noted)
+    return found
+
+
+def test_many_queries_wait_for_a_locked_one_as_long_as_one_does(
+    gguf: Path, tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "cache.db"
+    monkeypatch.setattr("qe_edge.runtime.writer.PAUSE", 60.0)
     with Expander.load(gguf, gate=OPEN, budget_tokens=2, cache=path) as expander:
         queries = [f"moon {i}" for i in range(40)]
         texts = [expanded.text for expanded in expander.expand_many(queries)]
         with locked(path):
-            start = time.perf_counter()
+            waits.clear()
             again = list(expander.expand_many(queries))
-            assert time.perf_counter() - start < 2  # not 40 times a tenth of a second, twice
+        assert sum(waits) == pytest.approx(0.1) and len(waits) == 80
         assert [expanded.text for expanded in again] == texts
         assert not any(expanded.cached for expanded in again)
-        time.sleep(1.1)
+        expander._writer._patient_from = 0.0  # the pause is over
         assert expander.expand(queries[0]).cached
 
 
@@ -163,20 +170,31 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qe_edge.runtime.writer.PATIENCE", 1.0)
 
 
-def test_a_deadline_holds_beside_a_locked_one(gguf: Path, tmp_path: Path, patient: None) -> None:
+def test_a_deadline_holds_beside_a_locked_one(
+    gguf: Path, tmp_path: Path, patient: None, waits: list[float]
+) -> None:
     path = tmp_path / "cache.db"
     with Expander.load(gguf, gate=OPEN, budget_tokens=200, cache=path) as expander, locked(path):
-        start = time.perf_counter()
+        waits.clear()
         assert expander.expand("tides", deadline_ms=20).finish_reason == "deadline"
-        assert time.perf_counter() - start < 0.7  # less than the cache alone
+        assert len(waits) == 1 and waits[0] <= 0.02
 
 
-def test_the_loop_goes_on_beside_a_locked_one(gguf: Path, tmp_path: Path, patient: None) -> None:
-    path = tmp_path / "cache.db"
+def test_the_loop_goes_on_while_the_cache_is_waited_for(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, held = tmp_path / "cache.db", Event()
+    own = ExpansionCache.get
 
-    async def ask(expander: Expander, *, way: str) -> float:
-        """The loop's longest turn meanwhile."""
-        longest, last = 0.0, time.perf_counter()
+    def get(cache: ExpansionCache, *key: Any, **settings: Any) -> Any:
+        assert held.wait(30), "the loop waits for the cache"
+        return own(cache, *key, **settings)
+
+    monkeypatch.setattr(ExpansionCache, "get", get)
+
+    async def ask(expander: Expander, *, way: str) -> None:
+        """The cache is asked until the loop has had some turns."""
+        held.clear()
 
         async def work() -> list[str]:
             if way == "aexpand":
@@ -186,17 +204,17 @@ def test_the_loop_goes_on_beside_a_locked_one(gguf: Path, tmp_path: Path, patien
             return [str(piece) async for piece in expander.astream("tides")][-1:]
 
         task = asyncio.create_task(work())
-        while not task.done():
+        for _ in range(20):
             await asyncio.sleep(0.001)
-            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
-        assert task.result() == [text]
-        return longest
+        assert not task.done()
+        held.set()
+        assert await task == [text]
 
     with Expander.load(gguf, gate=OPEN, budget_tokens=4) as plain:
         text = plain.expand("tides").text
     for way in ("aexpand", "aexpand_many", "astream"):
-        with Expander.load(gguf, gate=OPEN, budget_tokens=4, cache=path) as expander, locked(path):
-            assert asyncio.run(ask(expander, way=way)) < 0.7
+        with Expander.load(gguf, gate=OPEN, budget_tokens=4, cache=path) as expander:
+            asyncio.run(ask(expander, way=way))
 
 
 def test_what_is_cancelled_before_it_is_asked_is_not_written(

@@ -16,18 +16,10 @@ import pytest
 from serving import Reply, Server
 
 from qe_edge import Expander
-from qe_edge.export.gguf import convert_gguf
-from qe_edge.student.spec import read_spec
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("fastapi", reason="needs the extra serve")
 QUERIES = ["what causes tides", "iron deficiency", "how does dns work", "moon"]
-
-
-@pytest.fixture(scope="module")
-def gguf(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("gguf") / "student-F32.gguf"
-    return convert_gguf(tiny_qwen3, out, dtype="f32", spec=read_spec(tiny_qwen3))
 
 
 @pytest.fixture(scope="module")

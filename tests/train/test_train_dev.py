@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from training import DEV, SMALL, evaluations, losses, run_sft, train_until_killed, write_task
+from training import DEV, SMALL, evaluations, losses, run_sft, train_until_killed
 
 from qe_edge.errors import BadArgument
 from qe_edge.student.join import Join
@@ -22,11 +22,6 @@ from qe_edge.train.dev import DevSet
 from qe_edge.train.sft import sft
 
 CPU = Hardware("cpu", "float32", 1, "a CPU")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_task(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

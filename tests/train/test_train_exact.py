@@ -15,7 +15,6 @@ from training import (
     losses,
     pair,
     train_until_killed,
-    write_task,
 )
 
 from qe_edge.errors import BadInput, QeEdgeError
@@ -33,11 +32,6 @@ from qe_edge.train.merge import merge
 from qe_edge.train.sft import encode_rows, sft
 
 SFT = {"rank": 8, "alpha": 16, "batch_size": 4, "accumulate": 1, "logging_steps": 1, "save_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_task(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

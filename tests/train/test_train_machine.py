@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from training import DEV, SMALL, evaluations, losses, run_sft, write_task
+from training import DEV, SMALL, evaluations, losses, run_sft
 
 from qe_edge.errors import BadArgument, QeEdgeError
 from qe_edge.pipeline import read_recipe
@@ -27,11 +27,6 @@ from qe_edge.train.estimate import SURPLUS, estimate
 
 CPU = Hardware("cpu", "float32", 1, "a CPU")
 GPU = Hardware("cuda", "bfloat16", 1, "a GPU")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_task(tmp_path_factory.mktemp("data"))
 
 
 # Processes

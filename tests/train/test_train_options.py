@@ -9,7 +9,7 @@ import tomllib
 
 import msgspec
 import pytest
-from training import DEV, log_of, losses, run_sft, write_task
+from training import DEV, log_of, losses, run_sft
 
 from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.pipeline import load_recipe, read_recipe
@@ -23,12 +23,6 @@ pytest.importorskip("trl")
 from qe_edge.train.base_model import open_trained
 from qe_edge.train.dpo import dpo
 from qe_edge.train.merge import merge
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_task(tmp_path_factory.mktemp("data"))
-
 
 # The settings
 
