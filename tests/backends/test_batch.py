@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -278,3 +281,23 @@ def test_a_query_of_too_many_tokens_is_searched_as_it_is(gguf: Path) -> None:
         expander.gate = OPEN
         with pytest.raises(BadInput, match=r"the query takes \d+ tokens, over 512"):
             expander.expand(rare)
+
+
+@pytest.mark.parametrize(("given", "spin"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(
+    gguf: Path, given: dict[str, str], spin: str
+) -> None:
+    code = f"""
+import os
+from qe_edge import Expander
+Expander.load({str(gguf)!r}).close()
+print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP", "GOMP"))}
+    environment |= {"OMP_DISPLAY_ENV": "verbose", **given}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    if "OPENMP DISPLAY ENVIRONMENT" not in done.stderr:
+        pytest.skip("llama.cpp was built without OpenMP")
+    assert f"GOMP_SPINCOUNT = '{spin}'" in done.stderr
+    assert done.stdout.strip() == given.get("GOMP_SPINCOUNT", "None")

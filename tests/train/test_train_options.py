@@ -67,7 +67,7 @@ def test_a_flag_can_turn_off_what_a_recipe_turns_on(monkeypatch, capsys, tmp_pat
     ("flags", "code", "message"),
     [
         (("--device", "tpu"), 2, "'tpu' is not one of"),
-        (("--batch-size", "0"), 2, "expected `int` >= 1 - at `batch-size`"),
+        (("--batch-size", "0"), 2, "--batch-size"),
         (("--mode", "none"), 2, "invalid enum value 'none'"),
         (("--recipe", "nothing"), 4, "neither a file nor one that ships"),
     ],
