@@ -15,9 +15,9 @@ from qe_edge.backends.gguf_check import check_gguf
 from qe_edge.backends.lifetime import Lifetime
 from qe_edge.errors import BadInput, require
 
-# Turns that a thread of GNU's OpenMP waits awake. Its own 300,000 take the processor from the one that is waited
-# for as soon as another process wants some of it too: on two cores beside a busy process, 3,000 brought 3 to 6
-# times the tokens, and as many without.
+# Turns that a thread of GNU's OpenMP waits awake. Its own 300,000 take the processor from the one that is
+# waited for, as soon as another process wants some of it too: on two cores beside a busy process, 3,000
+# brought 3 to 6 times the tokens, and as many without.
 SPIN = "3000"
 
 
