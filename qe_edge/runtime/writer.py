@@ -195,12 +195,17 @@ class Writing(Pending):
     def finish(self) -> ExpandedQuery:
         if self.error:
             raise self.error
-        written = self._writer.written(self._generation)
-        judged = self._judged(written, prompt_tokens=len(self._generation.prompt) if self._generation else 0)
+        prompt_tokens = len(self._generation.prompt) if self._generation else 0
+        return self._judged(self._writer.written(self._generation), prompt_tokens=prompt_tokens)
+
+    def wait(self) -> ExpandedQuery:
+        expanded = super().wait()
         # A failed one may succeed the next time, and one that was cut says nothing about the next.
-        if self._key and not judged.fallback and written.finish_reason != "deadline":
-            self._writer.keep(self._key, written)
-        return judged
+        failed = expanded.fallback or expanded.finish_reason == "deadline"
+        if self._key and self._generation and not failed:
+            self._writer.keep(self._key, self._writer.written(self._generation))
+            self._key = ""
+        return expanded
 
     def _judged(self, written: Completion, *, prompt_tokens: int = 0, cached: bool = False) -> ExpandedQuery:
         text = " ".join(written.text.split())
