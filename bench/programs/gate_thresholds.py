@@ -19,8 +19,8 @@ from qe_edge.retrieval.datasets import load_dataset
 from qe_edge.retrieval.index import Index
 from qe_edge.retrieval.measures import mean, mean_interval, per_query
 from qe_edge.retrieval.trec import Ranking
-from qe_edge.runtime.asking import dried
 from qe_edge.runtime.expander import Expander
+from qe_edge.runtime.writer import dried
 from qe_edge.student.gate import OPEN, Gate
 from qe_edge.student.join import DEFAULT_JOIN
 from qe_edge.work.folder import DEFAULT_WORKDIR

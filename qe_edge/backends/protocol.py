@@ -38,7 +38,7 @@ class Backend(Protocol):
 
 
 class Reader(Protocol):
-    """Reads prompts with an answer that is given. One thread uses it at a time, not always the same one."""
+    """Reads prompts with an answer that is given. The decoder's thread uses it."""
 
     def log_likelihoods(
         self, prompts: Sequence[list[int]], answer: list[int], *, prefix: int
@@ -60,7 +60,7 @@ class Reader(Protocol):
 
 
 class Batch(Protocol):
-    """Sequences that are decoded together. Used by one thread at a time, though not always the same one.
+    """Sequences that are decoded together. The decoder's thread uses it.
 
     `longest` is how many tokens one may have, answer included.
     """

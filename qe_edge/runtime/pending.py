@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import suppress
@@ -16,7 +17,7 @@ from qe_edge.runtime.expansion import ExpandedQuery
 PATIENCE = 0.01  # seconds beyond the deadline, in which most have noticed it themselves
 
 
-class Pending:
+class Pending(ABC):
     """Begin it, then wait for it, in one way or the other. It is `ready` once nothing need be waited for.
 
     The future is that of the decoder's work (see `qe_edge.runtime.generation.Work`); the deadline is on
@@ -28,21 +29,21 @@ class Pending:
         self.future: Future[None] = Future()
         self.ready: ExpandedQuery | None = None
 
+    @abstractmethod
     def begin(self) -> None:
         """Have it written or read from now on, unless that is needless. It may wait, for a cache.
 
         Raises:
             BadInput: the query can't be expanded.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self) -> ExpandedQuery:
         """What there is by now, begun or not; it is called once the future is done, or the time is up.
 
         Raises:
             QeEdgeError: the engine failed, or was closed.
         """
-        raise NotImplementedError
 
     @property
     def error(self) -> BaseException | None:

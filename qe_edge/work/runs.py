@@ -116,7 +116,7 @@ class RunFolder:
         write_json(self.partial / MANIFEST, self.record)
 
     def finish(self, **extra: Any) -> Path:
-        """Complete the manifest and give the folder its name."""
+        """Complete the record and give the folder its name."""
         write_json(self.partial / MANIFEST, {**self.record, **extra, "state": "finished", "finished": now()})
         publish(self.partial, self.out)
         return self.out
