@@ -183,8 +183,7 @@ class LlamaBatch:
 
     def _decode(self, size: int) -> None:
         self._batch.n_tokens = size
-        if code := self._lib.llama_decode(self.context, self._batch):
-            raise QeEdgeError(f"llama.cpp could not decode {size} tokens (code {code})")
+        self._model.decode(self.context, self._batch)
 
     def _logits(self, place: int) -> np.ndarray:
         """Logits [vocabulary] after a token of the last batch, in llama.cpp's own memory."""

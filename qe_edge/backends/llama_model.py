@@ -13,12 +13,16 @@ from typing import Any
 
 from qe_edge.backends.gguf_check import check_gguf
 from qe_edge.backends.lifetime import Lifetime
-from qe_edge.errors import BadInput, require
+from qe_edge.backends.one_thread import OneThread
+from qe_edge.errors import BadInput, QeEdgeError, require
 
 # Turns that a thread of GNU's OpenMP waits awake. Its own 300,000 take the processor from the one that is
 # waited for, as soon as another process wants some of it too: on two cores beside a busy process, 3,000
 # brought 3 to 6 times the tokens, and as many without.
 SPIN = "3000"
+# All models compute here. GNU's OpenMP starts as many threads for each thread that calls it; as soon as it
+# has more than there are processors none of them waits awake, which halves the speed.
+THREAD = OneThread("llama.cpp")
 
 
 class LlamaModel:
@@ -51,6 +55,15 @@ class LlamaModel:
         self.vocab = lib.llama_model_get_vocab(self.pointer)
         self.vocabulary: int = lib.llama_vocab_n_tokens(self.vocab)
         self.context = min(longest, lib.llama_model_n_ctx_train(self.pointer))
+
+    def decode(self, context: Any, batch: Any) -> None:
+        """Compute a batch of tokens in one of the model's contexts.
+
+        Raises:
+            QeEdgeError: llama.cpp can't.
+        """
+        if code := THREAD.submit(self.lib.llama_decode, context, batch).result():
+            raise QeEdgeError(f"llama.cpp could not compute {batch.n_tokens} tokens (code {code})")
 
     def metadata(self, key: str) -> str | None:
         """The text of a key in the file's header, None where there is none."""

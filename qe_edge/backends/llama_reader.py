@@ -87,9 +87,9 @@ class LlamaReader:
 
     def _decode(self, size: int) -> None:
         self._batch.n_tokens = size
-        if code := self._lib.llama_decode(self._context, self._batch):
-            self._prefix = []
-            raise QeEdgeError(f"llama.cpp could not read {size} tokens (code {code})")
+        prefix, self._prefix = self._prefix, []  # which is computed anew after a failure
+        self._model.decode(self._context, self._batch)
+        self._prefix = prefix
 
     def close(self) -> None:
         self._lifetime.close()

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from qe_edge.backends.lifetime import Lifetime
-from qe_edge.backends.mlx_batch import MlxBatch, OneThread
+from qe_edge.backends.mlx_batch import MlxBatch
+from qe_edge.backends.one_thread import OneThread
 from qe_edge.backends.protocol import Batch, groups, whole
 from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.student.models import Engine, ModelRef, default_spec

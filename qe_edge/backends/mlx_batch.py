@@ -3,47 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from queue import SimpleQueue
-from threading import Lock, Thread
 from typing import Any, TypeVar
 
+from qe_edge.backends.one_thread import OneThread
 from qe_edge.errors import require
 
 T = TypeVar("T")
 KEPT = 2  # prefixes: a student's prompt in each of its languages
-
-
-class OneThread:
-    """Calls made one after the other in a thread that is started by the first one, and never ends.
-
-    `concurrent.futures` would end it with the interpreter. But what MLX keeps for a thread asks for the
-    interpreter's lock when it is destroyed, too late by then, which ends the process.
-    """
-
-    def __init__(self, name: str):
-        self._name, self._calls, self._lock = name, SimpleQueue[Callable[[], None]](), Lock()
-        self._thread: Thread | None = None
-
-    def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
-        with self._lock:
-            if self._thread is None:
-                self._thread = Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
-        future: Future[T] = Future()
-
-        def call() -> None:
-            try:
-                future.set_result(work(*arguments))
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._calls.put(call)
-        return future
-
-    def _run(self) -> None:
-        while True:
-            self._calls.get()()
 
 
 class MlxBatch:

@@ -233,9 +233,8 @@ def test_whoever_waits_for_another_reader_is_not_late_either(
     with ThreadPoolExecutor(2) as threads:
         long = threads.submit(expander.feedback, QUERY, ["moon", "sun"])
         time.sleep(0.1)
-        begin = time.perf_counter()
         expanded = expander.feedback(QUERY, ["moon"], deadline_ms=100)
-        assert time.perf_counter() - begin < 0.3
+        assert not long.done()
         assert expanded.fallback == "the deadline passed before the first passage was read"
         assert long.result().relevance
 

@@ -151,3 +151,28 @@ def test_a_forked_child_is_told_instead_of_hanging(gguf):
         [sys.executable, "-c", FORKED, str(gguf)], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.stdout, done.returncode) == ("4\n", 0), done.stderr
+
+
+SEVERAL = """
+import os, sys
+from qe_edge import Expander, OPEN
+
+def computed():
+    loaded = Expander.load(sys.argv[1], gate=OPEN, budget_tokens=4, threads=4)
+    loaded.expand("tides")
+    loaded.feedback("tides", ["the moon"])
+    return loaded, len(os.listdir("/proc/self/task"))
+
+first, before = computed()
+second, after = computed()
+print(after - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux tells them")
+def test_a_second_model_needs_one_thread_more(gguf):
+    """Its decoder's. Threads that compute are those of the first one, or both would be slow."""
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL, str(gguf)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr
