@@ -94,8 +94,9 @@ class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     `models` and `modes` select teacher rows, empty meaning all; rows that `teach` marked with a problem
     are left out, but for the problems in `accept`. Of what is left, `max_rows` are drawn at random, 0
     meaning all. Of each the student learns to `write` the query's expansion, to `read` (to find the query
-    likely after the expansion's beginning, which is what corpus feedback asks of it), or both. `packing` puts
-    several rows into one of `max_length` tokens, apart from each other for the attention: nothing is padded.
+    likely after the expansion's beginning, which is what corpus feedback asks of it), or both. With
+    `budget_tokens` it learns so many tokens of each answer, and its spec says so. `packing` puts several
+    rows into one of `max_length` tokens, apart from each other for the attention: nothing is padded.
     """
 
     student: Annotated[str, said("Hub id, folder, GGUF file or builtin:NAME.")] = DEFAULT_STUDENT
@@ -107,6 +108,9 @@ class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         Meta(min_length=1),
         said("write, read (for feedback), or both: each makes a row of its own.", flag="--task"),
     ] = ("write",)
+    budget_tokens: Annotated[
+        int, Meta(ge=0, le=10**6), said("Tokens it will write at most (default: as its prompt says, 128).")
+    ] = 0
     accept: Annotated[
         tuple[Problem, ...],
         said("Let in rows that `teach` marked so, such as cut (others need its --keep-bad)."),

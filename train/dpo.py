@@ -21,6 +21,7 @@ from qe_edge.train.estimate import announce, estimate
 from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware
 from qe_edge.train.loop import TrainingRun, counted, trainer_arguments
 from qe_edge.train.lora import rank_of
+from qe_edge.train.output_layer import compute_answers_alone
 from qe_edge.train.rows import CHECKED, Row, check_batch, check_texts
 from qe_edge.work.folder import Workdir
 
@@ -100,7 +101,7 @@ def make_trainer(
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset  # TRL would apply a chat template; these are token ids already, exactly ours
 
-    return TokenizedDPOTrainer(
+    trainer = TokenizedDPOTrainer(
         model=model,
         ref_model=reference,
         args=trl.DPOConfig(
@@ -114,6 +115,10 @@ def make_trainer(
         train_dataset=datasets.Dataset.from_list(encoded),
         processing_class=tokenizer,
     )
+    if on.device == "cpu":
+        for part in filter(None, (trainer.model, trainer.ref_model)):
+            compute_answers_alone(part)
+    return trainer
 
 
 def example(pairs: Path | str, adapter: Path, config: DpoConfig) -> str:
@@ -134,14 +139,20 @@ def _rows(pair: dict[str, list[int]]) -> list[Row]:
 def encode_pairs(
     rows: Iterable[Pair], spec: ModelSpec, tokenize: Tokenize, max_length: int
 ) -> tuple[list[dict[str, list[int]]], Counter[str]]:
-    """Pairs -> {"prompt_ids", "chosen_ids", "rejected_ids"}, and how many were dropped, by reason."""
+    """Pairs -> {"prompt_ids", "chosen_ids", "rejected_ids"}, and how many were dropped, by reason.
+
+    Texts are cut where the student's budget ends.
+    """
     encoded, dropped = [], Counter[str]()
     for row in rows:
         if not row.query.strip() or not row.chosen.strip() or not row.rejected.strip():
             dropped["empty"] += 1
             continue
         prompt = spec.prompt.encode(row.query, tokenize)
-        chosen, rejected = (spec.prompt.encode_answer(text, tokenize) for text in (row.chosen, row.rejected))
+        chosen, rejected = (
+            spec.prompt.encode_answer(text, tokenize)[: spec.prompt.max_tokens]
+            for text in (row.chosen, row.rejected)
+        )
         if chosen == rejected:
             dropped["equal sides"] += 1
         elif len(prompt) + max(len(chosen), len(rejected)) > max_length:

@@ -29,10 +29,10 @@ class Hardware(NamedTuple):
         """The dtype the weights are held in.
 
         Frozen weights can be bfloat16 as they are; weights that are trained need float32, or small updates
-        are lost in rounding. A CPU computes in bfloat16 from float32 weights.
+        are lost in rounding.
         """
         torch = require("torch", "train")
-        frozen_bf16 = self.device == "cuda" and self.precision == "bfloat16" and not full
+        frozen_bf16 = self.precision == "bfloat16" and not full
         return torch.bfloat16 if frozen_bf16 else torch.float32
 
     def autocast(self) -> Any:

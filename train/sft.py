@@ -28,6 +28,7 @@ from qe_edge.train.estimate import announce, estimate
 from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware
 from qe_edge.train.loop import TrainingRun, counted, trainer_arguments
 from qe_edge.train.lora import lora_config
+from qe_edge.train.output_layer import compute_answers_alone
 from qe_edge.train.rows import CHECKED, Row, check_batch, check_texts
 from qe_edge.work.folder import Workdir
 
@@ -56,7 +57,7 @@ def sft(
     out = out or workdir.new("sft")
     inputs = {f"expansions[{i}]": path for i, path in enumerate(expansions)}
     with on.main_process_first():
-        source, spec = prepare_student(config.student, workdir)
+        source, spec = _prepare(config, workdir)
         run = TrainingRun("train sft", config, on, inputs, out)
     tokenizer, shape = load_tokenizer(source), load_config(source)
     check_vocabulary(source, shape, tokenizer)
@@ -86,6 +87,14 @@ def sft(
     )
 
 
+def _prepare(config: SftConfig, workdir: Workdir) -> tuple[str, ModelSpec]:
+    """`prepare_student`, whose spec has the configuration's budget."""
+    source, spec = prepare_student(config.student, workdir)
+    budget = config.budget_tokens or spec.prompt.max_tokens
+    prompt = msgspec.structs.replace(spec.prompt, max_tokens=budget)
+    return source, msgspec.structs.replace(spec, prompt=prompt)
+
+
 def make_trainer(
     config: SftConfig,
     on: Hardware,
@@ -100,7 +109,7 @@ def make_trainer(
     if config.packing:
         dataset = trl.pack_dataset(dataset, config.max_length, "bfd")
         note(f"sft: packed into {len(dataset)} rows of up to {config.max_length} tokens")
-    return trl.SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(
             **trainer_arguments(config, on, folder),
@@ -112,12 +121,15 @@ def make_trainer(
         processing_class=tokenizer,
         peft_config=None if config.tuning == "full" else lora_config(config.rank, config.alpha),
     )
+    if on.device == "cpu":
+        compute_answers_alone(trainer.model)
+    return trainer
 
 
 def example(expansions: Sequence[Path | str], config: SftConfig, *, workdir: Workdir) -> str:
     """The first row as it would be trained on, for people; nothing is trained."""
     rows = select_rows(expansions, config)
-    source, spec = prepare_student(config.student, workdir)
+    source, spec = _prepare(config, workdir)
     tokenizer = load_tokenizer(source)
     encoded, _ = encode_rows(rows[:32], spec, hugging_face(tokenizer), config.max_length, config.tasks)
     return _row(encoded[0]).describe(tokenizer)
@@ -158,8 +170,8 @@ def encode_rows(
 ) -> tuple[list[dict[str, list[int]]], Counter[str]]:
     """Rows -> {"input_ids", "labels"}: prompt, answer, one end token; the prompt's labels are -100.
 
-    One for each task: the answer to a query is its expansion, that to an expansion its query. Also returns
-    how many were dropped, by reason.
+    One for each task: the answer to a query is its expansion, that to an expansion its query. Expansions are
+    cut where the student's budget ends. Also returns how many were dropped, by reason.
     """
     encoded, dropped, seen = [], Counter[str](), set()
     for row in rows:
@@ -173,7 +185,7 @@ def encode_rows(
         for task in tasks:
             if task == "write":
                 prompt = spec.prompt.encode(row.query, tokenize)
-                answer = spec.prompt.encode_answer(row.text, tokenize)
+                answer = spec.prompt.encode_answer(row.text, tokenize)[: spec.prompt.max_tokens]
             else:
                 (prompt,), answer, _ = spec.feedback.encode(row.query, [row.text], spec.prompt, tokenize)
                 answer += tokenize(spec.prompt.end, True)
