@@ -13,7 +13,7 @@ from qe_edge.errors import NotFound, require
 class Shape(NamedTuple):
     """What decides a model's size; `tied` says that its input and output embeddings are one table."""
 
-    family: Literal["qwen3", "llama"]
+    family: Literal["qwen3", "qwen2", "llama"]
     hidden: int
     feed_forward: int
     layers: int
@@ -24,16 +24,24 @@ class Shape(NamedTuple):
     tied: bool
 
 
-# As published in the models' config.json (Qwen3: arXiv 2505.09388; SmolLM2: arXiv 2502.02737).
+# As published in the models' config.json (Qwen3: arXiv 2505.09388; Qwen2.5: arXiv 2412.15115; SmolLM2:
+# arXiv 2502.02737).
 SHAPES = {
     "smollm2-135m": Shape("llama", 576, 1536, 30, 9, 3, 64, 49_152, True),
+    "qwen2.5-0.5b": Shape("qwen2", 896, 4864, 24, 14, 2, 64, 151_936, True),
+    "qwen2.5-1.5b": Shape("qwen2", 1536, 8960, 28, 12, 2, 128, 151_936, True),
+    "qwen2.5-3b": Shape("qwen2", 2048, 11008, 36, 16, 2, 128, 151_936, True),
+    "qwen2.5-7b": Shape("qwen2", 3584, 18944, 28, 28, 4, 128, 152_064, False),
     "qwen3-0.6b": Shape("qwen3", 1024, 3072, 28, 16, 8, 128, 151_936, True),
     "qwen3-1.7b": Shape("qwen3", 2048, 6144, 28, 16, 8, 128, 151_936, True),
     "qwen3-4b": Shape("qwen3", 2560, 9728, 36, 32, 8, 128, 151_936, True),
     "qwen3-8b": Shape("qwen3", 4096, 12288, 36, 32, 8, 128, 151_936, False),
 }
-# <|im_end|> and <|endoftext|> of each family.
-ENDS = {"qwen3": (151_645, 151_643), "llama": (2, 0)}
+# <|im_end|> and <|endoftext|> of each family, the longest context, epsilon of the norms and rotary base.
+ENDS = {"qwen3": (151_645, 151_643), "qwen2": (151_645, 151_643), "llama": (2, 0)}
+CONTEXT = {"qwen3": 40_960, "qwen2": 32_768, "llama": 8192}
+EPSILON = {"qwen3": 1e-6, "qwen2": 1e-6, "llama": 1e-5}
+ROTARY_BASE = {"qwen3": 1_000_000.0, "qwen2": 1_000_000.0, "llama": 100_000.0}
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -51,21 +59,22 @@ def shape(name: str, *, layers: int | None = None) -> Any:
         raise NotFound(f"no synthetic shape {name!r}; there are: {', '.join(SHAPES)}")
     known = SHAPES[name]
     end, pad = ENDS[known.family]
-    kind = transformers.Qwen3Config if known.family == "qwen3" else transformers.LlamaConfig
-    return kind(
+    kinds = {
+        "qwen3": transformers.Qwen3Config,
+        "qwen2": transformers.Qwen2Config,  # which has no head_dim: it is hidden_size / heads
+        "llama": transformers.LlamaConfig,
+    }
+    return kinds[known.family](
         vocab_size=known.vocabulary,
         hidden_size=known.hidden,
         intermediate_size=known.feed_forward,
         num_hidden_layers=layers or known.layers,
         num_attention_heads=known.heads,
         num_key_value_heads=known.key_value_heads,
-        head_dim=known.head_dim,
-        max_position_embeddings=40_960 if known.family == "qwen3" else 8192,
-        rms_norm_eps=1e-6 if known.family == "qwen3" else 1e-5,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 1_000_000.0 if known.family == "qwen3" else 100_000.0,
-        },
+        **({} if known.family == "qwen2" else {"head_dim": known.head_dim}),
+        max_position_embeddings=CONTEXT[known.family],
+        rms_norm_eps=EPSILON[known.family],
+        rope_parameters={"rope_type": "default", "rope_theta": ROTARY_BASE[known.family]},
         tie_word_embeddings=known.tied,
         bos_token_id=None,
         eos_token_id=end,

@@ -70,7 +70,7 @@ def convert_gguf(
         add_header(writer, source, spec, provenance)
         for name, (element, code, _) in stored.items():
             size = math.prod(shapes[name]) * element.itemsize
-            short = names.get_name(name, try_suffixes=(".weight",))
+            short = names.get_name(name, try_suffixes=(".weight", ".bias"))
             # The NumPy type matters only where no type code is given.
             writer.add_tensor_info(short, shapes[name], np.dtype(np.void), size, raw_dtype=code)
         writer.write_header_to_file()
@@ -123,9 +123,9 @@ def _add_metadata(writer: GGUFWriter, source: Source) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.kv_heads)
-    # Without these, llama.cpp takes hidden_size / heads, which is wrong for most Qwen3 sizes.
-    writer.add_key_length(config.head_size)
-    writer.add_value_length(config.head_size)
+    if config.head_dim:  # without it llama.cpp takes hidden_size / heads, too
+        writer.add_key_length(config.head_size)
+        writer.add_value_length(config.head_size)
     writer.add_rope_freq_base(source.theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if source.architecture == "LLAMA":  # as llama.cpp's own converter; both follow from the rest

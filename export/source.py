@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Hugging Face's class name -> the name in `gguf.MODEL_ARCH`, and in llama.cpp in lower case.
-ARCHITECTURES = {"Qwen3ForCausalLM": "QWEN3", "LlamaForCausalLM": "LLAMA"}
+ARCHITECTURES = {"Qwen3ForCausalLM": "QWEN3", "Qwen2ForCausalLM": "QWEN2", "LlamaForCausalLM": "LLAMA"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Size = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -140,7 +140,8 @@ def read_config(model: Path) -> tuple[str, HfConfig]:
     found = ", ".join(content.get("architectures") or ["none"])
     if found not in ARCHITECTURES:
         raise BadInput(
-            f"the architecture {found} can't be converted; {' and '.join(ARCHITECTURES)} can", path=path
+            f"the architecture {found} can't be converted; those that can: {', '.join(ARCHITECTURES)}",
+            path=path,
         )
     try:
         config = msgspec.convert(content, HfConfig)
@@ -173,21 +174,28 @@ def expected_shapes(architecture: str, config: HfConfig) -> dict[str, tuple[int,
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_size, config.kv_heads * config.head_size
     layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (hidden,),
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
     }
     if architecture == "QWEN3":
-        layer |= {"self_attn.q_norm": (config.head_size,), "self_attn.k_norm": (config.head_size,)}
+        head = (config.head_size,)
+        layer |= {"self_attn.q_norm.weight": head, "self_attn.k_norm.weight": head}
+    elif architecture == "QWEN2":
+        layer |= {
+            "self_attn.q_proj.bias": (queries,),
+            "self_attn.k_proj.bias": (keys,),
+            "self_attn.v_proj.bias": (keys,),
+        }
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for number in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, hidden)

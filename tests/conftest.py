@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from tiny import save_tiny_llama, save_tiny_qwen3
+from tiny import save_tiny_llama, save_tiny_qwen2, save_tiny_qwen3
 
 # Fixtures that the examples share are the point; and a machine may be slow.
 SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
@@ -29,6 +29,12 @@ def _own_workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A merged Qwen3 folder, tied; copy it before changing anything."""
     return save_tiny_qwen3(tmp_path_factory.mktemp("tiny") / "qwen3")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merged Qwen2 folder, tied; copy it before changing anything."""
+    return save_tiny_qwen2(tmp_path_factory.mktemp("tiny") / "qwen2")
 
 
 @pytest.fixture(scope="session")

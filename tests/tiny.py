@@ -49,8 +49,8 @@ MARKUP = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SMOLLM_MARKUP = [*MARKUP, "<repo_name>", "<file_sep>", "<empty_output>"]
 
 
-def tiny_tokenizer(family: Literal["qwen3", "llama"] = "qwen3") -> PreTrainedTokenizerFast:
-    """A byte-level BPE of about 1000 tokens, built like Qwen3's or like SmolLM2's."""
+def tiny_tokenizer(family: Literal["qwen3", "qwen2", "llama"] = "qwen3") -> PreTrainedTokenizerFast:
+    """A byte-level BPE of about 1000 tokens, built like Qwen3's, Qwen2.5's or SmolLM2's."""
     from tokenizers import (
         AddedToken,
         Regex,
@@ -64,7 +64,7 @@ def tiny_tokenizer(family: Literal["qwen3", "llama"] = "qwen3") -> PreTrainedTok
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
-    if family == "qwen3":
+    if family != "llama":
         backend.normalizer = normalizers.NFC()
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -81,11 +81,12 @@ def tiny_tokenizer(family: Literal["qwen3", "llama"] = "qwen3") -> PreTrainedTok
         vocab_size=1000,
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[] if family == "qwen3" else SMOLLM_MARKUP,
+        special_tokens=SMOLLM_MARKUP if family == "llama" else [],
     )
     backend.train_from_iterator([TEXT], trainer)
-    if family == "qwen3":
+    if family != "llama":
         backend.add_special_tokens(MARKUP)
+    if family == "qwen3":
         backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>")])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -103,6 +104,19 @@ def save_tiny_qwen3(folder: Path, seed: int = 0, tied: bool = True, **changed: A
     config = Qwen3Config(
         **_shape(tokenizer) | changed,
         head_dim=128,  # not hidden_size / heads, as in the real ones
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+    )
+    return _save(folder, config, tokenizer, seed)
+
+
+def save_tiny_qwen2(folder: Path, seed: int = 0, tied: bool = True) -> Path:
+    """A model folder as `qe-edge merge` writes it, of the Qwen2 architecture, which Qwen2.5 has too."""
+    from transformers import Qwen2Config
+
+    tokenizer = tiny_tokenizer("qwen2")
+    config = Qwen2Config(
+        **_shape(tokenizer),
         tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
     )
@@ -144,6 +158,9 @@ def _save(folder: Path, config: Any, tokenizer: PreTrainedTokenizerFast, seed: i
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):  # zeros, or one that got lost would not be missed
+            torch.nn.init.normal_(parameter)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     prompt = prompt_for(tokenizer.chat_template)

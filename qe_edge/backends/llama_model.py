@@ -46,7 +46,7 @@ class LlamaModel:
         self.pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise BadInput(
-                f"llama.cpp can't load it (architecture {architecture!r}); qe-edge exports qwen3 and llama, "
+                f"llama.cpp can't load it (architecture {architecture!r}); qe-edge exports qwen3, qwen2 and llama, "
                 "and this build of llama.cpp may not know others",
                 path=path,
             )

@@ -32,7 +32,7 @@ from qe_edge.student.spec import read_spec
 from qe_edge.work.folder import Workdir
 
 KINDS = ("F16", "BF16", "Q8_0", "Q4_K_M")
-FAMILIES = ("qwen3", "llama")
+FAMILIES = ("qwen3", "qwen2", "llama")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

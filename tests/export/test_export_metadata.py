@@ -21,9 +21,9 @@ pytest.importorskip("llama_cpp")
 TEMPLATE = "tokenizer.chat_template"
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama"])
-def source(request, tiny_qwen3, tiny_llama):
-    return {"qwen3": tiny_qwen3, "llama": tiny_llama}[request.param]
+@pytest.fixture(scope="module", params=["qwen3", "qwen2", "llama"])
+def source(request):
+    return request.getfixturevalue(f"tiny_{request.param}")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_a_changed_template_is_found_and_not_rendered(exported, reference, tmp_p
 
 
 def test_any_other_key_is_looked_at_too(source, exported, reference, tmp_path):
-    arch = "qwen3" if "qwen3" in source.name else "llama"
+    arch = source.name
     tokens = read_keys(exported)["tokenizer.ggml.tokens"]
     for number, (name, value) in enumerate(
         {

@@ -83,7 +83,7 @@ def test_a_mixed_file_keeps_its_budget_and_its_types(merged: Path, tmp_path: Pat
     assert "student-mixed.gguf" in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("merged", ["qwen3", "llama"], indirect=True)
+@pytest.mark.parametrize("merged", ["qwen3", "qwen2", "llama"], indirect=True)
 def test_an_effect_is_what_the_quantized_group_alone_does(merged: Path, tmp_path: Path) -> None:
     """The measured divergence of a group against llama.cpp's own, with that group alone quantized."""
     import llama_cpp
@@ -187,7 +187,7 @@ def test_a_budget_below_the_least_is_refused(merged: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("merged", ["qwen3", "llama"], indirect=True)
+@pytest.mark.parametrize("merged", ["qwen3", "qwen2", "llama"], indirect=True)
 def test_the_adapter_alone_answers_as_the_merged_student(merged: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_model(merged, out, ExportConfig(kinds=["Q8_0"], formats=["gguf"], adapter=True))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import save_tiny_llama, save_tiny_qwen3
+from tiny import save_tiny_llama, save_tiny_qwen2, save_tiny_qwen3
 
 from qe_edge.bench.programs.export_speed import LLAMA_CPP_SCRIPT
 from qe_edge.export.config import ExportConfig
@@ -63,13 +63,14 @@ def assert_equal_ggufs(ours: Path, theirs: Path) -> None:
 
 @needs_llama_cpp
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "f32"])
-@pytest.mark.parametrize("name", ["qwen3", "qwen3 untied", "llama"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3 untied", "qwen2", "qwen2 untied", "llama"])
 def test_ggufs_equal_those_of_llama_cpps_own_script(name: str, dtype: Any, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    if name == "llama":
+    family, _, untied = name.partition(" ")
+    if family == "llama":
         save_tiny_llama(model)
     else:
-        save_tiny_qwen3(model, tied=name == "qwen3")
+        (save_tiny_qwen3 if family == "qwen3" else save_tiny_qwen2)(model, tied=not untied)
     ours = convert_gguf(model, tmp_path / "ours.gguf", dtype=dtype, spec=read_spec(model))
     known = "smollm" if name == "llama" else "qwen2"
     assert_equal_ggufs(ours, by_llama_cpp(model, tmp_path / "theirs.gguf", dtype, known))
@@ -77,8 +78,8 @@ def test_ggufs_equal_those_of_llama_cpps_own_script(name: str, dtype: Any, tmp_p
 
 @needs_llama_cpp
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["qwen3-0.6b", "qwen3-1.7b"])
-def test_ggufs_of_qwen3s_real_shapes_and_vocabulary_do_too(shape: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", ["qwen3-0.6b", "qwen3-1.7b", "qwen2.5-0.5b"])
+def test_ggufs_of_qwens_real_shapes_and_vocabulary_do_too(shape: str, tmp_path: Path) -> None:
     model = save_synthetic(shape, tmp_path / "model")
     ours = convert_gguf(model, tmp_path / "ours.gguf")
     assert_equal_ggufs(ours, by_llama_cpp(model, tmp_path / "theirs.gguf", "bf16"))
@@ -101,8 +102,8 @@ def save_synthetic(shape: str, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["qwen3-0.6b", "qwen3-1.7b"])
-def test_exports_of_qwen3s_real_shapes_answer_as_transformers_does(shape: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", ["qwen3-0.6b", "qwen3-1.7b", "qwen2.5-0.5b"])
+def test_exports_of_qwens_real_shapes_answer_as_transformers_does(shape: str, tmp_path: Path) -> None:
     """At full depth: token ids of the real vocabulary, and logits of random weights."""
     pytest.importorskip("mlx_lm")
     model = save_synthetic(shape, tmp_path / "model")
@@ -123,7 +124,7 @@ MLX_SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", MLX_SETTINGS, ids=str)
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_mlx_folders_equal_those_of_mlx_lms_own_converter(
     family: str, settings: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
