@@ -168,7 +168,7 @@ class Systems:
         settings, run, expansions = spec.feedback, {}, {}
         for row in rows:
             heads = map(settings.beginning, texts[row.query_id][: len(row.weights)])
-            found = RelevanceModel(tuple(heads), row.weights, settings.terms)
+            found = RelevanceModel(tuple(heads), row.weights, settings.terms, settings.join)
             expanded = ExpandedQuery(self.data.queries[row.query_id], "", settings.join, relevance=found)
             run[row.query_id] = self.index.search(expanded.terms(self.index.meta.analyzer), self.depth)
             expansions[row.query_id] = expanded.summary()

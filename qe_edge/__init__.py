@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qe_edge.runtime.cache import ExpansionCache
     from qe_edge.runtime.expander import Expander
     from qe_edge.runtime.expansion import ExpandedQuery
+    from qe_edge.runtime.reader import Encoder, Passage
     from qe_edge.student.gate import OPEN, Gate
     from qe_edge.student.join import Join
     from qe_edge.text import get_analyzer, words_of
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "Expander": "runtime.expander",
     "ExpandedQuery": "runtime.expansion",
+    "Encoder": "runtime.reader",
+    "Passage": "runtime.reader",
     "ExpansionCache": "runtime.cache",
     "Gate": "student.gate",
     "OPEN": "student.gate",
@@ -38,12 +41,14 @@ _MODULES = {
 }
 __all__ = [
     "OPEN",
+    "Encoder",
     "ExpandedQuery",
     "Expander",
     "ExpansionCache",
     "Gate",
     "Index",
     "Join",
+    "Passage",
     "QeEdgeError",
     "get_analyzer",
     "queries",

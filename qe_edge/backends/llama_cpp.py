@@ -29,17 +29,7 @@ class LlamaCppBackend:
             self.spec = default_spec(ref, self.model.metadata("tokenizer.chat_template"))
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        encoded = text.encode()
-        room = len(encoded) + 1
-        while True:
-            tokens = (self._lib.llama_token * room)()
-            with self._lifetime:
-                count = self._lib.llama_tokenize(
-                    self.model.vocab, encoded, len(encoded), tokens, room, False, special
-                )
-            if count >= 0:
-                return tokens[:count]
-            room = -count
+        return self.model.tokenize(text, special=special)
 
     def detokenize(self, tokens: list[int]) -> str:
         with self._lifetime:

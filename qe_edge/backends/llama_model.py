@@ -46,8 +46,8 @@ class LlamaModel:
         self.pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise BadInput(
-                f"llama.cpp can't load it (architecture {architecture!r}); qe-edge exports qwen3, qwen2 and llama, "
-                "and this build of llama.cpp may not know others",
+                f"llama.cpp can't load it (architecture {architecture!r}); qe-edge exports qwen3, qwen2 and "
+                "llama, and this build of llama.cpp may not know others",
                 path=path,
             )
         self.lifetime = Lifetime(self, partial(lib.llama_model_free, self.pointer))
@@ -55,6 +55,23 @@ class LlamaModel:
         self.vocab = lib.llama_model_get_vocab(self.pointer)
         self.vocabulary: int = lib.llama_vocab_n_tokens(self.vocab)
         self.context = min(longest, lib.llama_model_n_ctx_train(self.pointer))
+
+    def tokenize(self, text: str, *, special: bool = False, marked: bool = False) -> list[int]:
+        """Token ids; special tokens are parsed only where asked for.
+
+        `marked` adds those that the model wants before and after a text.
+        """
+        encoded = text.encode()
+        room = len(encoded) + 8
+        while True:
+            tokens = (self.lib.llama_token * room)()
+            with self.lifetime:
+                count = self.lib.llama_tokenize(
+                    self.vocab, encoded, len(encoded), tokens, room, marked, special
+                )
+            if count >= 0:
+                return tokens[:count]
+            room = -count
 
     def decode(self, context: Any, batch: Any) -> None:
         """Compute a batch of tokens in one of the model's contexts.

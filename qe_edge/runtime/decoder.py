@@ -73,7 +73,7 @@ class Decoder:
         self._hand_over(generation)
 
     def read(self, reading: Reading) -> None:
-        """Have prompts read; others' work is done in between."""
+        """Have passages read; others' work is done in between."""
         self._hand_over(reading)
 
     def room(self, slots: int) -> None:
@@ -186,13 +186,15 @@ class Decoder:
             turn.discard(self._alone)
         return list(turn)
 
+    def reader(self) -> Reader:
+        """The engine's, for readings."""
+        self._reader = self._reader or self._backend.reader()
+        return self._reader
+
     def _read_on(self, reading: Reading) -> None:
-        """A few of its prompts, then it's the next one's turn."""
+        """A few of its passages, then it's the next one's turn."""
         try:
-            self._reader = self._reader or self._backend.reader()
-            reading.turns = reading.turns or self._reader.log_likelihoods(
-                reading.prompts, reading.answer, prefix=reading.prefix
-            )
+            reading.turns = reading.turns or reading.start()
             values = next(reading.turns, None)
         except Exception as error:  # which is this one's own
             reading.end(error)

@@ -9,15 +9,25 @@ from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
-from qe_edge.arguments import MOST_PARALLEL, MOST_THREADS, check_deadline, check_texts, check_whole
+from qe_edge.arguments import (
+    MOST_PARALLEL,
+    MOST_THREADS,
+    check_deadline,
+    check_text,
+    check_texts,
+    check_whole,
+)
 from qe_edge.backends.open import open_backend
 from qe_edge.backends.protocol import Backend
 from qe_edge.runtime.cache import ExpansionCache
 from qe_edge.runtime.decoder import Decoder
 from qe_edge.runtime.expansion import ExpandedQuery
-from qe_edge.runtime.reader import PassageReader, Weighing, check_passages
+from qe_edge.runtime.reader import Encoder, EncoderReader, Passage, StudentReader, check_passages, known
+from qe_edge.runtime.refining import AsyncSearch, Search, Steps, arun, refined, run
+from qe_edge.runtime.weighing import Weighing
 from qe_edge.runtime.writer import Completion, Stream, Writer, Writing
 from qe_edge.student.gate import Gate
 from qe_edge.student.models import Engine, resolve
@@ -25,6 +35,8 @@ from qe_edge.student.spec import ModelSpec
 
 PARALLEL = 16  # queries decoded together: more bring little, and each takes memory
 HELPERS = 4  # threads beside asyncio's loop
+ROUNDS = 2  # of searching and reading; MOST_ROUNDS at most
+MOST_ROUNDS = 10
 
 
 class Expander:
@@ -40,6 +52,7 @@ class Expander:
         *,
         budget_tokens: int | None = None,
         passages: int | None = None,
+        reader: Encoder | None = None,
         parallel: int = 1,
         stop_when_dry: int | None = None,
         gate: Gate | None = None,
@@ -61,7 +74,12 @@ class Expander:
             digest=digest,
         )
         most = backend.spec.feedback.passages if passages is None else passages
-        self._reader = PassageReader(backend, self._decoder, most)
+        check_passages(most)
+        settings = backend.spec.feedback
+        self._reader = (
+            EncoderReader(reader, settings, most) if reader else StudentReader(backend, self._decoder, most)
+        )
+        self._own_encoder: Encoder | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._room(parallel)
 
@@ -74,6 +92,7 @@ class Expander:
         threads: int | None = None,
         budget_tokens: int | None = None,
         passages: int | None = None,
+        reader: Encoder | Path | str | None = None,
         parallel: int = 1,
         stop_when_dry: int | None = None,
         gate: Gate | None = None,
@@ -86,7 +105,8 @@ class Expander:
         Args:
             threads: that compute, 1 to 512; all cores by default.
             budget_tokens: of an expansion, instead of the model's own.
-            passages: that `feedback` reads at most, instead of the model's own number; 1 to 50.
+            passages: that are read of what a search found, instead of the model's own number; 1 to 50.
+            reader: who reads them: an `Encoder` or its GGUF. The student does so by default.
             parallel: queries from several threads or tasks that are decoded together, on llama.cpp and MLX;
                 as many as the engine can, if that is fewer.
             stop_when_dry: end an expansion after so many tokens that brought no new word.
@@ -107,17 +127,22 @@ class Expander:
             check_passages(passages)
         _check_parallel(parallel)
         ref = resolve(model)
+        encoder = Encoder(reader, threads=threads) if isinstance(reader, str | Path) else reader
         kept = ExpansionCache(cache) if isinstance(cache, str | Path) else cache
-        return cls(
+        expander = cls(
             open_backend(ref, engine=engine, threads=threads),
             budget_tokens=budget_tokens,
             passages=passages,
+            reader=encoder,
             parallel=parallel,
             stop_when_dry=stop_when_dry,
             gate=gate,
             cache=kept if ref.path else None,
             digest=f"{kept.digest(ref.path)} {engine or ref.engine}" if kept and ref.path else "",
         )
+        if encoder is not reader:  # nobody else has it
+            expander._own_encoder = encoder
+        return expander
 
     @property
     def spec(self) -> ModelSpec:
@@ -125,8 +150,8 @@ class Expander:
 
     @property
     def passages(self) -> int:
-        """How many passages `feedback` reads at most."""
-        return self._reader.most
+        """How many passages are read at most of what a search found."""
+        return self._reader.settings.passages
 
     @property
     def gate(self) -> Gate:
@@ -170,40 +195,109 @@ class Expander:
     def feedback(
         self,
         query: str,
-        passages: Sequence[str],
+        passages: Sequence[str | Passage],
         *,
         deadline_ms: float | None = None,
         scores: Sequence[float] = (),
     ) -> ExpandedQuery:
         """Expand a query with the passages that the plain one found, best first; the student writes nothing.
 
-        It reads the beginnings of the first few, at most the expander's `passages`, and each counts as far as
-        the query is likely after it (see `qe_edge.student.feedback`). At `deadline_ms` those count that were
-        read by then, three or so at a time. `scores` are plain BM25's, for the gate.
+        The reader weighs the beginnings of the first few, at most the expander's `passages` (see
+        `qe_edge.student.feedback`). At `deadline_ms` those count that were read by then, three or so at a
+        time. `scores` are plain BM25's, for the gate.
 
         Raises:
             BadInput: the query is blank or, with an open gate, too long.
+            BadArgument: a passage has a vector, and the reader is no encoder, or another one's.
         """
-        weighing = self._weighing(query, passages, deadline_ms, scores)
+        weighing = self._weighing(
+            self._plain(query), passages, deadline=_deadline(deadline_ms), scores=scores
+        )
         weighing.begin()
         return weighing.wait()
 
     async def afeedback(
         self,
         query: str,
-        passages: Sequence[str],
+        passages: Sequence[str | Passage],
         *,
         deadline_ms: float | None = None,
         scores: Sequence[float] = (),
     ) -> ExpandedQuery:
         """`feedback` for asyncio; a cancelled one reads no further."""
-        return await self._weighing(query, passages, deadline_ms, scores).arrive(self._helpers)
+        weighing = self._weighing(
+            self._plain(query), passages, deadline=_deadline(deadline_ms), scores=scores
+        )
+        return await weighing.arrive(self._helpers)
+
+    def refine(
+        self,
+        query: str,
+        search: Search,
+        *,
+        rounds: int = ROUNDS,
+        deadline_ms: float | None = None,
+        scores: Sequence[float] = (),
+    ) -> ExpandedQuery:
+        """Write, search, read, search: expand a query by a text and by the passages that it finds.
+
+        `search` returns the passages that an expanded query finds, best first. It is asked first with what
+        the student wrote, and in each further one of `rounds` with what the reader made of that. The result
+        is yours to search with: query, text and passages, each weighed.
+
+        At `deadline_ms` there is what was done by then: passages and text, the text alone, or the plain
+        query; a search under way is waited for. Where the gate holds the query back, nothing is searched.
+        `scores` are plain BM25's, for the gate.
+
+        Raises:
+            BadInput: the query is blank or, with an open gate, doesn't fit the model's context.
+            BadArgument: `rounds` are not from 1 to 10; of a vector, see `feedback`.
+        """
+        return run(self._refining(query, rounds, _deadline(deadline_ms), scores), search)
+
+    async def arefine(
+        self,
+        query: str,
+        search: AsyncSearch,
+        *,
+        rounds: int = ROUNDS,
+        deadline_ms: float | None = None,
+        scores: Sequence[float] = (),
+    ) -> ExpandedQuery:
+        """`refine` for asyncio, with a search to be awaited, which is cancelled at the deadline."""
+        deadline = _deadline(deadline_ms)
+        return await arun(self._refining(query, rounds, deadline, scores), search, self._helpers, deadline)
+
+    def _refining(self, query: str, rounds: int, deadline: float, scores: Sequence[float]) -> Steps:
+        check_whole("rounds", rounds, 1, MOST_ROUNDS)
+        writing = self._writer.writing(query, deadline=deadline, scores=scores)
+        weigh = partial(self._weighing, deadline=deadline, scores=scores)
+        return refined(writing, weigh, rounds, deadline)
 
     def _weighing(
-        self, query: str, passages: Sequence[str], deadline_ms: float | None, scores: Sequence[float]
+        self,
+        written: ExpandedQuery,
+        passages: Iterable[str | Passage],
+        worth: dict[str, float] | None = None,
+        *,
+        deadline: float,
+        scores: Sequence[float],
     ) -> Weighing:
-        deadline = _deadline(deadline_ms)
-        return self._reader.weighing(query, passages, gate=self.gate, deadline=deadline, scores=scores)
+        return Weighing(
+            self._decoder,
+            self._reader,
+            self.spec,
+            written,
+            known(passages),
+            self.gate,
+            deadline=deadline,
+            scores=scores,
+            worth=worth,
+        )
+
+    def _plain(self, query: str) -> ExpandedQuery:
+        check_text("a query", query)
+        return ExpandedQuery(query, "", self.spec.feedback.join)
 
     def stream(self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()) -> Stream:
         """As `expand`, but the text can be read while it is written."""
@@ -326,6 +420,8 @@ class Expander:
         if threads:
             threads.shutdown()
         self.backend.close()
+        if self._own_encoder:
+            self._own_encoder.close()
 
     def __enter__(self) -> Expander:
         return self

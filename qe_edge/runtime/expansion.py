@@ -10,7 +10,7 @@ from typing import Any, Literal
 from qe_edge.arguments import check_whole
 from qe_edge.runtime import queries
 from qe_edge.student.feedback import RelevanceModel
-from qe_edge.student.join import Join
+from qe_edge.student.join import Join, Part, joined
 from qe_edge.text import Analyzer, analyzer_for, detect_language, get_analyzer, stop_words, words_of
 
 FinishReason = Literal["stop", "length", "dry", "deadline", "skipped"]
@@ -27,7 +27,8 @@ class ExpandedQuery:
     include the steps of the answers that were written at the same time, and are those of the first time if
     the answer was `cached`.
 
-    After `Expander.feedback` the expansion is a `relevance` model instead of a text.
+    After `Expander.feedback` the expansion is a `relevance` model instead of a text, after `Expander.refine`
+    both; prefill is then also the time of reading.
     """
 
     query: str
@@ -57,10 +58,14 @@ class ExpandedQuery:
         `analyzer` is that of your index; by default the language's own.
         """
         analyze = get_analyzer(analyzer or analyzer_for(detect_language(self.query)))
-        return self.join(analyze(self.query), self._expansion(analyze))
+        return self._joined(analyze(self.query), analyze)
 
-    def _expansion(self, analyze: Analyzer) -> list[str] | dict[str, float]:
-        return self.relevance.terms(analyze) if self.relevance else analyze(self.text)
+    def _joined(self, query: list[str], analyze: Analyzer) -> dict[str, float]:
+        """The query's terms with those of text and passages."""
+        parts: list[Part] = [(self.join, analyze(self.text))]
+        if self.relevance:
+            parts.append((self.relevance.join, self.relevance.terms(analyze)))
+        return joined(query, parts)
 
     def words(self, *, cjk: int = 2) -> dict[str, float]:
         """Weighted words as they are written, for an engine that has its own analyzer.
@@ -71,14 +76,14 @@ class ExpandedQuery:
 
         check_whole("cjk", cjk, 1, 8)
         query = _cut(self.query, stop_words(), cjk) or _cut(self.query, frozenset(), cjk)
-        return self.join(query, self._expansion(partial(_cut, without=stop_words(more=True), cjk=cjk)))
+        return self._joined(query, partial(_cut, without=stop_words(more=True), cjk=cjk))
 
     def summary(self, most: int = 12) -> str:
-        """The expansion for people: the text, or after feedback the heaviest words that the query lacks."""
-        if not self.relevance:
+        """The expansion for people: the text, or without one the heaviest words that the query lacks."""
+        if self.text or not self.relevance:
             return self.text
         known = set(words_of(self.query))
-        words = self._expansion(partial(_cut, without=stop_words(more=True), cjk=2))
+        words = self.relevance.terms(partial(_cut, without=stop_words(more=True), cjk=2))
         return " ".join([word for word in words if word not in known][:most])
 
     def to_fts5(self, *, columns: Sequence[str] = (), trigram: bool = False, phrases: bool = True) -> str:

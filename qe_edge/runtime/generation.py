@@ -77,16 +77,16 @@ class Generation(Work):
 
 @dataclass(eq=False)
 class Reading(Work):
-    """Prompts to read with an answer that is given: `values` gets ln P(answer | prompt), a few at a time.
+    """Passages to read: `values` gets what each is worth, a few at a time, as `start` yields it.
 
-    The first `prefix` tokens are those of all prompts.
+    Each takes so many tokens as `sizes` says, after `prefix` that all begin with.
     """
 
-    prompts: list[list[int]]
-    answer: list[int]
-    prefix: int
+    start: Callable[[], Iterator[list[float]]]
+    sizes: list[int]
+    prefix: int = 0
     values: list[float] = field(default_factory=list)
-    turns: Iterator[list[float]] | None = None  # a few prompts each
+    turns: Iterator[list[float]] | None = None
 
 
 @dataclass(eq=False)

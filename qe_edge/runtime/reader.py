@@ -1,22 +1,42 @@
-"""The student reads what the plain query found, and writes nothing."""
+"""Who weighs passages: the student, by how likely the query is after each, or an encoder, by likeness."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
-from qe_edge.arguments import check_scores, check_text, check_texts, check_whole
+import msgspec
+import numpy as np
+
+from qe_edge.arguments import MOST_THREADS, check_number, check_text, check_texts, check_whole
 from qe_edge.backends.protocol import Backend
-from qe_edge.errors import BadInput
+from qe_edge.errors import BadArgument, NotFound
 from qe_edge.runtime.decoder import Decoder
-from qe_edge.runtime.expansion import ExpandedQuery
 from qe_edge.runtime.generation import Reading
-from qe_edge.runtime.pending import Pending
-from qe_edge.student.feedback import MOST_PASSAGES, RelevanceModel
-from qe_edge.student.gate import OPEN, Gate
+from qe_edge.student.feedback import MOST_PASSAGES, MOST_TOKENS, Feedback
 from qe_edge.student.prompt import clean_query
-from qe_edge.text import words_of
+from qe_edge.work.machine import usable_cores
+
+Values = Iterator[list[float]]
+"""What passages are worth, a few at a time: the larger, the more they say of the query."""
+
+
+class Passage(NamedTuple):
+    """A passage and, where the app keeps one by the same encoder, its vector, of any length but 0."""
+
+    text: str
+    vector: Sequence[float] | np.ndarray | None = None
+
+
+class PassageReader(Protocol):
+    """How many passages count, how much of each, and what they are worth."""
+
+    settings: Feedback
+
+    def read(self, query: str, text: str, passages: Sequence[Passage]) -> Reading:
+        """Work for the decoder: passages for a query, for which `text` may have been written."""
+        ...
 
 
 def check_passages(most: int) -> None:
@@ -24,97 +44,136 @@ def check_passages(most: int) -> None:
     check_whole("passages", most, 1, MOST_PASSAGES)
 
 
-class PassageReader:
-    """A student that weighs `most` passages; see `Expander.feedback`.
+def known(passages: Iterable[str | Passage]) -> list[Passage]:
+    """Passages as they are given, looked at.
 
     Raises:
-        BadArgument: none is to be read, or over MOST_PASSAGES.
+        TypeError: one is no text.
     """
+    check_texts("passages", passages)
+    found = [p if isinstance(p, Passage) else Passage(p) for p in passages]
+    for passage in found:
+        check_text("a passage", passage.text)
+    return found
+
+
+class StudentReader:
+    """The student reads a passage and finds the query likely, or not; see `qe_edge.student.feedback`."""
 
     def __init__(self, backend: Backend, decoder: Decoder, most: int):
-        check_passages(most)
-        self.backend, self.decoder, self.most = backend, decoder, most
+        self._backend, self._decoder = backend, decoder
+        self.settings = msgspec.structs.replace(backend.spec.feedback, passages=most)
 
-    def weighing(
-        self, query: str, passages: Sequence[str], *, gate: Gate, deadline: float, scores: Sequence[float]
-    ) -> Weighing:
-        """An expansion that can be begun.
+    def read(self, query: str, text: str, passages: Sequence[Passage]) -> Reading:
+        if any(passage.vector is not None for passage in passages):
+            raise BadArgument("a vector is for an encoder; name it as the expander's reader")
+        prompts, answer, prefix = self.settings.encode(
+            query, [passage.text for passage in passages], self._backend.spec.prompt, self._backend.tokenize
+        )
 
-        Raises:
-            BadInput: the query is blank.
-        """
-        check_text("a query", query)
-        check_texts("passages", passages)
-        for passage in passages:
-            check_text("a passage", passage)
-        check_scores(scores)
-        return Weighing(self, query, passages[: self.most], gate, deadline, scores)
+        def values() -> Values:
+            for found in self._decoder.reader().log_likelihoods(prompts, answer, prefix=prefix):
+                yield [value / len(answer) for value in found]
+
+        own = [len(prompt) - prefix + len(answer) for prompt in prompts]
+        return Reading(values, own, prefix)
 
 
-class Weighing(Pending):
-    """An expansion by passages, weighed by how likely the query is after each, or held back by the gate."""
+class Encoder:
+    """An encoder's GGUF on llama.cpp, such as all-MiniLM-L6-v2: 23 MB that read a passage in milliseconds.
+
+    A passage is worth the cosine of its vector with that of the query, or of query and written text together
+    (their mean, as in HyDE, arXiv 2212.10496). Expanders may share one.
+
+    Args:
+        threads: that compute, 1 to 512; all cores by default.
+        temperature: that cosines are divided by before they become weights.
+        tokens: of a passage that count.
+        query_prefix, passage_prefix: what the encoder wants before a text, such as "query: " for E5.
+
+    Raises:
+        NotFound, BadInput: there is no such file, or it is no encoder.
+        BadArgument: a number is out of its bounds.
+    """
 
     def __init__(
         self,
-        reader: PassageReader,
-        query: str,
-        passages: Sequence[str],
-        gate: Gate,
-        deadline: float,
-        scores: Sequence[float],
+        model: str | Path,
+        *,
+        threads: int | None = None,
+        temperature: float = 0.05,
+        tokens: int = MOST_TOKENS,
+        query_prefix: str = "",
+        passage_prefix: str = "",
     ):
-        super().__init__(deadline)
-        self._reader, self._query, self._cleaned = reader, query, clean_query(query)
-        self._passages, self._gate, self._scores = passages, gate, scores
-        self._heads: list[str] = []
-        self._reading: Reading | None = None
-        self._start = time.perf_counter()
+        path = Path(model)
+        if threads is not None:
+            check_whole("threads", threads, 1, MOST_THREADS)
+        check_number("temperature", temperature, 1e-6, 1e6)
+        check_whole("tokens", tokens, 1, MOST_TOKENS)
+        if not path.is_file():
+            raise NotFound(f"{path}: no such file; an encoder is a .gguf file")
+        from qe_edge.backends.llama_encoder import LlamaEncoder
 
-    def begin(self) -> None:
-        spec = self._reader.backend.spec
-        self._heads = [spec.feedback.beginning(passage) for passage in self._passages]
-        if reason := self._reason():
-            self.ready = self._plain(reason)
-            return
-        prompts, answer, prefix = spec.feedback.encode(
-            self._query, self._heads, spec.prompt, self._reader.backend.tokenize
+        self.path, self.temperature, self.tokens = path, temperature, tokens
+        self._query_prefix, self._passage_prefix = query_prefix, passage_prefix
+        self._model = LlamaEncoder(path, threads=threads or usable_cores())
+
+    @property
+    def size(self) -> int:
+        """How many numbers a vector has."""
+        return self._model.size
+
+    def vectors(self, passages: Sequence[str]) -> np.ndarray:
+        """Vectors [passages, size] of length 1, for an app to keep with its passages."""
+        check_texts("passages", passages)
+        groups = list(self._encode(passages))
+        return np.concatenate(groups) if groups else np.zeros((0, self.size), np.float32)
+
+    def cosines(self, query: str, text: str, passages: Sequence[Passage]) -> Values:
+        """What each passage is worth."""
+        wanted = self._one(self._query_prefix + query)
+        if text:
+            wanted = _unit(wanted + self._one(self._passage_prefix + text))
+        unread = [passage.text for passage in passages if passage.vector is None]
+        groups = self._encode(unread)
+        ready: list[np.ndarray] = []
+        for passage in passages:
+            if passage.vector is not None:
+                yield [float(wanted @ self._given(passage.vector))]
+                continue
+            ready = ready or list(next(groups))
+            yield [float(wanted @ ready.pop(0))]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._model.close()
+
+    def _encode(self, passages: Sequence[str]) -> Iterator[np.ndarray]:
+        return self._model.encode([self._passage_prefix + text for text in passages], tokens=self.tokens)
+
+    def _one(self, text: str) -> np.ndarray:
+        return next(self._model.encode([text]))[0]
+
+    def _given(self, vector: Sequence[float] | np.ndarray) -> np.ndarray:
+        found = np.asarray(vector, np.float32)
+        if found.shape != (self.size,) or not np.isfinite(found).all():
+            raise BadArgument(f"a passage's vector must be {self.size} finite numbers, as its encoder gives")
+        return _unit(found)
+
+
+class EncoderReader:
+    """An encoder that reads for a student."""
+
+    def __init__(self, encoder: Encoder, settings: Feedback, most: int):
+        self._encoder = encoder
+        self.settings = msgspec.structs.replace(
+            settings, passages=most, temperature=encoder.temperature, tokens=encoder.tokens
         )
-        reading = Reading(prompts, answer, prefix, deadline=self.deadline, future=self.future)
-        self._reader.decoder.read(reading)
-        self._reading = reading
 
-    def _reason(self) -> str:
-        """Why the plain query is to be searched, if it is."""
-        languages = self._reader.backend.spec.prompt.languages
-        if reason := self._gate.before(self._cleaned, self._scores, languages=languages):
-            return reason
-        if not any(self._heads):
-            return "the plain query found nothing to read"
-        new = {word for head in self._heads for word in words_of(head)} - set(words_of(self._query))
-        if self._gate.min_new_words is not None and len(new) < self._gate.min_new_words:
-            return "what the plain query found adds nothing to it"
-        return ""
+    def read(self, query: str, text: str, passages: Sequence[Passage]) -> Reading:
+        return Reading(lambda: self._encoder.cosines(clean_query(query), text, passages), [0] * len(passages))
 
-    def finish(self) -> ExpandedQuery:
-        if self.error:
-            if isinstance(self.error, BadInput) and self._gate != OPEN:
-                return self._plain(str(self.error))
-            raise self.error
-        reading = self._reading
-        read = list(reading.values) if reading else []
-        if not (reading and read):
-            return self._plain("the deadline passed before the first passage was read")
-        own = [len(prompt) - reading.prefix + len(reading.answer) for prompt in reading.prompts[: len(read)]]
-        settings = self._reader.backend.spec.feedback
-        return replace(
-            self._plain(""),
-            prompt_tokens=reading.prefix + sum(own),
-            finish_reason="stop" if len(read) == len(reading.prompts) else "deadline",
-            prefill_s=time.perf_counter() - self._start,
-            relevance=RelevanceModel(
-                tuple(self._heads[: len(read)]), settings.weigh(read, len(reading.answer)), settings.terms
-            ),
-        )
 
-    def _plain(self, reason: str) -> ExpandedQuery:
-        return ExpandedQuery(self._query, "", self._reader.backend.spec.feedback.join, fallback=reason)
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)

@@ -21,7 +21,7 @@ from qe_edge.student.join import Join
 from qe_edge.student.prompt import PromptSpec, Tokenize, clean_query, clean_text, encode, plain
 
 DEFAULT_TEXTS = "feedback-v1"
-MOST_PASSAGES = 50
+MOST_PASSAGES, MOST_TOKENS = 50, 256
 Passages = Annotated[int, msgspec.Meta(ge=1, le=MOST_PASSAGES)]
 CHARACTERS = 16  # of a token, at most: four is usual
 LEAST = 0.01  # of the heaviest term's weight: engines without weights would count a lighter one as a word
@@ -50,12 +50,13 @@ class Feedback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Of the best `passages` of the plain query the student reads the first `tokens` tokens each. Its
     log-likelihoods of the query, in nats per token, are divided by `temperature` before they become
     weights. (Per token: as sums, those of a long query would differ so much that a single passage decides.)
+    An encoder has its own `tokens` and `temperature`.
     The `terms` heaviest terms of the mixture are joined with the query by `join`.
     """
 
     texts: dict[Lang, FeedbackText] = msgspec.field(default_factory=default_texts)
     passages: Passages = 10
-    tokens: Annotated[int, msgspec.Meta(ge=1, le=256)] = 64
+    tokens: Annotated[int, msgspec.Meta(ge=1, le=MOST_TOKENS)] = 64
     temperature: Positive = 0.25
     terms: Count = 60
     join: Join = Join("mass", 3)
@@ -84,20 +85,21 @@ class Feedback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         read = [encode(plain(self.beginning(passage)), tokenize)[: self.tokens] for passage in passages]
         return [start + ids + end for ids in read], encode(plain(clean_query(query)), tokenize), len(start)
 
-    def weigh(self, log_likelihoods: Sequence[float], tokens: int) -> tuple[float, ...]:
-        """The passages' weights, whose sum is 1, by their log-likelihoods of a query of so many tokens."""
-        best, temperature = max(log_likelihoods), self.temperature * tokens
-        weights = [math.exp((value - best) / temperature) for value in log_likelihoods]
+    def weigh(self, values: Sequence[float]) -> tuple[float, ...]:
+        """The passages' weights, whose sum is 1, by what they are worth."""
+        best = max(values)
+        weights = [math.exp((value - best) / self.temperature) for value in values]
         return tuple(weight / sum(weights) for weight in weights)
 
 
 @dataclass(frozen=True)
 class RelevanceModel:
-    """Passages with their weights, of whose mixture the `most` heaviest terms expand a query."""
+    """Passages with their weights, of whose mixture the `most` heaviest terms expand a query by `join`."""
 
     passages: tuple[str, ...]
     weights: tuple[float, ...]
     most: int
+    join: Join
 
     def terms(self, analyze: Callable[[str], list[str]]) -> dict[str, float]:
         """P(term | query) of the heaviest terms, heaviest first; of equal ones, in the text's order."""

@@ -77,6 +77,25 @@ class Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return 1.0, self.value * query_length / expansion_length
 
 
+Part = tuple[Join, "Sequence[str] | Mapping[str, float]"]
+"""An expansion, and how it is joined with the query."""
+
+
+def joined(query_terms: Sequence[str], parts: Sequence[Part]) -> dict[str, float]:
+    """Weights of a query with several expansions, each trusted beside the query as its own join says."""
+    there = [(join, terms) for join, terms in parts if terms]
+    if len(there) < 2:
+        join, terms = there[0] if there else (DEFAULT_JOIN, [])
+        return join(query_terms, terms)
+    weights: dict[str, float] = dict(Counter(query_terms))
+    for join, terms in there:
+        counts: Mapping[str, float] = Counter(terms)
+        of_query, of_expansion = join.scales(len(query_terms), sum(counts.values()))
+        for term, count in counts.items():
+            weights[term] = weights.get(term, 0.0) + of_expansion / of_query * count
+    return weights
+
+
 DEFAULT_JOIN = Join()
 # Query2Doc's rule, under which the teachers' published expansions were measured.
 TEACHER_JOIN = Join("repeat", 5)

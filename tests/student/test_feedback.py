@@ -141,14 +141,13 @@ def test_a_chinese_query_gets_the_chinese_prompt(expander: Expander) -> None:
 
 def test_weights_are_likelihoods_softened_by_the_temperature_and_the_length_of_the_query() -> None:
     soft = Feedback(temperature=2)
-    assert soft.weigh([-10, -14], 1) == pytest.approx((1 / (1 + math.e**-2), 1 / (1 + math.e**2)))
-    assert soft.weigh([-40, -56], 4) == pytest.approx(soft.weigh([-10, -14], 1))
-    assert Feedback().weigh([-4000.0], 1) == (1,)
+    assert soft.weigh([-10, -14]) == pytest.approx((1 / (1 + math.e**-2), 1 / (1 + math.e**2)))
+    assert Feedback().weigh([-4000.0]) == (1,)
 
 
 def test_the_relevance_model_mixes_the_passages_terms() -> None:
     analyze = get_analyzer("english")
-    model = RelevanceModel(("moon moon tide sea", "", "tide bread"), (0.5, 0.3, 0.2), most=3)
+    model = RelevanceModel(("moon moon tide sea", "", "tide bread"), (0.5, 0.3, 0.2), most=3, join=Join())
     assert model.terms(analyze) == pytest.approx({"moon": 0.25, "tide": 0.225, "sea": 0.125})
     assert list(model.terms(analyze)) == ["moon", "tide", "sea"]
 
@@ -195,7 +194,7 @@ def test_more_or_fewer_can_be_read(gguf: Path) -> None:
 
 def test_without_passages_it_is_the_plain_query(expander: Expander) -> None:
     expanded = expander.feedback(QUERY, [])
-    assert expanded.fallback == "the plain query found nothing to read"
+    assert expanded.fallback == "the search found nothing to read"
     assert expander.feedback(QUERY, ["", " \n"]).fallback == expanded.fallback
     assert expanded.terms() == {"what": 1, "caus": 1, "tide": 1}
 
@@ -280,7 +279,7 @@ def test_what_adds_no_word_is_not_used(gguf: Path) -> None:
 
     with Expander.load(gguf, gate=Gate()) as expander:
         expanded = expander.feedback("high tides", ["High tides!", "tides"])
-    assert expanded.fallback == "what the plain query found adds nothing to it"
+    assert expanded.fallback == "what the search found adds nothing to it"
     assert expanded.terms() == {"high": 1, "tide": 1}
 
 
@@ -292,7 +291,7 @@ def test_a_passage_is_read_as_clean_text_from_its_beginning() -> None:
 
 def test_terms_of_passages_that_hardly_count_are_left_out() -> None:
     analyze = get_analyzer("english")
-    model = RelevanceModel(("moon tide", "bread yeast"), (0.999, 0.001), most=60)
+    model = RelevanceModel(("moon tide", "bread yeast"), (0.999, 0.001), most=60, join=Join())
     assert list(model.terms(analyze)) == ["moon", "tide"]
 
 

@@ -1,0 +1,103 @@
+"""An expansion by passages that a search found, weighed by a reader, or held back by the gate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qe_edge.arguments import check_scores
+from qe_edge.errors import BadInput
+from qe_edge.runtime.decoder import Decoder
+from qe_edge.runtime.expansion import ExpandedQuery
+from qe_edge.runtime.generation import Reading
+from qe_edge.runtime.pending import Pending
+from qe_edge.runtime.reader import Passage, PassageReader
+from qe_edge.student.feedback import RelevanceModel
+from qe_edge.student.gate import OPEN, Gate
+from qe_edge.student.prompt import clean_query
+from qe_edge.student.spec import ModelSpec
+from qe_edge.text import words_of
+
+
+class Weighing(Pending):
+    """The reader's weights of the first passages, added to what was `written` for the query, if anything was.
+
+    `worth` is what passages are worth that were read for it before: they are not read again, and count too.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        reader: PassageReader,
+        spec: ModelSpec,
+        written: ExpandedQuery,
+        passages: Sequence[Passage],
+        gate: Gate,
+        *,
+        deadline: float,
+        scores: Sequence[float] = (),
+        worth: dict[str, float] | None = None,
+    ):
+        super().__init__(deadline)
+        check_scores(scores)
+        self._decoder, self._reader, self._spec, self._written = decoder, reader, spec, written
+        self._passages, self._gate, self._scores = passages[: reader.settings.passages], gate, scores
+        self._worth = {} if worth is None else worth
+        self._cleaned = clean_query(written.query)
+        self._unread: list[str] = []  # beginnings
+        self._reading: Reading | None = None
+        self._start = time.perf_counter()
+
+    def begin(self) -> None:
+        beginning = self._reader.settings.beginning
+        heads = {beginning(passage.text): passage for passage in self._passages}
+        if reason := self._reason(list(heads)):
+            self.ready = self._plain(reason)
+            return
+        self._unread = [head for head in heads if head not in self._worth]
+        reading = self._reader.read(
+            self._written.query,
+            self._written.text,
+            [heads[head]._replace(text=head) for head in self._unread],
+        )
+        reading.deadline, reading.future = self.deadline, self.future
+        self._decoder.read(reading)
+        self._reading = reading
+
+    def _reason(self, heads: Sequence[str]) -> str:
+        """Why the query is searched without them, if it is."""
+        if reason := self._gate.before(self._cleaned, self._scores, languages=self._spec.prompt.languages):
+            return reason
+        if not any(heads):
+            return "the search found nothing to read"
+        new = {word for head in heads for word in words_of(head)} - set(words_of(self._written.query))
+        if self._gate.min_new_words is not None and len(new) < self._gate.min_new_words:
+            return "what the search found adds nothing to it"
+        return ""
+
+    def finish(self) -> ExpandedQuery:
+        if self.error:
+            if isinstance(self.error, BadInput) and self._gate != OPEN:
+                return self._plain(str(self.error))
+            raise self.error
+        reading, settings, written = self._reading, self._reader.settings, self._written
+        read = list(reading.values) if reading else []
+        self._worth |= dict(zip(self._unread, read, strict=False))
+        if not (reading and self._worth):
+            return self._plain("the deadline passed before the first passage was read")
+        relevance = RelevanceModel(
+            tuple(self._worth), settings.weigh(list(self._worth.values())), settings.terms, settings.join
+        )
+        return replace(
+            written,
+            prompt_tokens=written.prompt_tokens + reading.prefix + sum(reading.sizes[: len(read)]),
+            finish_reason="stop" if len(read) == len(reading.sizes) else "deadline",
+            prefill_s=written.prefill_s + time.perf_counter() - self._start,
+            fallback="",
+            relevance=relevance,
+        )
+
+    def _plain(self, reason: str) -> ExpandedQuery:
+        """What was written; the plain query where nothing was."""
+        return self._written if self._written.text else replace(self._written, fallback=reason)
