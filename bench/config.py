@@ -10,6 +10,7 @@ from qe_edge.records import ANALYZER, RETRIEVER, Count, Threads, said
 from qe_edge.student.feedback import Passages
 from qe_edge.student.join import TEACHER_JOIN
 
+ITSELF = "itself"
 TUNE_JOINS = (
     "mass:0.3",
     "mass:0.5",
@@ -28,7 +29,7 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     Several `joins` make several rows of one generation. The best of the teachers is what retention refers to.
     `tune_on` names another data set, on whose queries each model's join is chosen among `tune_joins`.
-    What a model reads has a join of its own (`Expander.feedback`).
+    What is read has a join of its own (`Expander.feedback`, `Expander.refine`).
     """
 
     datasets: Annotated[
@@ -61,13 +62,21 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     threads: Annotated[Threads | None, said("CPU threads (default: all cores).")] = None
     max_tokens: Annotated[Count | None, said("Instead of the models' own token budget.")] = None
     feedback: Annotated[bool, said("Also have each model read what the plain query finds.")] = False
+    refine: Annotated[bool, said("Also have it write, search, read and search.")] = False
     passages: Annotated[
-        Passages | None, said("That feedback reads for each query (default: the model's own number).")
+        Passages | None, said("That are read of what a search found (default: the model's own number).")
     ] = None
+    readers: Annotated[
+        tuple[str, ...],
+        said(
+            f"Who reads them: an encoder's GGUF, or {ITSELF} (the default) for the model; repeat it.",
+            flag="--reader",
+        ),
+    ] = (ITSELF,)
     analyzer: Annotated[str, said(ANALYZER)] = ""
     retriever: Annotated[str, said(RETRIEVER)] = ""
     label: Annotated[str, said("What to call this machine in reports.", flag="--hardware-label")] = ""
 
     def __post_init__(self) -> None:
-        if self.passages and not self.feedback:
-            raise ValueError("passages are read with feedback only")
+        if (self.passages or self.readers != (ITSELF,)) and not (self.feedback or self.refine):
+            raise ValueError("passages are read with feedback or refine only")

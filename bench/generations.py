@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -20,10 +21,13 @@ from qe_edge.work.files import atomic_path
 from qe_edge.work.machine import cpu_name, usable_cores, versions
 
 
-def generate_once(task: Task, digest: str | None, cache: Path) -> tuple[list[Generated], Speed, ModelSpec]:
+def generate_once(
+    task: Task, digest: str | None, cache: Path, *, also: Sequence[str] = ()
+) -> tuple[list[Generated], Speed, ModelSpec]:
     """As `generate`, but starts from what an earlier run wrote, and leaves its own for later ones.
 
     `digest` is the model's SHA-256, which its prompt is part of; without one (a hub id) nothing is kept.
+    `also` are those of what else decides, such as a collection.
     Times are kept with the texts, so what changes them makes another file: the processor, its threads, the
     engines as they were built and the GPUs that they may use.
     """
@@ -31,8 +35,8 @@ def generate_once(task: Task, digest: str | None, cache: Path) -> tuple[list[Gen
         return generate(task)
     settings = [task.lang, task.queries, task.engine, task.threads, task.max_tokens]
     key: list[Any] = [digest, *settings, cpu_name(), usable_cores(), versions(), *_engines()]
-    if task.passages is not None:
-        key += [task.passages, task.most]
+    if task.read:
+        key += [task.read.refine, task.read.passages, task.read.analyzer, *also]
     name = hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:24]
     task, kept = msgspec.structs.replace(task, key=name), cache / f"{name}.jsonl"
     own = Path(task.out)

@@ -18,19 +18,21 @@ DOCUMENTS, TERMS, QUERY_WEIGHT = 10, 10, 0.5
 COMMON = 0.1
 
 
-def found_texts(data: Dataset, run: Mapping[str, Ranking], most: int) -> dict[str, list[str]]:
-    """Query id -> the texts of the `most` best documents of its run.
+def found_texts(data: Dataset, run: Mapping[str, Ranking]) -> dict[str, list[str]]:
+    """Query id -> the texts of the DOCUMENTS best documents of its run.
 
     The documents are read until all that are needed were there.
     """
-    wanted = {doc_id for ranking in run.values() for doc_id, _ in ranking[:most]}
+    wanted = {doc_id for ranking in run.values() for doc_id, _ in ranking[:DOCUMENTS]}
     texts: dict[str, str] = {}
     for doc_id, text in data.documents():
         if doc_id in wanted:
             texts[doc_id] = text
             if len(texts) == len(wanted):
                 break
-    return {query_id: [texts[doc_id] for doc_id, _ in ranking[:most]] for query_id, ranking in run.items()}
+    return {
+        query_id: [texts[doc_id] for doc_id, _ in ranking[:DOCUMENTS]] for query_id, ranking in run.items()
+    }
 
 
 def rm3(

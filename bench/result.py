@@ -21,15 +21,15 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How fast a model wrote its expansions, one query at a time, its KV cache emptied before each.
 
     Rates are totals over totals after one warm-up query; a cold start is `load_s` apart.
-    `mean_tokens` counts what the model wrote per query, and `decode_tokens_per_s` is None where it only read
-    (feedback). `threads` is None where the engine takes no such setting (MLX), `joules_per_query` where the
-    machine doesn't tell what it uses (see `EnergyMeter`).
+    `mean_tokens` counts what the model wrote per query. `decode_tokens_per_s` is None where it only read
+    (feedback), `prefill_tokens_per_s` where an encoder read, `threads` where the engine takes no such setting
+    (MLX), and `joules_per_query` where the machine doesn't tell what it uses (see `EnergyMeter`).
     """
 
     engine: str
     threads: int | None
     load_s: float
-    prefill_tokens_per_s: float
+    prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
     ms_per_query_p50: float
     ms_per_query_p95: float

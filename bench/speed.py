@@ -11,6 +11,7 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +24,10 @@ from qe_edge.console import progress
 from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.records import Lang, encode_jsonl, read_jsonl
 from qe_edge.runtime.expander import Expander
-from qe_edge.runtime.expansion import FinishReason
+from qe_edge.runtime.expansion import ExpandedQuery, FinishReason
+from qe_edge.serve.collection import Collection
 from qe_edge.student.gate import OPEN
+from qe_edge.student.join import DEFAULT_JOIN
 from qe_edge.student.models import Engine, resolve
 from qe_edge.student.spec import ModelSpec
 from qe_edge.work.machine import usable_cores
@@ -37,8 +40,9 @@ BUDGETS = (16, 32, 48, 64, 96, 128)
 class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One query's expansion and its cost in tokens and seconds.
 
-    `cut` is the text at each of BUDGETS that it is longer than. With feedback there is no text but the
-    `weights` of the passages that were read. `key` is the task's.
+    `cut` is the text at each of BUDGETS that it is longer than. Where passages were read there are the
+    weighted `terms` of the expanded query in the index, and how many passages were `read`; `seconds` then
+    include the searches in between. `key` is the task's.
     """
 
     query_id: str
@@ -50,7 +54,9 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decode_s: float = 0.0
     joules: float | None = None
     cut: dict[int, str] = {}
-    weights: tuple[float, ...] = ()
+    terms: dict[str, float] = {}
+    read: int = 0
+    seconds: float = 0.0
     key: str = ""
 
     def at(self, budget: int) -> str:
@@ -58,13 +64,26 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.cut.get(budget, self.text)
 
 
+class Reading(msgspec.Struct, frozen=True):
+    """What is read: the best passages of a data set's own index, which lies in `indexes`.
+
+    With `refine` they are those of the written query, else those of the plain one. The `reader` is an
+    encoder's GGUF, or the model itself. At most `passages` are read at a time, or the model's own number.
+    """
+
+    dataset: str
+    indexes: str
+    analyzer: str
+    refine: bool
+    reader: str | None
+    passages: int | None
+
+
 class Task(msgspec.Struct, frozen=True):
     """What the child process is asked to do; `out` is a Generated file that it appends to.
 
-    `key` stands for the model and all settings: rows of another key are not taken for this task's.
-
-    With `passages` of each query, these are read and nothing is written: the first `most`, or the model's own
-    number.
+    `key` stands for the model and all settings: rows of another key are not taken for this task's. With
+    `read` passages are read, too.
     """
 
     model: str
@@ -75,8 +94,7 @@ class Task(msgspec.Struct, frozen=True):
     engine: Engine | None = None
     threads: int | None = None
     max_tokens: int | None = None
-    passages: dict[str, list[str]] | None = None
-    most: int | None = None
+    read: Reading | None = None
     key: str = ""
 
 
@@ -119,7 +137,9 @@ def _speed(rows: list[Generated], loaded: Loaded, task: Task) -> Speed:
     done = [row for row in rows if row.finish_reason not in ("failed", "skipped")]
     if not done:
         raise BadInput(f"{task.model} failed on every query, or found nothing to read for any")
-    times = sorted((row.prefill_s + row.decode_s) * 1000 for row in done)
+    times = sorted((row.seconds or row.prefill_s + row.decode_s) * 1000 for row in done)
+    written = task.read is None or task.read.refine
+    encoder = task.read.reader if task.read else None
     # The first token comes out of the prefill, so decoding makes one token less than was written,
     # or exactly as many where the end token was decoded too.
     decoded = sum(row.tokens - (row.finish_reason == "length") for row in done)
@@ -128,15 +148,16 @@ def _speed(rows: list[Generated], loaded: Loaded, task: Task) -> Speed:
         engine=task.engine or ref.engine,
         threads=None if ref.engine == "mlx" else task.threads or usable_cores(),
         load_s=loaded.load_s,
-        prefill_tokens_per_s=sum(row.prompt_tokens for row in done)
-        / max(sum(row.prefill_s for row in done), 1e-9),
-        decode_tokens_per_s=None if task.passages else decoded / max(sum(row.decode_s for row in done), 1e-9),
-        first_token_ms_p50=None if task.passages else statistics.median(r.prefill_s for r in done) * 1000,
+        prefill_tokens_per_s=None
+        if encoder
+        else sum(row.prompt_tokens for row in done) / max(sum(row.prefill_s for row in done), 1e-9),
+        decode_tokens_per_s=decoded / max(sum(row.decode_s for row in done), 1e-9) if written else None,
+        first_token_ms_p50=None if task.read else statistics.median(r.prefill_s for r in done) * 1000,
         ms_per_query_p50=statistics.median(times),
         ms_per_query_p95=times[min(len(times) - 1, round(0.95 * (len(times) - 1)))],
         mean_tokens=statistics.fmean(row.tokens for row in done),
         peak_memory_mb=loaded.peak_memory_mb,
-        file_mb=ref.size_bytes() / 1e6,
+        file_mb=(ref.size_bytes() + (Path(encoder).stat().st_size if encoder else 0)) / 1e6,
         joules_per_query=statistics.fmean(joules) if len(joules) == len(done) else None,
     )
 
@@ -152,16 +173,19 @@ def work(task: Task) -> Loaded:
         engine=task.engine,
         threads=task.threads,
         budget_tokens=task.max_tokens,
-        passages=task.most,
+        passages=task.read.passages if task.read else None,
+        reader=task.read.reader if task.read else None,
         gate=OPEN,
     )
     load_s = time.perf_counter() - start
     if task.lang not in expander.spec.prompt.languages:
         return Loaded(spec=expander.spec)
-    if task.passages is None:
-        expander.expand(WARM_UP)
-    else:
+    collection = None
+    if task.read:
+        collection = Collection.open(task.read.dataset, Path(task.read.indexes), analyzer=task.read.analyzer)
         expander.feedback(WARM_UP, [WARM_UP])
+    if not task.read or task.read.refine:
+        expander.expand(WARM_UP)
     Path(task.out).parent.mkdir(parents=True, exist_ok=True)
     todo = {query_id: text for query_id, text in task.queries.items() if query_id not in done}
     meter = EnergyMeter()
@@ -174,10 +198,10 @@ def work(task: Task) -> Loaded:
                 sys.exit(1)
             expander.forget()
             meter.joules()  # it counts from here on
-            if task.passages is None:
-                row = _expand(expander, query_id, query)
+            if task.read and collection:
+                row = _read(expander, query_id, query, collection, refine=task.read.refine)
             else:
-                row = _read(expander, query_id, query, task.passages[query_id])
+                row = _expand(expander, query_id, query)
             file.write(encode_jsonl([msgspec.structs.replace(row, joules=meter.joules(), key=task.key)]))
             file.flush()
             advance()
@@ -213,18 +237,29 @@ def _expand(expander: Expander, query_id: str, query: str) -> Generated:
     )
 
 
-def _read(expander: Expander, query_id: str, query: str, passages: list[str]) -> Generated:
+def _read(
+    expander: Expander, query_id: str, query: str, collection: Collection, *, refine: bool
+) -> Generated:
+    found = partial(collection.found, most=expander.passages)
+    start = time.perf_counter()
     try:
-        expanded = expander.feedback(query, passages)
+        if refine:
+            expanded = expander.refine(query, found)
+        else:
+            expanded = expander.feedback(query, found(ExpandedQuery(query, "", DEFAULT_JOIN)))
     except BadInput:
         return Generated(query_id, "", "failed")
     return Generated(
         query_id,
-        "",
+        expanded.summary(),
         expanded.finish_reason,
         expanded.prompt_tokens,
-        prefill_s=expanded.prefill_s,
-        weights=expanded.relevance.weights if expanded.relevance else (),
+        expanded.tokens,
+        expanded.prefill_s,
+        expanded.decode_s,
+        terms=collection.terms(expanded),
+        read=len(expanded.relevance.weights) if expanded.relevance else 0,
+        seconds=time.perf_counter() - start,
     )
 
 

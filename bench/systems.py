@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qe_edge.bench.config import BenchConfig
+from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.bench.generations import generate_once
 from qe_edge.bench.inputs import Model
 from qe_edge.bench.prf import found_texts, rm3
 from qe_edge.bench.quality import DEPTH, MEASURE, compare_all, retrieve, values_of
 from qe_edge.bench.result import DatasetResult, Kind, Speed, System, Tuning
-from qe_edge.bench.speed import BUDGETS, Generated, Task, WrongLanguage
-from qe_edge.console import note
+from qe_edge.bench.speed import BUDGETS, Generated, Reading, Task, WrongLanguage
+from qe_edge.console import note, shown
 from qe_edge.errors import QeEdgeError
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.retrieval.datasets import Dataset, describe
@@ -24,10 +24,9 @@ from qe_edge.retrieval.index import Index, Retriever
 from qe_edge.retrieval.measures import Interval, depth, evaluate, mean_interval
 from qe_edge.retrieval.opensearch import OpenSearchIndex
 from qe_edge.retrieval.trec import Ranking, write_run
-from qe_edge.runtime.expansion import ExpandedQuery
-from qe_edge.student.feedback import MOST_PASSAGES, RelevanceModel
 from qe_edge.student.join import DEFAULT_JOIN, Join
 from qe_edge.student.spec import ModelSpec
+from qe_edge.work.files import sha256
 from qe_edge.work.folder import Workdir
 
 
@@ -42,13 +41,13 @@ class Systems:
         self.data, self.config, self.folder = data, config, folder
         # Two collections may have the same name, and two labels the same slug: a hash tells them apart.
         self.slug = f"{_slug(str(data))}-{data.fingerprint()[:8]}"
-        self.cache = workdir.root / "generations"
+        self.cache, self.indexes = workdir.root / "generations", workdir.root / "index"
         self.index: Retriever
         if config.retriever:
             self.index = OpenSearchIndex(config.retriever)
             self.info = describe(data, documents=self.index.documents)
         else:
-            self.index = Index.for_dataset(data, workdir.root / "index", analyzer=config.analyzer)
+            self.index = Index.for_dataset(data, self.indexes, analyzer=config.analyzer)
             self.info = describe(data, self.index.ids)
         self.systems: list[System] = []
         self.warnings: list[str] = []
@@ -57,17 +56,16 @@ class Systems:
     def measure(self, models: Sequence[Model]) -> DatasetResult:
         plain = self.retrieve({}, DEFAULT_JOIN)
         self.add("BM25", "bm25", "", plain)
-        texts = {}
         if isinstance(self.index, Index):  # feedback needs the postings
-            texts = found_texts(self.data, plain, MOST_PASSAGES)
+            texts = found_texts(self.data, plain)
             self.add("BM25 + RM3", "feedback", "", rm3(self.data, self.index, plain, texts, self.depth))
-        elif self.config.feedback:
-            self.warnings.append(f"no feedback on {self.data}: it needs our own index")
+        elif self.config.feedback or self.config.refine:
+            self.warnings.append(f"nothing was read on {self.data}: that needs our own index")
         for model in models:
             try:
                 self.add_model(model, plain)
-                if self.config.feedback and texts:
-                    self.add_feedback(model, texts)
+                if isinstance(self.index, Index):
+                    self.add_read(model, self.index)
             except QeEdgeError as error:
                 self.fail(model, error)
         for name, expansions in self.teachers():
@@ -141,7 +139,7 @@ class Systems:
         )
 
     def generate(
-        self, label: str, model: Model, passages: dict[str, list[str]] | None = None
+        self, label: str, model: Model, read: Reading | None = None
     ) -> tuple[list[Generated], Speed, ModelSpec]:
         task = Task(
             model=model.name,
@@ -151,30 +149,46 @@ class Systems:
             label=f"{label} on {self.data}",
             threads=self.config.threads,
             max_tokens=self.config.max_tokens,
-            passages=passages,
-            most=self.config.passages,
+            read=read,
         )
-        return generate_once(task, model.sha256, self.cache)
+        also = [self.data.collection_hash()] if read else []
+        if read and read.reader:
+            also.append(sha256(Path(read.reader)))
+        return generate_once(task, model.sha256, self.cache, also=also)
 
-    def add_feedback(self, model: Model, texts: dict[str, list[str]]) -> None:
-        """A row for reading the passages that the plain queries found."""
-        assert isinstance(self.index, Index)
+    def add_read(self, model: Model, index: Index) -> None:
+        """Rows for reading what the plain query finds, and what the written one finds, by each reader."""
+        for refine in (False, True):
+            if self.config.refine if refine else self.config.feedback:
+                for reader in self.config.readers:
+                    self.add_reading(model, index, "" if reader == ITSELF else reader, refine=refine)
+
+    def add_reading(self, model: Model, index: Index, reader: str, *, refine: bool) -> None:
+        """A row for reading what a search finds."""
         most = self.config.passages
-        name = f"{model.label} + feedback" + (f" {most}" if most else "")
+        name = f"{model.label} + {'refine' if refine else 'feedback'}" + (f" {most}" if most else "")
+        name += f" by {shown(Path(reader).stem)}" if reader else ""
+        read = Reading(
+            dataset=self.data.source,
+            indexes=str(self.indexes),
+            analyzer=self.config.analyzer,
+            refine=refine,
+            reader=reader or None,
+            passages=most,
+        )
         try:
-            rows, speed, spec = self.generate(name, model, texts)
+            rows, speed, spec = self.generate(name, model, read)
         except WrongLanguage:  # it was said when it was to write
             return
-        settings, run, expansions = spec.feedback, {}, {}
+        run = {}
         for row in rows:
-            heads = map(settings.beginning, texts[row.query_id][: len(row.weights)])
-            found = RelevanceModel(tuple(heads), row.weights, settings.terms, settings.join)
-            expanded = ExpandedQuery(self.data.queries[row.query_id], "", settings.join, relevance=found)
-            run[row.query_id] = self.index.search(expanded.terms(self.index.meta.analyzer), self.depth)
-            expansions[row.query_id] = expanded.summary()
-        more: dict[str, Any] = {"failed": sum(not row.weights for row in rows), "expansions": expansions}
-        self.add(name, "model", str(settings.join), run, sha256=model.sha256, speed=speed, **more)
-        note(f"bench: {name} on {self.data}: {speed.prefill_tokens_per_s:.0f} tokens read/s")
+            terms = row.terms or DEFAULT_JOIN(index.analyze(self.data.queries[row.query_id]), [])
+            run[row.query_id] = index.search(terms, self.depth)
+        expansions = {row.query_id: row.text for row in rows}
+        more: dict[str, Any] = {"failed": sum(not row.read for row in rows), "expansions": expansions}
+        join = f"{spec.join} + {spec.feedback.join}" if refine else str(spec.feedback.join)
+        self.add(name, "model", join, run, sha256=model.sha256, speed=speed, **more)
+        note(f"bench: {name} on {self.data}: {speed.ms_per_query_p50:.0f} ms a query")
 
     def add_model(self, model: Model, plain: dict[str, Ranking]) -> None:
         """A row for each join and, where the student's gate holds something back, another one with it."""

@@ -192,6 +192,9 @@ def _speed(row: Measurement) -> str:
     speed = row.system.speed
     if speed is None:
         return ""
-    written = speed.decode_tokens_per_s
-    doing = f"reads {rate(speed.prefill_tokens_per_s)}" if written is None else f"writes {rate(written)}"
-    return f"The model {doing} tokens/s, {rate(speed.ms_per_query_p50)} ms per query, on {row.label}."
+    took = f"{rate(speed.ms_per_query_p50)} ms per query, on {row.label}."
+    if speed.decode_tokens_per_s is not None:
+        return f"The model writes {rate(speed.decode_tokens_per_s)} tokens/s, {took}"
+    if speed.prefill_tokens_per_s is not None:
+        return f"The model reads {rate(speed.prefill_tokens_per_s)} tokens/s, {took}"
+    return f"It takes {took}"

@@ -55,8 +55,12 @@ PassagesOption = Annotated[
         "--passages",
         min=1,
         max=MOST_PASSAGES,
-        help="That feedback reads for each query (default: the model's own number).",
+        help="That are read of what a search found (default: the model's own number).",
     ),
+]
+ReaderOption = Annotated[
+    Path | None,
+    typer.Option("--reader", help="An encoder's GGUF that reads them (default: the model itself)."),
 ]
 WORKDIR = Path(DEFAULT_WORKDIR)
 

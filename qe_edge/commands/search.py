@@ -12,6 +12,7 @@ from qe_edge.commands.common import (
     JsonOption,
     ModelOption,
     PassagesOption,
+    ReaderOption,
     WorkdirOption,
     emit,
     load_expander,
@@ -30,7 +31,14 @@ def search(
         bool,
         typer.Option("--feedback", help="Expand by what the plain query finds, as the student weighs it."),
     ] = False,
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine", help="Expand also by what the written query finds: write, search, read, search."
+        ),
+    ] = False,
     passages: PassagesOption = None,
+    reader: ReaderOption = None,
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Results to show.")] = 5,
     analyzer: AnalyzerOption = "",
     workdir: WorkdirOption = WORKDIR,
@@ -42,13 +50,13 @@ def search(
     from qe_edge.serve.collection import CANDIDATES, Collection
     from qe_edge.serve.collection import search as verb
 
-    if plain and feedback:
-        raise BadArgument("give either --plain or --feedback")
-    if passages is not None and not feedback:
-        raise BadArgument("--passages says how many feedback reads; give --feedback too")
+    if plain + feedback + refine > 1:
+        raise BadArgument("give one of --plain, --feedback and --refine")
+    if (passages or reader) and not (feedback or refine):
+        raise BadArgument("--passages and --reader say what is read; give --feedback or --refine too")
     collection = Collection.open(dataset, workdir / "index", analyzer=analyzer)
-    expander = None if plain else load_expander(model, workdir, passages=passages)
-    hits, expanded = verb(query, collection, expander=expander, feedback=feedback, k=k)
+    expander = None if plain else load_expander(model, workdir, passages=passages, reader=reader)
+    hits, expanded = verb(query, collection, expander=expander, feedback=feedback, refine=refine, k=k)
     lines = []
     if expander:
         expander.close()

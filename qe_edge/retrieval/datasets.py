@@ -68,6 +68,7 @@ class Dataset:
         self.documents = documents
         self.folder = folder
         self.identity = identity  # what changes when the documents do, if that is known without reading them
+        self.source = ""  # what `load_dataset` was asked for
 
     @cached_property
     def lang(self) -> Lang:
@@ -118,6 +119,12 @@ class Dataset:
 
 def load_dataset(name: str) -> Dataset:
     """Load `NAME[@SPLIT]`: a folder, else a built-in, an imported one, a short name, an ir_datasets id."""
+    found = _load(name)
+    found.source = name
+    return found
+
+
+def _load(name: str) -> Dataset:
     base, split = split_name(name)
     folder = Path(base)
     if folder.is_dir():

@@ -89,10 +89,11 @@ class Weighing(Pending):
         relevance = RelevanceModel(
             tuple(self._worth), settings.weigh(list(self._worth.values())), settings.terms, settings.join
         )
+        ended = written.finish_reason if written.text else "stop"
         return replace(
             written,
             prompt_tokens=written.prompt_tokens + reading.prefix + sum(reading.sizes[: len(read)]),
-            finish_reason="stop" if len(read) == len(reading.sizes) else "deadline",
+            finish_reason=ended if len(read) == len(reading.sizes) else "deadline",
             prefill_s=written.prefill_s + time.perf_counter() - self._start,
             fallback="",
             relevance=relevance,

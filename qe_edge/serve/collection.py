@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -70,21 +71,35 @@ class Collection:
         """The texts of the best of what `plain` found."""
         return [self.texts[place] for place in list(plain)[:most]]
 
+    def found(self, expanded: ExpandedQuery, most: int) -> list[str]:
+        """The texts of the best for an expanded query, for `Expander.refine`."""
+        return [self.texts[place] for place, _ in self.index.rank(self.terms(expanded), most)]
+
     def terms(self, expanded: ExpandedQuery) -> dict[str, float]:
         """The weighted terms of a query in this index."""
         return expanded.terms(self.index.meta.analyzer)
 
 
 def search(
-    query: str, collection: Collection, *, expander: Expander | None, feedback: bool = False, k: int = 5
+    query: str,
+    collection: Collection,
+    *,
+    expander: Expander | None,
+    feedback: bool = False,
+    refine: bool = False,
+    k: int = 5,
 ) -> tuple[list[Hit], ExpandedQuery]:
     """The k best documents for the expanded query; for the plain one without an expander.
 
-    With `feedback` the query is expanded by what the plain one finds, instead of by what the student writes.
+    With `feedback` the query is expanded by what the plain one finds, instead of by what the student writes;
+    with `refine` also by what the written query finds.
     """
     plain = collection.plain(query)
     scores = list(plain.values())
-    if expander and feedback:
+    if expander and refine:
+        found = partial(collection.found, most=expander.passages)
+        expanded = expander.refine(query, found, scores=scores)
+    elif expander and feedback:
         passages = collection.passages(plain, expander.passages)
         expanded = expander.feedback(query, passages, scores=scores)
     elif expander:

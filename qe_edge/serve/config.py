@@ -17,8 +17,11 @@ class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     budget_tokens: Annotated[Count | None, said("Token budget (default: the model's own).")] = None
     passages: Annotated[
-        Passages | None, said("That feedback reads for each query (default: the model's own number).")
+        Passages | None, said("That are read of what a search found (default: the model's own number).")
     ] = None
+    reader: Annotated[str | None, said("An encoder's GGUF that reads them (default: the model itself).")] = (
+        None
+    )
     threads: Annotated[Threads | None, said("CPU threads (default: all cores).")] = None
     cache: Annotated[str | None, said("A SQLite file that keeps expansions (default: none).")] = None
 

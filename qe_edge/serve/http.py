@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any, Self
 
 import prometheus_client as prometheus
@@ -27,6 +28,7 @@ from qe_edge.arguments import LONGEST_MS
 from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.runtime.expander import Expander
 from qe_edge.runtime.expansion import ExpandedQuery
+from qe_edge.runtime.refining import AsyncSearch
 from qe_edge.serve.collection import Collection
 from qe_edge.serve.config import ServeConfig
 from qe_edge.serve.guard import Guard
@@ -105,8 +107,8 @@ class ExpandReply(BaseModel):
 class SearchRequest(BaseModel, extra="forbid"):
     """A query over a named index, as it is with `expand` false.
 
-    With `feedback` it is expanded by what it finds as it is, instead of by what the student writes; that
-    needs `expand`.
+    With `feedback` it is expanded by what it finds as it is, instead of by what the student writes; with
+    `refine` by both: a text, and what that finds. Either needs `expand`.
     """
 
     query: QueryText
@@ -114,6 +116,7 @@ class SearchRequest(BaseModel, extra="forbid"):
     k: Annotated[int, Field(ge=1, le=1000)] = 10
     expand: bool = True
     feedback: bool = False
+    refine: bool = False
     deadline_ms: Deadline = None
 
 
@@ -191,15 +194,18 @@ class Service:
         deadline_ms: float | None,
         scores: Sequence[float] = (),
         passages: list[str] | None = None,
+        search: AsyncSearch | None = None,
     ) -> ExpandedQuery:
-        """By what the student writes, or by the passages if there are any."""
+        """By what the student writes, by the passages if there are any, or by what the search finds."""
         start = time.perf_counter()
-        deadline = self.deadline(deadline_ms)
+        when: Any = {"deadline_ms": self.deadline(deadline_ms), "scores": scores}
         try:
-            if passages is None:
-                expanded = await self.expander.aexpand(query, deadline_ms=deadline, scores=scores)
+            if search:
+                expanded = await self.expander.arefine(query, search, **when)
+            elif passages is not None:
+                expanded = await self.expander.afeedback(query, passages, **when)
             else:
-                expanded = await self.expander.afeedback(query, passages, deadline_ms=deadline, scores=scores)
+                expanded = await self.expander.aexpand(query, **when)
         except QeEdgeError as error:  # the query is searched as it is
             expanded = ExpandedQuery(query, "", DEFAULT_JOIN, fallback=str(error))
         self.note(expanded, time.perf_counter() - start)
@@ -280,6 +286,8 @@ def create_app(
     @app.post("/search", dependencies=guarded)
     async def search(request: SearchRequest) -> SearchReply:
         """The best documents of an index for the expanded query, or for the plain one."""
+        if request.feedback and request.refine:
+            raise HTTPException(422, "give either feedback or refine")
         name = request.index or next(iter(collections), "")
         if name not in collections:
             known = ", ".join(collections) or "none; start the server with --index"
@@ -289,12 +297,14 @@ def create_app(
             plain = await run_in_threadpool(collection.plain, request.query)
             expanded = ExpandedQuery(request.query, "", DEFAULT_JOIN)
             if request.expand:
-                passages = None
+                best = partial(collection.found, most=expander.passages)
+                by: dict[str, Any] = {}
                 if request.feedback:
-                    passages = await run_in_threadpool(collection.passages, plain, expander.passages)
-                expanded = await service.expand(
-                    request.query, request.deadline_ms, list(plain.values()), passages
-                )
+                    by["passages"] = await run_in_threadpool(collection.passages, plain, expander.passages)
+                elif request.refine:
+                    by["search"] = lambda expanded: run_in_threadpool(best, expanded)
+                scores = list(plain.values())
+                expanded = await service.expand(request.query, request.deadline_ms, scores, **by)
             hits = await run_in_threadpool(
                 lambda: collection.hits(collection.terms(expanded), plain, request.k)
             )

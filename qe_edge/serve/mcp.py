@@ -46,13 +46,17 @@ def create_mcp(expander: Expander, collections: Mapping[str, Collection]) -> MCP
                 bool,
                 Field(description="Expand by what the plain query finds, not by a text that is written."),
             ] = False,
+            refine: Annotated[
+                bool,
+                Field(description="Expand by a text and by what it finds: the best results, and slower."),
+            ] = False,
         ) -> list[dict[str, Any]]:
             """Search an index with the expanded query; the best documents with their texts, best first."""
             if index not in collections:
                 raise ToolError(f"no index {index!r}; there are: {', '.join(collections)}")
             try:
                 hits, _ = search_collection(
-                    query, collections[index], expander=expander, feedback=feedback, k=k
+                    query, collections[index], expander=expander, feedback=feedback, refine=refine, k=k
                 )
             except BadInput as error:
                 raise ToolError(str(error)) from None

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import ir_measures
 import msgspec
 import pytest
+from tiny_encoder import save_tiny_encoder
 
 from qe_edge import Expander
 from qe_edge.bench.bench import bench
@@ -27,6 +29,7 @@ from qe_edge.records import Expansion, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import Dataset, load_dataset
 from qe_edge.retrieval.index import Index
 from qe_edge.retrieval.measures import holm, mean, randomization_test
+from qe_edge.serve.collection import Collection
 from qe_edge.student.gate import OPEN, Gate
 from qe_edge.student.join import Join
 from qe_edge.student.spec import read_spec
@@ -207,7 +210,7 @@ def test_rm3_takes_the_terms_of_the_best_documents():
     }
     expected = {term: 0.5 * weight / (s1 + s2) for term, weight in weights.items()}
     expected["moon"] += 0.5
-    found = rm3(data, index, plain, found_texts(data, plain, 10), 10)["q"]
+    found = rm3(data, index, plain, found_texts(data, plain), 10)["q"]
     assert dict(found) == pytest.approx(dict(index.search(expected, k=10)))
     assert [doc_id for doc_id, _ in found] == ["d2", "d1", "d4"]
 
@@ -223,7 +226,7 @@ def test_rm3_prunes_documents_terms_and_common_terms():
     assert plain["q"][-1][0] == "d0" and len(plain["q"]) == 12
 
     def feedback(run):
-        return rm3(data, index, run, found_texts(data, run, 11), 100)["q"]
+        return rm3(data, index, run, found_texts(data, run), 100)["q"]
 
     again = dict(feedback({"q": plain["q"][-1:]}))  # d0 alone is the feedback
     score = plain["q"][-1][1]
@@ -250,7 +253,7 @@ def test_a_model_that_reads_has_a_row_of_its_own(done, student, tmp_path):
     loaded = load_dataset("demo-en")
     index = Index.for_dataset(loaded, tmp_path / "index")
     plain = retrieve(loaded, index, {}, Join())
-    texts = found_texts(loaded, plain, 20)
+    texts = found_texts(loaded, plain)
     with Expander.load(student) as expander:
         run = {
             query_id: index.search(expander.feedback(query, texts[query_id]).terms(), k=1000)
@@ -270,6 +273,42 @@ def test_a_model_that_reads_has_a_row_of_its_own(done, student, tmp_path):
         }
     assert values_of(loaded, run) == pytest.approx(row.per_query)
     assert row.per_query != systems["tiny + feedback"].per_query
+
+
+def test_a_row_for_write_search_read_search_by_each_reader(done, student, tmp_path):
+    _, _, config = done
+    encoder = save_tiny_encoder(tmp_path / "tiny-encoder.gguf")
+    config = msgspec.structs.replace(
+        config, joins=(), teachers=(), refine=True, readers=("itself", str(encoder)), passages=4, max_tokens=8
+    )
+    work = Workdir(tmp_path / "work")
+    folder = bench(config, workdir=work)
+    (data,) = read_result(folder).datasets
+    systems = {system.name: system for system in data.systems}
+    names = ["tiny + refine 4", "tiny + refine 4 by tiny-encoder"]
+    assert [name for name in systems if "refine" in name] == names
+    assert systems[names[0]].per_query != systems[names[1]].per_query
+    row = systems[names[1]]
+    assert (row.join, row.failed) == ("mass:0.7 + mass:3", 0)
+    assert row.speed.prefill_tokens_per_s is None and row.speed.decode_tokens_per_s > 0
+    collection = Collection.open("demo-en", tmp_path / "index")
+    found = partial(collection.found, most=4)
+    loaded = load_dataset("demo-en")
+    with Expander.load(student, reader=encoder, passages=4, budget_tokens=8, gate=OPEN) as expander:
+        run = {
+            query_id: collection.index.search(expander.refine(query, found).terms(), k=1000)
+            for query_id, query in loaded.queries.items()
+        }
+    assert values_of(loaded, run) == pytest.approx(row.per_query)
+    # Kept for the next time, under what was read and who read it.
+    again = bench(config, workdir=work)
+    kept = read_result(again).datasets[0].systems[-1].speed
+    assert kept.ms_per_query_p50 == row.speed.ms_per_query_p50
+    assert (
+        row.speed.file_mb
+        == pytest.approx(kept.file_mb)
+        == (student.stat().st_size + encoder.stat().st_size) / 1e6
+    )
 
 
 def test_an_interrupted_bench_keeps_what_was_generated(done, student, tmp_path):

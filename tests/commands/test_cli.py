@@ -138,9 +138,11 @@ def test_search_without_expansion(qe_edge):
     assert code == 0
     assert out.startswith(" 1. en-")
     code, _, err = qe_edge("search", "popcorn", "--plain", "--passages", "3")
-    assert code == 2 and "give --feedback too" in err
+    assert code == 2 and "give --feedback or --refine too" in err
+    code, _, err = qe_edge("search", "popcorn", "--refine", "--feedback")
+    assert code == 2 and "give one of --plain, --feedback and --refine" in err
     code, _, err = qe_edge("bench", "-d", "demo-en", "--passages", "3")
-    assert code == 2 and "passages are read with feedback only" in err
+    assert code == 2 and "passages are read with feedback or refine only" in err
 
 
 def test_report_draws_the_newest_bench_and_prints_markdown(qe_edge, tmp_path):

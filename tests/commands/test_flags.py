@@ -51,7 +51,12 @@ def test_every_field_has_its_help_and_a_flag_or_none_by_intent(verb: str) -> Non
     hidden = {"verify", "tune_joins"}  # for those who call the verb itself
     names = {"modes": "mode", "models": "model", "datasets": "dataset", "joins": "join", "kinds": "quant"}
     names |= {"measures": "measure", "teachers": "teacher", "formats": "format", "label": "hardware-label"}
-    names |= {"tasks": "task", "teacher_models": "teacher-model", "loss_weights": "loss-weight"}
+    names |= {
+        "tasks": "task",
+        "readers": "reader",
+        "teacher_models": "teacher-model",
+        "loss_weights": "loss-weight",
+    }
     if verb == "train sft":
         names["models"] = "teacher-model"
     for field in kind.__struct_fields__:

@@ -103,7 +103,7 @@ def test_the_text_is_searched_then_what_was_read(expander: Expander, encoder: En
     expected = np.exp(values / encoder.temperature)
     assert refined.relevance.weights == pytest.approx(expected / expected.sum(), rel=1e-3)
     assert (refined.text, refined.token_ids) == (written.text, written.token_ids)
-    assert (refined.finish_reason, refined.fallback) == ("stop", "")
+    assert (refined.finish_reason, refined.fallback) == (written.finish_reason, "")
 
 
 def test_query_text_and_passages_each_have_their_share(expander: Expander) -> None:

@@ -59,6 +59,10 @@ def test_it_searches_a_named_index(server: Server) -> None:
     assert read["expansion"]["tokens"] == 0 and read["expansion"]["fallback"] == ""
     heaviest = read["expansion"]["text"].split()
     assert len(heaviest) == 12 and set(heaviest) < set(read["expansion"]["words"])
+    refined = server.post("/search", query="what makes bread rise", refine=True).json
+    assert refined["expansion"]["text"] == expanded["expansion"]["text"]
+    assert len(refined["expansion"]["words"]) > len(expanded["expansion"]["words"])
+    assert server.post("/search", query="bread", refine=True, feedback=True).status == 422
     chinese = server.post("/search", query="糖尿病患者可以吃什么", index="zh").json
     assert re.search("[一-龥]", chinese["hits"][0]["text"])
     missing = server.post("/search", query="x", index="nothing")
