@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from qe_edge.records import ANALYZER, RETRIEVER, Count, Mode, Problem, said
+from qe_edge.student.feedback import Passages
 from qe_edge.student.join import DEFAULT_JOIN
 from qe_edge.student.models import DEFAULT_STUDENT
 
@@ -46,8 +47,20 @@ class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     ] = ()
     analyzer: Annotated[str, said(ANALYZER)] = ""
     retriever: Annotated[str, said(RETRIEVER)] = ""
+    reader: Annotated[
+        str, said("An encoder's GGUF: candidates are scored as it refines them, see Expander.refine.")
+    ] = ""
+    passages: Annotated[
+        Passages | None, said("That it reads at a time (default: the number of a student's spec).")
+    ] = None
     executor: Annotated[Executor, said("local, or ray for a Ray cluster.")] = "local"
     workers: Annotated[int, said("Processes; 0 is one per core.", ge=0, le=512)] = 0
+
+    def __post_init__(self) -> None:
+        if self.reader and (self.retriever or self.executor != "local"):
+            raise ValueError("a reader works on this machine, over our own index")
+        if self.passages and not self.reader:
+            raise ValueError("passages are read by a reader: name one")
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -20,12 +20,12 @@ from qe_edge.student.join import Join
 from qe_edge.text import count_words
 from qe_edge.train.config import PairsConfig, Strategy
 from qe_edge.train.pair_report import summarize
-from qe_edge.train.scoring import NDCG, Reward, score
+from qe_edge.train.scoring import NDCG, Reading, Reward, score
 from qe_edge.work.files import MANIFEST, atomic_path, write_json
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import check_output, run_record
 
-PAIRS, CANDIDATES, REPORT = "pairs.jsonl", "candidates.jsonl", "report.json"
+PAIRS, BEST, CANDIDATES, REPORT = "pairs.jsonl", "best.jsonl", "candidates.jsonl", "report.json"
 # Share of index terms in common from which two expansions are one expansion, slightly reworded.
 NEAR_DUPLICATE = 0.9
 
@@ -40,8 +40,9 @@ def pairs(
 ) -> Path:
     """Build preference pairs for a data set's judged queries; returns a folder.
 
-    It holds `pairs.jsonl`, every candidate's score (the plain query's too) in `candidates.jsonl`, and what
-    came of them in `report.json`. Scores are kept in the work folder: a rerun scores only what is new.
+    It holds `pairs.jsonl`, each query's best candidate where it beats the plain query in `best.jsonl` (for
+    SFT), every candidate's score (the plain query's too) in `candidates.jsonl`, and what came of them in
+    `report.json`. Scores are kept in the work folder: a rerun scores only what is new.
 
     Raises:
         BadInput: no expansion is of a judged query, or no two candidates differ enough.
@@ -75,6 +76,7 @@ def pairs(
         cache=workdir.root / "scores",
         executor=config.executor,
         workers=config.workers,
+        reading=_reading(data, config, workdir),
     )
     plain = {query_id: found[NDCG] for query_id, found in zip(queries, values, strict=False)}
     candidates = [
@@ -85,13 +87,14 @@ def pairs(
         _candidate(row, found, reward, plain[row.query_id])
         for row, found in zip(known, values[len(queries) :], strict=True)
     ]
-    made, why_not = make_pairs(
-        list(zip(known, candidates[len(queries) :], strict=True)), config, index.analyze
-    )
+    scored = list(zip(known, candidates[len(queries) :], strict=True))
+    made, why_not = make_pairs(scored, config, index.analyze)
+    best = best_of(scored, {candidate.query_id: candidate.reward for candidate in candidates[: len(queries)]})
     report = summarize(candidates, made, dropped + why_not, queries=len(data.queries))
     with atomic_path(out) as partial:
         partial.mkdir()
         (partial / PAIRS).write_bytes(encode_jsonl(made))
+        (partial / BEST).write_bytes(encode_jsonl(best))
         (partial / CANDIDATES).write_bytes(encode_jsonl(candidates))
         write_json(partial / REPORT, report)
         inputs = {f"expansions[{i}]": path for i, path in enumerate(expansions)}
@@ -103,6 +106,23 @@ def pairs(
             f"{report['dropped'] or 'no query has two candidates'}. All scores are in {out / CANDIDATES}"
         )
     return out
+
+
+def _reading(data: Dataset, config: PairsConfig, workdir: Workdir) -> Reading | None:
+    if not config.reader:
+        return None
+    indexes = workdir.root / "index"
+    return Reading(data.source, indexes, config.analyzer, config.reader, config.passages)
+
+
+def best_of(scored: Iterable[tuple[Expansion, Candidate]], plain: Mapping[str, float]) -> list[Expansion]:
+    """Each query's best candidate, the first of equals, where it is worth more than the `plain` query."""
+    best: dict[str, tuple[float, Expansion]] = {}
+    for row, candidate in scored:
+        least = best[row.query_id][0] if row.query_id in best else plain[row.query_id]
+        if candidate.reward > least:
+            best[row.query_id] = candidate.reward, row
+    return [row for _, row in best.values()]
 
 
 def usable(

@@ -25,8 +25,11 @@ from qe_edge.retrieval.index import Index
 from qe_edge.retrieval.measures import check_measure, depth, evaluate
 from qe_edge.retrieval.opensearch import OpenSearchIndex
 from qe_edge.retrieval.trec import Qrels, Ranking
+from qe_edge.serve.collection import Collection
 from qe_edge.student.join import Join
 from qe_edge.train.config import Executor
+from qe_edge.train.refined import Refiner
+from qe_edge.work.files import sha256
 from qe_edge.work.machine import usable_cores, versions
 
 CHUNK = 128  # candidates that travel to a worker together
@@ -74,6 +77,16 @@ class Reward(NamedTuple):
         return gained - self.length_penalty * words / 100
 
 
+class Reading(NamedTuple):
+    """Candidates are refined by an encoder before they are scored; see `qe_edge.train.refined`."""
+
+    dataset: str
+    indexes: Path
+    analyzer: str
+    reader: str
+    passages: int | None
+
+
 class Scoring(NamedTuple):
     """What every worker needs to know."""
 
@@ -82,6 +95,7 @@ class Scoring(NamedTuple):
     qrels: Qrels
     join: Join
     measures: list[str]
+    reading: Reading | None = None
 
 
 Item = tuple[str, str]
@@ -98,6 +112,7 @@ def score(
     cache: Path,
     executor: Executor = "local",
     workers: int = 0,
+    reading: Reading | None = None,
 ) -> list[dict[str, float]]:
     """The measures' values of every item, in their order; what `cache` holds is not searched again.
 
@@ -107,7 +122,7 @@ def score(
     where = index.address if isinstance(index, OpenSearchIndex) else index.folder
     if where is None:
         raise ValueError("the index must be saved, so that workers can open it")
-    scoring = Scoring(where, data.queries, data.qrels, join, measures)
+    scoring = Scoring(where, data.queries, data.qrels, join, measures, reading)
     with closing(_Cache(cache, scoring, index)) as known:
         found, missing = known.look_up(items)
         chunks = [missing[i : i + CHUNK] for i in range(0, len(missing), CHUNK)]
@@ -128,7 +143,8 @@ def _map(scoring: Scoring, chunks: list[list[Item]], executor: Executor, workers
         return
     if isinstance(scoring.searched, Path):
         require("numba", "train")  # said here, once, and not by every worker
-    if executor == "local" and (sum(map(len, chunks)) <= SERIAL or (workers or usable_cores()) == 1):
+    few = sum(map(len, chunks)) <= SERIAL or (workers or usable_cores()) == 1
+    if executor == "local" and (few or scoring.reading):  # an encoder takes all cores by itself
         _start(scoring)
         yield from map(_score_chunk, chunks)
         return
@@ -157,9 +173,12 @@ def _map(scoring: Scoring, chunks: list[list[Item]], executor: Executor, workers
 class _Worker:
     def __init__(self, scoring: Scoring):
         self.scoring, self.depth = scoring, depth(scoring.measures)
-        self.search = (
-            _search_locally(scoring) if isinstance(scoring.searched, Path) else _search_cluster(scoring)
-        )
+        if scoring.reading:
+            self.search = _search_refined(scoring, scoring.reading)
+        elif isinstance(scoring.searched, Path):
+            self.search = _search_locally(scoring)
+        else:
+            self.search = _search_cluster(scoring)
 
     def score(self, chunk: list[Item]) -> Values:
         rankings = self.search(chunk, self.depth)
@@ -183,6 +202,19 @@ def _search_locally(scoring: Scoring) -> Search:
     def search(items: list[Item], k: int) -> list[Ranking]:
         terms = [(query_terms[query_id], index.analyze(text)) for query_id, text in items]
         return bulk.search(terms, scoring.join, k=k)
+
+    return search
+
+
+def _search_refined(scoring: Scoring, reading: Reading) -> Search:
+    collection = Collection.open(reading.dataset, reading.indexes, analyzer=reading.analyzer)
+    refiner = Refiner(collection, reading.reader, reading.passages)
+
+    def search(items: list[Item], k: int) -> list[Ranking]:
+        return [
+            collection.index.search(refiner.terms(scoring.queries[query_id], text, scoring.join), k)
+            for query_id, text in items
+        ]
 
     return search
 
@@ -223,6 +255,8 @@ class _Cache:
         else:
             assert isinstance(index, OpenSearchIndex)
             where = [index.address, index.documents, index.made_with]
+        if reading := scoring.reading:
+            where += [sha256(Path(reading.reader)), reading.passages]
         setting = msgspec.json.encode([VERSION, made_by, *where, scoring.join, scoring.measures])
         name = hashlib.sha256(setting).hexdigest()[:16]
         self._database = sqlite3.connect(folder / f"{name}.sqlite")

@@ -19,6 +19,9 @@ def run(
         str, typer.Argument(help="A recipe file (TOML), or the name of one that ships with qe-edge.")
     ],
     data: Annotated[Path | None, typer.Option(help="What {data} stands for in the recipe's paths.")] = None,
+    student: Annotated[
+        str | None, typer.Option("--student", help="Hub id, folder or GGUF instead of the recipe's.")
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option("--dataset", "-d", help="Judged training queries instead of the recipe's, for DPO."),
@@ -47,7 +50,7 @@ def run(
     files = [str(file) for file in expansions or ()]
     given: dict[str, dict[str, Any]] = {
         "pairs": {"dataset": dataset, "expansions": files},
-        "sft": {"expansions": files},
+        "sft": {"expansions": files, "student": student},
         "bench": {"datasets": test, "teachers": [str(file) for file in teacher or ()]},
     }
     chosen = {name: {key: value for key, value in part.items() if value} for name, part in given.items()}
@@ -56,13 +59,13 @@ def run(
     emit_bench(json, "run", out["bench"], report=html)
     if not json:
         exported = out.get("export dpo", out["export sft"])
-        student = min(exported.glob("[!.]*.gguf"), key=lambda file: file.stat().st_size)
+        smallest = min(exported.glob("[!.]*.gguf"), key=lambda file: file.stat().st_size)
         program = "qe-edge" if shutil.which("qe-edge") else sys.argv[0]
         question = '"why do my ears pop on a plane"'
         print(
-            f"model:  {student}\n\nNow try:\n"
-            f"  {program} expand {question} --model {student}\n"
-            f"  {program} search {question} --feedback --dataset demo-en --model {student}"
+            f"model:  {smallest}\n\nNow try:\n"
+            f"  {program} expand {question} --model {smallest}\n"
+            f"  {program} search {question} --refine --dataset demo-en --model {smallest}"
         )
 
 

@@ -80,9 +80,13 @@ class PromptSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def pieces(self, query: str) -> Iterator[Piece]:
         """The prompt of a clean query as pieces that are tokenized one by one; joined, they are the text."""
+        return self.chat(*self.messages(query))
+
+    def messages(self, query: str) -> tuple[str, str]:
+        """The system's and the user's message of a clean query."""
         text = self.texts[self.language_of(query)]
         before, after = text.user.split("{query}")
-        return self.chat(text.system, f"{before}{query}{after}")
+        return text.system, f"{before}{query}{after}"
 
     def chat(self, system: str, user: str) -> Iterator[Piece]:
         """Any two messages in this prompt's chat format, as pieces: a local model can be a teacher too."""

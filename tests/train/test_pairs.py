@@ -75,6 +75,8 @@ def test_the_better_retriever_is_chosen_and_everything_is_counted(tmp_path, coll
     assert (pair.chosen, pair.rejected) == (good, bad)
     assert (pair.chosen_ndcg, pair.rejected_ndcg) == (1.0, 0.0)
     assert (pair.chosen_mode, pair.rejected_mode) == ("few-shot", "zero-shot")
+    # No candidate of q2 beats the plain query.
+    assert list(read_jsonl(folder / "best.jsonl", Expansion)) == [candidate("q1", good, "few-shot")]
     report = read_json(folder / "report.json")
     assert report["dropped"] == {
         "duplicate expansion": 1,

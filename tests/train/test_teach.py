@@ -10,8 +10,10 @@ import pytest
 from endpoint import FAULTS, serve
 from teaching import many, rows, zero_shot
 
+from qe_edge import Expander
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.retrieval.datasets import load_queries
+from qe_edge.student.gate import OPEN
 from qe_edge.train.teach.config import TeachConfig
 from qe_edge.train.teach.pace import Pace, Stopped
 from qe_edge.train.teach.teach import teach
@@ -410,3 +412,20 @@ def test_a_local_model_is_a_teacher_too(three, tmp_path):
     assert teach(three, zero_shot(**config), out=out).asked == 0
     with pytest.raises(BadArgument, match="a local model takes none"):
         teach(three, zero_shot(model="builtin:smollm2-135m", extra={"a": 1}), out=out)
+
+
+def test_a_student_writes_candidates_by_its_own_prompt(three, tmp_path):
+    pytest.importorskip("llama_cpp")
+    out = tmp_path / "out"
+    asked = {"model": "builtin:smollm2-135m", "modes": ["student"], "max_tokens": 24}
+    outcome = teach(three, TeachConfig(**asked, n=2, temperature=0.8, keep_bad=True), out=out)
+    assert outcome.done == 6
+    written = rows(out)
+    assert {(row.mode, row.prompt_id) for row in written} == {("student", "student-v1")}
+    assert len({row.text for row in written}) > 3
+    with Expander.load("builtin:smollm2-135m", budget_tokens=24, gate=OPEN) as expander:
+        row = written[0]
+        alone = expander.expand(row.query, temperature=0.8, seed=row.seed)
+        assert row.prompt_tokens == alone.prompt_tokens
+    with pytest.raises(ValueError, match="known of local models alone"):
+        TeachConfig(**asked, endpoint="http://localhost:1/v1")

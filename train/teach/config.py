@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from qe_edge.records import Amount, Count, Positive, Seed, said
+from qe_edge.records import Amount, Count, Mode, Positive, Seed, said
 from qe_edge.student.prompt import DEFAULT_TEACHER_PROMPT
 
 DEFAULT_KEY = "OPENAI_API_KEY"
@@ -54,9 +54,11 @@ class TeachConfig(AskConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     model: Annotated[str, said("The endpoint's model, or a local one as everywhere else.", short="-m")]
     modes: Annotated[
-        tuple[Literal["zero-shot", "few-shot"], ...],
+        tuple[Mode, ...],
         Meta(min_length=1),
-        said("zero-shot, few-shot, or both: zero-shot,few-shot.", flag="--mode"),
+        said(
+            "zero-shot, few-shot, or both by a comma; student: a local student's own prompt.", flag="--mode"
+        ),
     ] = ("zero-shot", "few-shot")
     n: Annotated[Count, said("Candidates of each query in each mode.")] = 1
     temperature: Annotated[float, said("0 is greedy.", ge=0, le=10)] = 1.0
@@ -76,5 +78,7 @@ class TeachConfig(AskConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         super().__post_init__()
         if "n" in self.extra:
             raise ValueError("extra must not hold `n`: ask for several candidates with --n")
+        if "student" in self.modes and self.endpoint:
+            raise ValueError("a student's own prompt is known of local models alone; leave out the endpoint")
         if self.n > 1 and self.temperature == 0:
             raise ValueError("at temperature 0 all n candidates would be the same; raise it or take n = 1")

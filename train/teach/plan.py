@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from qe_edge.errors import BadInput
-from qe_edge.records import Expansion
+from qe_edge.records import Expansion, Mode
 from qe_edge.retrieval.datasets import Dataset
-from qe_edge.student.prompt import load_teacher_prompt
+from qe_edge.student.prompt import PromptSpec, clean_query, load_teacher_prompt
 from qe_edge.text import detect_language
 from qe_edge.train.teach.config import TeachConfig
 from qe_edge.train.teach.exemplars import Exemplars, load_exemplars
@@ -21,19 +21,21 @@ from qe_edge.train.teach.teacher import Answer, Request
 
 class Job(NamedTuple):
     query_id: str
-    mode: Literal["zero-shot", "few-shot"]
+    mode: Mode
     sample: int
 
 
 class Plan:
     """The candidates a configuration stands for, in the order they are asked for.
 
+    `own` is the prompt of a local student, for those of the mode `student`.
+
     Each query gets its first candidate before any gets its second, so that a budget that runs out leaves
     as many queries served as it can.
     """
 
-    def __init__(self, data: Dataset, config: TeachConfig):
-        self.data, self.config = data, config
+    def __init__(self, data: Dataset, config: TeachConfig, own: PromptSpec | None = None):
+        self.data, self.config, self.own = data, config, own
         self.prompt = load_teacher_prompt(config.prompt)
         self.exemplars: Exemplars | None = None
         if "few-shot" in config.modes:
@@ -54,7 +56,10 @@ class Plan:
         query, config = self.data.queries[job.query_id], self.config
         shown = self.exemplars.of(job.query_id, query) if job.mode == "few-shot" and self.exemplars else ()
         try:
-            system, user = self.prompt.messages(query, shown)
+            if job.mode == "student" and self.own:
+                system, user = self.own.messages(clean_query(query))
+            else:
+                system, user = self.prompt.messages(query, shown)
         except BadInput as error:
             raise BadInput(f"query {job.query_id!r} of {self.data}: {error}") from None
         return Request(
@@ -84,7 +89,7 @@ class Plan:
             model=self.config.model,
             mode=job.mode,
             text=text if problem in (None, "cut") or keep_bad else "",
-            prompt_id=self.prompt.id,
+            prompt_id=self.own.id if job.mode == "student" and self.own else self.prompt.id,
             seed=self.config.seed + job.sample,
             temperature=self.config.temperature,
             finish_reason="length" if answer.finish_reason == "length" else "stop",

@@ -31,6 +31,7 @@ from qe_edge.work.runs import check_output, read_record, run_record
 EXPANSIONS = "expansions.jsonl"
 # So many requests in a row that no attempt could save mean that the endpoint is down.
 GIVE_UP = 20
+TOGETHER = 8  # answers of a local model: more bring little
 # Seconds in which the first answer must come: a wrong address is told at once, an outage waited for.
 FIRST_PATIENCE = 15.0
 
@@ -61,9 +62,13 @@ def teach(data: Dataset, config: TeachConfig, *, out: Path) -> Outcome:
         QeEdgeError: nothing could be got at all. What was answered in earlier sessions is kept.
     """
     check_output(out, "teach")
-    plan = Plan(data, config)
     # A wrong address or key is told before anything is written.
     teacher: Teacher | None = open_endpoint(config) if config.endpoint else None
+    own = None
+    if "student" in config.modes:
+        teacher = student = open_local(config)
+        own = student.prompt
+    plan = Plan(data, config, own)
     settings = {"dataset": str(data), **msgspec.to_builtins(config)}
     with Ledger(out / EXPANSIONS) as ledger:
         record = run_record("teach", settings, {}) | {"sessions": read_record(out).get("sessions", [])}
@@ -92,7 +97,9 @@ def open_local(config: TeachConfig) -> LocalTeacher:
     """The model on this machine."""
     if config.extra:
         raise BadArgument("extra request fields go to an endpoint; a local model takes none")
-    return LocalTeacher(config.model, max_tokens=config.max_tokens)
+    return LocalTeacher(
+        config.model, max_tokens=config.max_tokens, parallel=min(config.concurrency, TOGETHER)
+    )
 
 
 class _Session:
@@ -101,7 +108,7 @@ class _Session:
     def __init__(self, plan: Plan, ledger: Ledger, teacher: Teacher, outcome: Outcome):
         self.plan, self.ledger, self.teacher, self.outcome = plan, ledger, teacher, outcome
         self.ask: AskConfig = plan.config
-        self.workers = 1 if isinstance(teacher, LocalTeacher) else self.ask.concurrency
+        self.workers = teacher.parallel if isinstance(teacher, LocalTeacher) else self.ask.concurrency
         self.pace = Pace(self.workers)
         self.budget = Budget(
             tokens=self.ask.max_tokens_total,

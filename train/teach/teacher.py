@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from typing import Any, Literal, Protocol
 
 import msgspec
 
 from qe_edge.errors import BadInput, require
 from qe_edge.redact import Secrets
-from qe_edge.student.prompt import encode
+from qe_edge.student.prompt import PromptSpec, encode
 from qe_edge.train.teach.address import Address
 from qe_edge.train.teach.refusals import Unanswerable, Unanswered, what_it_means
 
@@ -201,14 +200,19 @@ def _count(value: Any) -> int | None:
 class LocalTeacher:
     """A model on this machine, through the same backends that run students.
 
-    One request at a time and without a time limit: the token budget ends it.
+    Up to `parallel` requests are answered together, without a time limit: the token budget ends each.
     """
 
-    def __init__(self, model: str, *, max_tokens: int):
+    def __init__(self, model: str, *, max_tokens: int, parallel: int):
         from qe_edge.runtime.expander import Expander
 
-        self._expander = Expander.load(model, budget_tokens=max_tokens)
-        self._in_use = threading.Lock()
+        self._expander = Expander.load(model, budget_tokens=max_tokens, parallel=parallel)
+        self.parallel = min(parallel, self._expander.backend.parallel)
+
+    @property
+    def prompt(self) -> PromptSpec:
+        """The model's own."""
+        return self._expander.spec.prompt
 
     async def ask(self, request: Request) -> Answer:
         return await asyncio.to_thread(self._ask, request)
@@ -218,20 +222,14 @@ class LocalTeacher:
         pieces = expander.spec.prompt.chat(request.system, request.user)
         prompt = encode(pieces, expander.backend.tokenize)
         try:
-            with self._in_use:
-                # Every candidate of a query asks the same: only the last token is computed again.
-                written = expander.complete(
-                    prompt, prefix=len(prompt) - 1, temperature=request.temperature, seed=request.seed
-                )
+            # Every candidate of a query asks the same: only the last token is computed again.
+            written = expander.complete(
+                prompt, prefix=len(prompt) - 1, temperature=request.temperature, seed=request.seed
+            )
         except BadInput as error:
             raise Unanswerable(str(error)) from None
         cut = len(written.token_ids) == expander.budget_tokens
         return Answer(written.text, "length" if cut else "stop", len(prompt), len(written.token_ids))
 
     async def close(self) -> None:
-        # A second Ctrl-C ends the session, but not the thread that is still writing.
-        await asyncio.to_thread(self._close)
-
-    def _close(self) -> None:
-        with self._in_use:
-            self._expander.close()
+        await asyncio.to_thread(self._expander.close)  # which waits for the step that is computed
