@@ -60,9 +60,10 @@ def dpo(
     check_texts(spec, tokenizer, [(r.query, r.chosen) for r in rows if r.query.strip()][:CHECKED])
     encoded, dropped = encode_pairs(rows, spec, hugging_face(tokenizer), config.max_length)
     note(f"dpo: {len(encoded)} pairs from {len({r.query for r in rows})} queries{counted(dropped)}")
-    lengths = [len(row.ids) for pair in encoded for row in _rows(pair)]
+    sides = [row for pair in encoded for row in _rows(pair)]
+    lengths, answer = [len(row.ids) for row in sides], max(len(row.ids) - row.answer for row in sides)
     rank = 0 if trained.full else rank_of(adapter)
-    needs = estimate(shape, config, on, rank=rank, longest=max(lengths), tokens=sum(lengths))
+    needs = estimate(shape, config, on, rank=rank, longest=max(lengths), answer=answer, tokens=sum(lengths))
     dev = load_dev(config, spec, tokenizer, on, workdir)
 
     with explain_out_of_memory(config, on, trained.full):
@@ -72,7 +73,7 @@ def dpo(
         copied = trained.full and not config.precompute
         reference = load_model(str(adapter), dtype=on.weights(full=True)) if copied else None
         trainer = make_trainer(config, on, model, reference, tokenizer, encoded, run.partial)
-    check_batch(trainer, [row for pair in encoded for row in _rows(pair)])
+    check_batch(trainer, sides)
     # TRL's frozen copy of the adapter is not for keeping.
     run.train(trainer, dev, trained.full, **({} if trained.full else {"selected_adapters": ["default"]}))
     return run.finish_training(

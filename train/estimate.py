@@ -17,9 +17,10 @@ from qe_edge.train.lora import lora_config
 # On one with AMX, where matrix products are many times as fast and nothing else is, it was about .06.
 EFFICIENCY = 0.35
 # TRL computes the output layer in tiles of so many tokens by so many vocabulary entries, of which a fused
-# kernel holds two in float32 at a time; on a CPU, about eight were measured.
+# kernel holds two in float32 at a time. On a CPU we hold so many bytes for each of an answer's tokens and each
+# entry of the vocabulary: `compute_answers_alone` keeps logits and log-probabilities, and computes with both.
 TILE = (4096, 32768)
-TILES = {"cuda": 2, "cpu": 8}
+TILES, LOGIT = 2, 18
 # What an allocator holds beside the activations. On a CPU malloc keeps what lies between tensors of changing
 # sizes: measured on SFT and DPO of the shapes of SmolLM2-135M and Qwen3-0.6B (6 layers).
 SURPLUS = {"cuda": 1.0, "cpu": 1.3}
@@ -48,9 +49,12 @@ def estimate(
     *,
     rank: int,
     longest: int,
+    answer: int,
     tokens: int,
 ) -> Estimate:
-    """What training on rows of `tokens` tokens in all, the longest of `longest`, takes on one process.
+    """What training on rows of `tokens` tokens in all takes on one process.
+
+    The longest row has `longest` tokens, the longest answer `answer`.
 
     `rank` is the adapter's, 0 for full fine-tuning.
     """
@@ -67,7 +71,10 @@ def estimate(
     activations = rows * width * (kept + 12 * model_config.hidden_size)
     if on.precision != "float32" and frozen_bytes == 4:  # autocast's copies of the weights, which it keeps
         activations += parameters * 2
-    activations += TILES[on.device] * 4 * min(rows * width, TILE[0]) * min(model_config.vocab_size, TILE[1])
+    if on.device == "cuda":
+        activations += TILES * 4 * min(rows * width, TILE[0]) * min(model_config.vocab_size, TILE[1])
+    else:
+        activations += LOGIT * rows * answer * model_config.vocab_size
     weights = (parameters - trained) * frozen_bytes + trained * 4
     training = trained * 12  # the gradient and Adam's two moments, in float32
     process = 0 if on.device == "cuda" else psutil.Process().memory_info().rss

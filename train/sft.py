@@ -65,9 +65,16 @@ def sft(
     encoded, dropped = encode_rows(rows, spec, hugging_face(tokenizer), config.max_length, config.tasks)
     note(f"sft: {len(encoded)} rows from {len({r.query for r in rows})} queries{counted(dropped)}")
     lengths = [len(row["input_ids"]) for row in encoded]
+    answer = max(len(row.ids) - row.answer for row in map(_row, encoded))
     full = config.tuning == "full"
     needs = estimate(
-        shape, config, on, rank=0 if full else config.rank, longest=max(lengths), tokens=sum(lengths)
+        shape,
+        config,
+        on,
+        rank=0 if full else config.rank,
+        longest=max(lengths),
+        answer=answer,
+        tokens=sum(lengths),
     )
     dev = load_dev(config, spec, tokenizer, on, workdir)
 

@@ -176,6 +176,7 @@ def measure(task: Task) -> Measured:
         on,
         rank=RANK,
         longest=max(tokens) if task.method == "sft" else max(tokens) // 2,
+        answer=EXPANSION + SPREAD,
         tokens=sum(tokens),
     )
     with TemporaryDirectory() as folder:

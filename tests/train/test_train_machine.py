@@ -23,7 +23,7 @@ pytest.importorskip("trl")
 import torch
 
 from qe_edge.train.base_model import load_config
-from qe_edge.train.estimate import SURPLUS, estimate
+from qe_edge.train.estimate import LOGIT, SURPLUS, estimate
 
 CPU = Hardware("cpu", "float32", 1, "a CPU")
 GPU = Hardware("cuda", "bfloat16", 1, "a GPU")
@@ -135,13 +135,19 @@ def test_the_recipes_fit_their_gpu_by_the_estimate_and_train_alike(name, size):
     of_sft, of_dpo = msgspec.convert(recipe["sft"], SftConfig), msgspec.convert(recipe["dpo"], DpoConfig)
     for config, rows in ((of_sft, 32), (of_dpo, 16)):
         needs = estimate(
-            shape(f"qwen3-{name}"), config, GPU, rank=of_sft.rank, longest=config.max_length, tokens=1
+            shape(f"qwen3-{name}"),
+            config,
+            GPU,
+            rank=of_sft.rank,
+            longest=config.max_length,
+            answer=128,
+            tokens=1,
         )
         assert 0.2 * size < needs.memory_gb < 0.8 * size
         assert config.batch_size * config.accumulate == rows
 
 
-@pytest.mark.parametrize(("precision", "rank"), [("float32", 8), ("bfloat16", 0)])
+@pytest.mark.parametrize(("precision", "rank"), [("float32", 8), ("bfloat16", 8), ("bfloat16", 0)])
 def test_the_estimate_counts_what_autograd_really_keeps(tiny_qwen3, precision, rank):
     """The estimate's activations, by a formula, against a real pass through four layers."""
     import peft
@@ -152,8 +158,8 @@ def test_the_estimate_counts_what_autograd_really_keeps(tiny_qwen3, precision, r
     shape = load_config(str(tiny_qwen3))
     shape.num_hidden_layers, shape.layer_types = 4, ["full_attention"] * 4
     on = CPU._replace(precision=precision)
-    needs = estimate(shape, SftConfig(batch_size=4), on, rank=rank, longest=100, tokens=1000)
-    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    needs = estimate(shape, SftConfig(batch_size=4), on, rank=rank, longest=100, answer=40, tokens=1000)
+    model = AutoModelForCausalLM.from_config(shape, dtype=on.weights(full=not rank))
     if rank:
         model = peft.get_peft_model(model, lora_config(rank, rank))
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -171,8 +177,8 @@ def test_the_estimate_counts_what_autograd_really_keeps(tiny_qwen3, precision, r
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), on.autocast():
         output = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
     real = sum(storage.nbytes() for storage in kept.values())
-    tile = 8 * 4 * 400 * shape.vocab_size
-    assert needs.activations / SURPLUS["cpu"] - tile == pytest.approx(real, rel=0.15)
+    logits = LOGIT * 4 * 40 * shape.vocab_size
+    assert needs.activations / SURPLUS["cpu"] - logits == pytest.approx(real, rel=0.15)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert needs.weights > 4 * parameters  # and what the process holds
