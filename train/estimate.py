@@ -17,7 +17,7 @@ from qe_edge.train.lora import lora_config
 # On one with AMX, where matrix products are many times as fast and nothing else is, it was about .06.
 EFFICIENCY = 0.35
 # TRL computes the output layer in tiles of so many tokens by so many vocabulary entries, of which a fused
-# kernel holds two in float32 at a time. On a CPU we hold so many bytes for each of an answer's tokens and each
+# kernel holds two in float32 at a time. On a CPU we hold so many bytes for each token of an answer and each
 # entry of the vocabulary: `compute_answers_alone` keeps logits and log-probabilities, and computes with both.
 TILE = (4096, 32768)
 TILES, LOGIT = 2, 18

@@ -47,7 +47,10 @@ def to_bytes(weights: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM .*Qwen3ForCausalLM and LlamaForCausalLM"),
+        (
+            {"architectures": ["GemmaForCausalLM"]},
+            "GemmaForCausalLM .*Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM",
+        ),
         ({"architectures": None}, "architecture none"),
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),

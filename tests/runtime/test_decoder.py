@@ -80,6 +80,12 @@ class FakeReader:
     def close(self) -> None: ...
 
 
+def reading_of(decoder: Decoder, *prompts: list[int]) -> Reading:
+    return Reading(
+        lambda: decoder.reader().log_likelihoods(prompts, [6], prefix=0), [len(prompt) for prompt in prompts]
+    )
+
+
 class FakeBackend:
     """Held until `go_on`; a step takes `pause` seconds, and raises `error` if there is one."""
 
@@ -159,7 +165,7 @@ def test_a_long_one_at_the_head_holds_no_short_one_up(decoder: Decoder, backend:
 def test_those_who_write_and_those_who_read_share_the_time(decoder: Decoder, backend: FakeBackend) -> None:
     backend.pause = 0.005
     first = held(decoder, backend)
-    reading = Reading([[n] for n in range(10, 30)], [6], 0)
+    reading = reading_of(decoder, *([n] for n in range(10, 30)))
     decoder.read(reading)
     backend.go_on.set()
     reading.future.result(30)
@@ -173,7 +179,7 @@ def test_one_that_fails_to_be_read_disturbs_no_other(
     decoder: Decoder, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = held(decoder, backend)
-    good, bad = Reading([[10]], [6], 0), Reading([[]], [6], 0)
+    good, bad = reading_of(decoder, [10]), reading_of(decoder, [])
     for reading in (bad, good):
         decoder.read(reading)
     backend.go_on.set()
@@ -203,7 +209,7 @@ def test_an_engines_error_is_everybodys_and_the_next_is_written(
 def test_close_ends_what_waits_and_what_comes_later(decoder: Decoder, backend: FakeBackend) -> None:
     first = held(decoder, backend)
     others = [Generation([n], 0, budget=5) for n in (2, 3)]
-    reading = Reading([[10]], [6], 0)
+    reading = reading_of(decoder, [10])
     for generation in others:
         decoder.write(generation)
     decoder.read(reading)

@@ -8,6 +8,7 @@ import sys
 
 import msgspec
 import pytest
+from training import run_sft
 
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.records import Expansion, Pair, encode_jsonl
@@ -134,6 +135,17 @@ def test_rows_that_cannot_be_used_are_counted_not_cut(tiny_qwen3):
     assert dropped == {"duplicate": 1, "empty": 1, "too long": 2}
 
 
+def test_an_answer_is_learnt_up_to_the_budget_which_the_student_then_keeps(tiny_qwen3, data, tmp_path):
+    spec = read_spec(tiny_qwen3)
+    short = msgspec.structs.replace(spec, prompt=msgspec.structs.replace(spec.prompt, max_tokens=4))
+    (whole,), (cut,) = (encode_rows(rows(1), given, byte_ids, 2000)[0] for given in (spec, short))
+    start = whole["labels"].count(-100)
+    assert cut["input_ids"] == whole["input_ids"][: start + 4]  # without an end
+    assert cut["labels"] == whole["labels"][: start + 4]
+    trained = run_sft(tiny_qwen3, data, tmp_path, budget_tokens=7, epochs=1)
+    assert read_spec(trained).prompt.max_tokens == 7
+
+
 def byte_ids(text, special):
     return list(text.encode())
 
@@ -195,10 +207,17 @@ def test_pairs_that_cannot_be_used_are_counted(tiny_qwen3):
     good, *_ = preferences(1)
     equal = msgspec.structs.replace(good, rejected=good.chosen + " ")
     empty = msgspec.structs.replace(good, rejected="")
-    long = msgspec.structs.replace(good, chosen="x" * 5000)
+    long = msgspec.structs.replace(good, query="x" * 5000)
     encoded, dropped = encode_pairs([good, equal, empty, long], spec, byte_ids, 1000)
     assert len(encoded) == 1
     assert dropped == {"equal sides": 1, "empty": 1, "too long": 1}
+    # Texts are cut where the student would end them, and may then be equal.
+    short = msgspec.structs.replace(spec, prompt=msgspec.structs.replace(spec.prompt, max_tokens=4))
+    (cut,), _ = encode_pairs([good], short, byte_ids, 1000)
+    assert (len(cut["chosen_ids"]), len(cut["rejected_ids"])) == (4, 4)
+    begun = msgspec.structs.replace(good, rejected=good.chosen[:8] + " differently")
+    assert begun.chosen != begun.rejected
+    assert encode_pairs([good, begun], short, byte_ids, 1000)[1] == {"equal sides": 1}
     with pytest.raises(BadInput, match="no pair left"):
         encode_pairs([equal], spec, byte_ids, 1000)
 
