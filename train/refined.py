@@ -33,7 +33,7 @@ class Refiner:
         """The weighted terms of a query in the collection's index, expanded by a text and what it finds."""
         settings, worth = self._settings, dict[str, float]()
         expanded = written = ExpandedQuery(query, text, join)
-        for _ in range(ROUNDS):
+        for _ in range(ROUNDS if self._encoder.knows(query) else 0):
             found = self.collection.found(expanded, settings.passages)
             heads = dict.fromkeys(settings.beginning(passage) for passage in found)
             unread = [head for head in heads if head not in worth]

@@ -51,6 +51,7 @@ class LlamaEncoder:
             self.close()
             raise BadInput("says nothing of how a text becomes one vector: it is no encoder", path=path)
         self.size: int = lib.llama_model_n_embd(model.pointer)
+        self._unknown = int(model.metadata("tokenizer.ggml.unknown_token_id") or 0)
         plain, marked = model.tokenize("a"), model.tokenize("a", marked=True)
         at = next(i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
         self._before, self._after = marked[:at], marked[at + len(plain) :]
@@ -68,6 +69,11 @@ class LlamaEncoder:
             group.append(ids)
         if group:
             yield self._vectors(group)
+
+    def unknown(self, text: str) -> float:
+        """The share of a text's tokens that stand for what the model has none for; 0 if it spells all."""
+        ids = self._model.tokenize(text)
+        return sum(token == self._unknown for token in ids) / len(ids) if ids and self._unknown else 0.0
 
     def _vectors(self, group: Sequence[Sequence[int]]) -> np.ndarray:
         lib, size = self._lib, 0

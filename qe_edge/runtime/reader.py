@@ -18,6 +18,9 @@ from qe_edge.student.feedback import MOST_PASSAGES, MOST_TOKENS, Feedback
 from qe_edge.student.prompt import clean_query
 from qe_edge.work.machine import usable_cores
 
+# Of a query's tokens, for an encoder to read it: all-MiniLM lacks 25 to 100 % of a Chinese query's, none
+# of an English one's.
+MOST_UNKNOWN = 0.2
 Values = Iterator[list[float]]
 """What passages are worth, a few at a time: the larger, the more they say of the query."""
 
@@ -33,6 +36,10 @@ class PassageReader(Protocol):
     """How many passages count, how much of each, and what they are worth."""
 
     settings: Feedback
+
+    def knows(self, query: str) -> bool:
+        """Whether it can read such a query at all."""
+        ...
 
     def read(self, query: str, text: str, passages: Sequence[Passage]) -> Reading:
         """Work for the decoder: passages for a query, for which `text` may have been written."""
@@ -63,6 +70,9 @@ class StudentReader:
     def __init__(self, backend: Backend, decoder: Decoder, most: int):
         self._backend, self._decoder = backend, decoder
         self.settings = msgspec.structs.replace(backend.spec.feedback, passages=most)
+
+    def knows(self, query: str) -> bool:
+        return True  # the gate asks for the student's languages
 
     def read(self, query: str, text: str, passages: Sequence[Passage]) -> Reading:
         if any(passage.vector is not None for passage in passages):
@@ -145,6 +155,10 @@ class Encoder:
             ready = ready or list(next(groups))
             yield [float(wanted @ ready.pop(0))]
 
+    def knows(self, query: str) -> bool:
+        """Whether it has tokens for the query: an English encoder's are none of Chinese, say."""
+        return self._model.unknown(query) <= MOST_UNKNOWN
+
     def close(self) -> None:
         """Give the memory back."""
         self._model.close()
@@ -170,6 +184,9 @@ class EncoderReader:
         self.settings = msgspec.structs.replace(
             settings, passages=most, temperature=encoder.temperature, tokens=encoder.tokens
         )
+
+    def knows(self, query: str) -> bool:
+        return self._encoder.knows(query)
 
     def read(self, query: str, text: str, passages: Sequence[Passage]) -> Reading:
         return Reading(lambda: self._encoder.cosines(clean_query(query), text, passages), [0] * len(passages))

@@ -69,6 +69,8 @@ class Weighing(Pending):
         """Why the query is searched without them, if it is."""
         if reason := self._gate.before(self._cleaned, self._scores, languages=self._spec.prompt.languages):
             return reason
+        if not self._reader.knows(self._cleaned):
+            return "the reader doesn't know the query's letters"
         if not any(heads):
             return "the search found nothing to read"
         new = {word for head in heads for word in words_of(head)} - set(words_of(self._written.query))

@@ -207,6 +207,15 @@ def read_gate(gguf: Path) -> Any:
         return expander.gate
 
 
+def test_an_encoder_reads_nothing_for_a_query_that_it_has_no_tokens_for(expander: Expander) -> None:
+    search = Searched()
+    refined = expander.refine("潮汐是怎么形成的", search)
+    assert (refined.text, refined.relevance) == (search[0].text, None) and len(search) == 1
+    alone = expander.feedback("潮汐是怎么形成的", [MOON])
+    assert (alone.fallback, alone.relevance) == ("the reader doesn't know the query's letters", None)
+    assert expander.feedback(QUERY, [MOON]).relevance
+
+
 def test_a_search_without_results_leaves_the_text(expander: Expander) -> None:
     asked: list[ExpandedQuery] = []
     found = expander.refine(QUERY, lambda expanded: asked.append(expanded) or [])
