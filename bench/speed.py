@@ -64,7 +64,7 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.cut.get(budget, self.text)
 
 
-class Reading(msgspec.Struct, frozen=True):
+class ReadTask(msgspec.Struct, frozen=True):
     """What is read: the best passages of a data set's own index, which lies in `indexes`.
 
     With `refine` they are those of the written query, else those of the plain one. The `reader` is an
@@ -94,7 +94,7 @@ class Task(msgspec.Struct, frozen=True):
     engine: Engine | None = None
     threads: int | None = None
     max_tokens: int | None = None
-    read: Reading | None = None
+    read: ReadTask | None = None
     key: str = ""
 
 

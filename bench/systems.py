@@ -15,7 +15,7 @@ from qe_edge.bench.inputs import Model
 from qe_edge.bench.prf import found_texts, rm3
 from qe_edge.bench.quality import DEPTH, MEASURE, compare_all, retrieve, values_of
 from qe_edge.bench.result import DatasetResult, Kind, Speed, System, Tuning
-from qe_edge.bench.speed import BUDGETS, Generated, Reading, Task, WrongLanguage
+from qe_edge.bench.speed import BUDGETS, Generated, ReadTask, Task, WrongLanguage
 from qe_edge.console import note, shown
 from qe_edge.errors import QeEdgeError
 from qe_edge.records import Expansion, read_jsonl
@@ -139,7 +139,7 @@ class Systems:
         )
 
     def generate(
-        self, label: str, model: Model, read: Reading | None = None
+        self, label: str, model: Model, read: ReadTask | None = None
     ) -> tuple[list[Generated], Speed, ModelSpec]:
         task = Task(
             model=model.name,
@@ -168,7 +168,7 @@ class Systems:
         most = self.config.passages
         name = f"{model.label} + {'refine' if refine else 'feedback'}" + (f" {most}" if most else "")
         name += f" by {shown(Path(reader).stem)}" if reader else ""
-        read = Reading(
+        read = ReadTask(
             dataset=self.data.source,
             indexes=str(self.indexes),
             analyzer=self.config.analyzer,

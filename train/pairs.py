@@ -20,7 +20,7 @@ from qe_edge.student.join import Join
 from qe_edge.text import count_words
 from qe_edge.train.config import PairsConfig, Strategy
 from qe_edge.train.pair_report import summarize
-from qe_edge.train.scoring import NDCG, Reading, Reward, score
+from qe_edge.train.scoring import NDCG, Refining, Reward, score
 from qe_edge.work.files import MANIFEST, atomic_path, write_json
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import check_output, run_record
@@ -108,11 +108,11 @@ def pairs(
     return out
 
 
-def _reading(data: Dataset, config: PairsConfig, workdir: Workdir) -> Reading | None:
+def _reading(data: Dataset, config: PairsConfig, workdir: Workdir) -> Refining | None:
     if not config.reader:
         return None
     indexes = workdir.root / "index"
-    return Reading(data.source, indexes, config.analyzer, config.reader, config.passages)
+    return Refining(data.source, indexes, config.analyzer, config.reader, config.passages)
 
 
 def best_of(scored: Iterable[tuple[Expansion, Candidate]], plain: Mapping[str, float]) -> list[Expansion]:

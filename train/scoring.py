@@ -77,7 +77,7 @@ class Reward(NamedTuple):
         return gained - self.length_penalty * words / 100
 
 
-class Reading(NamedTuple):
+class Refining(NamedTuple):
     """Candidates are refined by an encoder before they are scored; see `qe_edge.train.refined`."""
 
     dataset: str
@@ -95,7 +95,7 @@ class Scoring(NamedTuple):
     qrels: Qrels
     join: Join
     measures: list[str]
-    reading: Reading | None = None
+    reading: Refining | None = None
 
 
 Item = tuple[str, str]
@@ -112,7 +112,7 @@ def score(
     cache: Path,
     executor: Executor = "local",
     workers: int = 0,
-    reading: Reading | None = None,
+    reading: Refining | None = None,
 ) -> list[dict[str, float]]:
     """The measures' values of every item, in their order; what `cache` holds is not searched again.
 
@@ -206,7 +206,7 @@ def _search_locally(scoring: Scoring) -> Search:
     return search
 
 
-def _search_refined(scoring: Scoring, reading: Reading) -> Search:
+def _search_refined(scoring: Scoring, reading: Refining) -> Search:
     collection = Collection.open(reading.dataset, reading.indexes, analyzer=reading.analyzer)
     refiner = Refiner(collection, reading.reader, reading.passages)
 

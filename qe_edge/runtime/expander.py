@@ -210,9 +210,7 @@ class Expander:
             BadInput: the query is blank or, with an open gate, too long.
             BadArgument: a passage has a vector, and the reader is no encoder, or another one's.
         """
-        weighing = self._weighing(
-            self._plain(query), passages, deadline=_deadline(deadline_ms), scores=scores
-        )
+        weighing = self._feedback(query, passages, deadline_ms, scores)
         weighing.begin()
         return weighing.wait()
 
@@ -225,10 +223,7 @@ class Expander:
         scores: Sequence[float] = (),
     ) -> ExpandedQuery:
         """`feedback` for asyncio; a cancelled one reads no further."""
-        weighing = self._weighing(
-            self._plain(query), passages, deadline=_deadline(deadline_ms), scores=scores
-        )
-        return await weighing.arrive(self._helpers)
+        return await self._feedback(query, passages, deadline_ms, scores).arrive(self._helpers)
 
     def refine(
         self,
@@ -295,9 +290,16 @@ class Expander:
             worth=worth,
         )
 
-    def _plain(self, query: str) -> ExpandedQuery:
+    def _feedback(
+        self,
+        query: str,
+        passages: Sequence[str | Passage],
+        deadline_ms: float | None,
+        scores: Sequence[float],
+    ) -> Weighing:
         check_text("a query", query)
-        return ExpandedQuery(query, "", self.spec.feedback.join)
+        plain = ExpandedQuery(query, "", self.spec.feedback.join)
+        return self._weighing(plain, passages, deadline=_deadline(deadline_ms), scores=scores)
 
     def stream(self, query: str, *, deadline_ms: float | None = None, scores: Sequence[float] = ()) -> Stream:
         """As `expand`, but the text can be read while it is written."""
