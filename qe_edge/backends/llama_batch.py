@@ -15,7 +15,6 @@ import numpy as np
 
 from qe_edge.backends.lifetime import Lifetime
 from qe_edge.backends.llama_model import LlamaModel
-from qe_edge.errors import QeEdgeError
 
 Pick = Callable[[np.ndarray], int]
 """Logits [vocabulary] -> the next token."""
@@ -55,16 +54,9 @@ class LlamaBatch:
         self._slots, self._alone = slots, slots == 1
         self.longest = model.context if self._alone else min(STREAM, model.context)
         cells = model.context + PREFIX_CELLS if self._alone else (slots + KEPT) * STREAM
-        params = lib.llama_context_default_params()
-        params.n_ctx = cells
-        params.n_batch = params.n_ubatch = BATCH
-        params.n_seq_max = slots + KEPT
-        params.n_threads = params.n_threads_batch = model.threads
-        params.kv_unified = self._alone
-        self.context = lib.llama_init_from_model(model.pointer, params)
-        if not self.context:
-            raise QeEdgeError(f"llama.cpp can't make a cache of {cells} tokens: memory is short")
-        self._batch = lib.llama_batch_init(BATCH, 0, 1)
+        self.context, self._batch = model.context_of(
+            cells, batch=BATCH, sequences=slots + KEPT, unified=self._alone
+        )
         release = partial(free, lib, self._batch, self.context)
         self._lifetime = Lifetime(self, release, model.lifetime)
         self._memory = lib.llama_get_memory(self.context)

@@ -11,7 +11,7 @@ import numpy as np
 from qe_edge.backends.lifetime import Lifetime
 from qe_edge.backends.llama_batch import free, put
 from qe_edge.backends.llama_model import LlamaModel
-from qe_edge.errors import BadInput, QeEdgeError
+from qe_edge.errors import BadInput
 
 # Tokens and texts that are computed together: a deadline is looked at in between.
 TOGETHER, TEXTS = 512, 16
@@ -31,16 +31,9 @@ class LlamaEncoder:
         self._model = model = LlamaModel(path, threads=threads, longest=TOGETHER)
         self._lib = lib = model.lib
         self.longest = model.context
-        params = lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = TOGETHER
-        params.n_seq_max = TEXTS
-        params.n_threads = params.n_threads_batch = model.threads
-        params.kv_unified = True
-        params.embeddings = True
-        self._context = lib.llama_init_from_model(model.pointer, params)
-        if not self._context:
-            raise QeEdgeError(f"llama.cpp can't make room for {TOGETHER} tokens: memory is short")
-        self._batch = lib.llama_batch_init(TOGETHER, 0, 1)
+        self._context, self._batch = model.context_of(
+            TOGETHER, batch=TOGETHER, sequences=TEXTS, embeddings=True
+        )
         release = partial(free, lib, self._batch, self._context)
         self._lifetime = Lifetime(self, release, model.lifetime)
         if lib.llama_pooling_type(self._context) not in (

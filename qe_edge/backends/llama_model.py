@@ -73,6 +73,24 @@ class LlamaModel:
                 return tokens[:count]
             room = -count
 
+    def context_of(
+        self, cells: int, *, batch: int, sequences: int, unified: bool = True, embeddings: bool = False
+    ) -> tuple[Any, Any]:
+        """A context whose cache has room for so many tokens, and a batch for it; the caller frees both.
+
+        Raises:
+            QeEdgeError: there is no memory for the cache.
+        """
+        params = self.lib.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = cells, sequences
+        params.n_batch = params.n_ubatch = batch
+        params.n_threads = params.n_threads_batch = self.threads
+        params.kv_unified, params.embeddings = unified, embeddings
+        context = self.lib.llama_init_from_model(self.pointer, params)
+        if not context:
+            raise QeEdgeError(f"llama.cpp can't make a cache of {cells} tokens: memory is short")
+        return context, self.lib.llama_batch_init(batch, 0, 1)
+
     def decode(self, context: Any, batch: Any) -> None:
         """Compute a batch of tokens in one of the model's contexts.
 

@@ -11,7 +11,7 @@ from qe_edge.backends.lifetime import Lifetime
 from qe_edge.backends.llama_batch import PREFIX_CELLS, free, put
 from qe_edge.backends.llama_model import LlamaModel
 from qe_edge.backends.protocol import PROMPTS, READ, groups
-from qe_edge.errors import BadInput, QeEdgeError
+from qe_edge.errors import BadInput
 
 PREFIX = 0  # the sequence of what all prompts begin with
 
@@ -26,16 +26,7 @@ class LlamaReader:
     def __init__(self, model: LlamaModel):
         self._model = model  # which stays loaded
         self._lib = lib = model.lib
-        params = lib.llama_context_default_params()
-        params.n_ctx = PREFIX_CELLS + READ
-        params.n_batch = params.n_ubatch = READ
-        params.n_seq_max = 1 + PROMPTS
-        params.n_threads = params.n_threads_batch = model.threads
-        params.kv_unified = True
-        self._context = lib.llama_init_from_model(model.pointer, params)
-        if not self._context:
-            raise QeEdgeError(f"llama.cpp can't make a cache of {params.n_ctx} tokens: memory is short")
-        self._batch = lib.llama_batch_init(READ, 0, 1)
+        self._context, self._batch = model.context_of(PREFIX_CELLS + READ, batch=READ, sequences=1 + PROMPTS)
         release = partial(free, lib, self._batch, self._context)
         self._lifetime = Lifetime(self, release, model.lifetime)
         self._memory = lib.llama_get_memory(self._context)
