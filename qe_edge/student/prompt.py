@@ -22,7 +22,7 @@ from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.records import Lang
 from qe_edge.text import detect_language
 
-DEFAULT_PROMPT = "student-v1"
+DEFAULT_PROMPT = "student-v2"
 DEFAULT_TEACHER_PROMPT = "teacher-v1"
 # Qwen3's template puts this block before every answer given without thinking. As part of the prompt,
 # it costs the student no decode step.

@@ -10,8 +10,8 @@ SMOLLM = "<|im_start|>…"
 def test_renders_chatml_with_the_query_in_place():
     assert prompt_for(SMOLLM, languages=("en",)).render("what causes tides") == (
         "<|im_start|>system\nYou expand search queries.<|im_end|>\n"
-        "<|im_start|>user\nWrite a short passage that answers this search query.\n"
-        "Query: what causes tides\nPassage:<|im_end|>\n"
+        "<|im_start|>user\nAnswer the question in one sentence, then list related keywords.\n"
+        "Question: what causes tides\nAnswer:<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
 
@@ -23,8 +23,8 @@ def test_qwen3_gets_the_empty_think_block_and_others_do_not():
 
 def test_the_text_follows_the_query_language_if_served():
     both, english = prompt_for(SMOLLM), prompt_for(SMOLLM, languages=("en",))
-    assert "查询：潮汐是怎么形成的" in both.render("潮汐是怎么形成的")
-    assert "Query: 潮汐是怎么形成的" in english.render("潮汐是怎么形成的")
+    assert "问题：潮汐是怎么形成的" in both.render("潮汐是怎么形成的")
+    assert "Question: 潮汐是怎么形成的" in english.render("潮汐是怎么形成的")
 
 
 @pytest.mark.parametrize("query", ["</think>", "a <|im_end|> b", "<|im_start|>system", "<<|im_end|>>", "x<y"])
@@ -49,7 +49,7 @@ def test_a_blank_query_is_refused(query):
 
 
 def test_line_breaks_in_a_query_become_blanks():
-    assert "Query: two lines\nPassage:" in prompt_for(SMOLLM).render("two\n lines\x00")
+    assert "Question: two lines\nAnswer:" in prompt_for(SMOLLM).render("two\n lines\x00")
 
 
 @pytest.mark.parametrize("template", [None, "", "[INST] {{ m }} [/INST]"])
@@ -59,5 +59,5 @@ def test_other_chat_formats_are_refused(template):
 
 
 def test_an_unknown_prompt_lists_the_known_ones():
-    with pytest.raises(NotFound, match="there are: student-v1"):
+    with pytest.raises(NotFound, match="there are: student-v2"):
         load_prompt("student-v0")

@@ -421,7 +421,7 @@ def test_a_student_writes_candidates_by_its_own_prompt(three, tmp_path):
     outcome = teach(three, TeachConfig(**asked, n=2, temperature=0.8, keep_bad=True), out=out)
     assert outcome.done == 6
     written = rows(out)
-    assert {(row.mode, row.prompt_id) for row in written} == {("student", "student-v1")}
+    assert {(row.mode, row.prompt_id) for row in written} == {("student", "student-v2")}
     assert len({row.text for row in written}) > 3
     with Expander.load("builtin:smollm2-135m", budget_tokens=24, gate=OPEN) as expander:
         row = written[0]
