@@ -36,7 +36,7 @@ def generate_once(
     settings = [task.lang, task.queries, task.engine, task.threads, task.max_tokens]
     key: list[Any] = [digest, *settings, cpu_name(), usable_cores(), versions(), *_engines()]
     if task.read:
-        key += [task.read.refine, task.read.passages, task.read.analyzer, *also]
+        key += [task.read.written is not None, task.read.passages, task.read.analyzer, *also]
     name = hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:24]
     task, kept = msgspec.structs.replace(task, key=name), cache / f"{name}.jsonl"
     own = Path(task.out)

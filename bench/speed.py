@@ -27,7 +27,7 @@ from qe_edge.runtime.expander import Expander
 from qe_edge.runtime.expansion import ExpandedQuery, FinishReason
 from qe_edge.serve.collection import Collection
 from qe_edge.student.gate import OPEN
-from qe_edge.student.join import DEFAULT_JOIN
+from qe_edge.student.join import DEFAULT_JOIN, Join
 from qe_edge.student.models import Engine, resolve
 from qe_edge.student.spec import ModelSpec
 from qe_edge.work.machine import usable_cores
@@ -42,7 +42,7 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `cut` is the text at each of BUDGETS that it is longer than. Where passages were read there are the
     weighted `terms` of the expanded query in the index, and how many passages were `read`; `seconds` then
-    include the searches in between. `key` is the task's.
+    are those of writing, reading and the searches in between. `key` is the task's.
     """
 
     query_id: str
@@ -67,14 +67,15 @@ class Generated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ReadTask(msgspec.Struct, frozen=True):
     """What is read: the best passages of a data set's own index, which lies in `indexes`.
 
-    With `refine` they are those of the written query, else those of the plain one. The `reader` is an
-    encoder's GGUF, or the model itself. At most `passages` are read at a time, or the model's own number.
+    They are those of the query as the model has `written` it, which is not written again; without that,
+    those of the plain one. The `reader` is an encoder's GGUF, or the model itself. At most `passages` are
+    read at a time, or the model's own number.
     """
 
     dataset: str
     indexes: str
     analyzer: str
-    refine: bool
+    written: dict[str, Generated] | None
     reader: str | None
     passages: int | None
 
@@ -138,7 +139,7 @@ def _speed(rows: list[Generated], loaded: Loaded, task: Task) -> Speed:
     if not done:
         raise BadInput(f"{task.model} failed on every query, or found nothing to read for any")
     times = sorted((row.seconds or row.prefill_s + row.decode_s) * 1000 for row in done)
-    written = task.read is None or task.read.refine
+    written = task.read is None or task.read.written is not None
     encoder = task.read.reader if task.read else None
     # The first token comes out of the prefill, so decoding makes one token less than was written,
     # or exactly as many where the end token was decoded too.
@@ -184,7 +185,7 @@ def work(task: Task) -> Loaded:
     if task.read:
         collection = Collection.open(task.read.dataset, Path(task.read.indexes), analyzer=task.read.analyzer)
         expander.feedback(WARM_UP, [WARM_UP])
-    if not task.read or task.read.refine:
+    else:
         expander.expand(WARM_UP)
     Path(task.out).parent.mkdir(parents=True, exist_ok=True)
     todo = {query_id: text for query_id, text in task.queries.items() if query_id not in done}
@@ -199,14 +200,20 @@ def work(task: Task) -> Loaded:
             expander.forget()
             meter.joules()  # it counts from here on
             if task.read and collection:
-                row = _read(expander, query_id, query, collection, refine=task.read.refine)
+                row = _read(expander, query_id, query, collection, task.read.written)
             else:
                 row = _expand(expander, query_id, query)
-            file.write(encode_jsonl([msgspec.structs.replace(row, joules=meter.joules(), key=task.key)]))
+            joules = _sum(row.joules, meter.joules())
+            file.write(encode_jsonl([msgspec.structs.replace(row, joules=joules, key=task.key)]))
             file.flush()
             advance()
     expander.close()
     return Loaded(expander.spec, load_s, peak_memory_mb())
+
+
+def _sum(before: float | None, now: float | None) -> float | None:
+    """Joules of writing and of reading, where a meter tells them."""
+    return now if before is None or now is None else before + now
 
 
 def _cut_incomplete_line(path: Path) -> None:
@@ -238,13 +245,20 @@ def _expand(expander: Expander, query_id: str, query: str) -> Generated:
 
 
 def _read(
-    expander: Expander, query_id: str, query: str, collection: Collection, *, refine: bool
+    expander: Expander,
+    query_id: str,
+    query: str,
+    collection: Collection,
+    written: dict[str, Generated] | None,
 ) -> Generated:
     found = partial(collection.found, most=expander.passages)
+    row = written[query_id] if written else Generated(query_id, "", "stop")
+    if row.finish_reason == "failed":
+        return row
     start = time.perf_counter()
     try:
-        if refine:
-            expanded = expander.refine(query, found)
+        if written:
+            expanded = expander.refine(query, found, written=_expanded(row, query, expander.spec.join))
         else:
             expanded = expander.feedback(query, found(ExpandedQuery(query, "", DEFAULT_JOIN)))
     except BadInput:
@@ -254,12 +268,21 @@ def _read(
         expanded.summary(),
         expanded.finish_reason,
         expanded.prompt_tokens,
-        expanded.tokens,
+        row.tokens,
         expanded.prefill_s,
         expanded.decode_s,
+        row.joules,
         terms=collection.terms(expanded),
         read=len(expanded.relevance.weights) if expanded.relevance else 0,
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - start + row.prefill_s + row.decode_s,
+    )
+
+
+def _expanded(row: Generated, query: str, join: Join) -> ExpandedQuery:
+    """A generated row as it came from the expander; its tokens are counted, but not kept."""
+    assert row.finish_reason != "failed"
+    return ExpandedQuery(
+        query, row.text, join, row.prompt_tokens, (), row.finish_reason, row.prefill_s, row.decode_s
     )
 
 

@@ -63,9 +63,9 @@ class Systems:
             self.warnings.append(f"nothing was read on {self.data}: that needs our own index")
         for model in models:
             try:
-                self.add_model(model, plain)
-                if isinstance(self.index, Index):
-                    self.add_read(model, self.index)
+                rows = self.add_model(model, plain)
+                if rows and isinstance(self.index, Index):
+                    self.add_read(model, self.index, rows)
             except QeEdgeError as error:
                 self.fail(model, error)
         for name, expansions in self.teachers():
@@ -156,49 +156,51 @@ class Systems:
             also.append(sha256(Path(read.reader)))
         return generate_once(task, model.sha256, self.cache, also=also)
 
-    def add_read(self, model: Model, index: Index) -> None:
+    def add_read(self, model: Model, index: Index, rows: Sequence[Generated]) -> None:
         """Rows for reading what the plain query finds, and what the written one finds, by each reader."""
-        for refine in (False, True):
-            if self.config.refine if refine else self.config.feedback:
-                for reader in self.config.readers:
-                    self.add_reading(model, index, "" if reader == ITSELF else reader, refine=refine)
+        by_query = {row.query_id: row for row in rows}
+        for asked, written in ((self.config.feedback, None), (self.config.refine, by_query)):
+            for reader in self.config.readers if asked else ():
+                self.add_reading(model, index, "" if reader == ITSELF else reader, written)
 
-    def add_reading(self, model: Model, index: Index, reader: str, *, refine: bool) -> None:
+    def add_reading(
+        self, model: Model, index: Index, reader: str, written: dict[str, Generated] | None
+    ) -> None:
         """A row for reading what a search finds."""
         most = self.config.passages
-        name = f"{model.label} + {'refine' if refine else 'feedback'}" + (f" {most}" if most else "")
+        name = f"{model.label} + {'refine' if written else 'feedback'}" + (f" {most}" if most else "")
         name += f" by {shown(Path(reader).stem)}" if reader else ""
         read = ReadTask(
             dataset=self.data.source,
             indexes=str(self.indexes),
             analyzer=self.config.analyzer,
-            refine=refine,
+            written=written,
             reader=reader or None,
             passages=most,
         )
-        try:
-            rows, speed, spec = self.generate(name, model, read)
-        except WrongLanguage:  # it was said when it was to write
-            return
+        rows, speed, spec = self.generate(name, model, read)
         run = {}
         for row in rows:
             terms = row.terms or DEFAULT_JOIN(index.analyze(self.data.queries[row.query_id]), [])
             run[row.query_id] = index.search(terms, self.depth)
         expansions = {row.query_id: row.text for row in rows}
         more: dict[str, Any] = {"failed": sum(not row.read for row in rows), "expansions": expansions}
-        join = f"{spec.join} + {spec.feedback.join}" if refine else str(spec.feedback.join)
+        join = f"{spec.join} + {spec.feedback.join}" if written else str(spec.feedback.join)
         self.add(name, "model", join, run, sha256=model.sha256, speed=speed, **more)
         note(f"bench: {name} on {self.data}: {speed.ms_per_query_p50:.0f} ms a query")
 
-    def add_model(self, model: Model, plain: dict[str, Ranking]) -> None:
-        """A row for each join and, where the student's gate holds something back, another one with it."""
+    def add_model(self, model: Model, plain: dict[str, Ranking]) -> Sequence[Generated]:
+        """A row for each join and, where the student's gate holds something back, another one with it.
+
+        Returns what it wrote; nothing in a language that it doesn't speak.
+        """
         label = model.label
         try:
             rows, speed, spec = self.generate(label, model)
         except WrongLanguage as error:
             self.warnings.append(f"{label} was not run on {self.data}: {error}")
             note(f"bench: {self.warnings[-1]}")
-            return
+            return []
         failed = sum(row.finish_reason == "failed" or not row.text for row in rows)
         expansions = {row.query_id: row.text for row in rows if row.text}
         more: dict[str, Any] = {"failed": failed, "speed": speed, "sha256": model.sha256}
@@ -219,6 +221,7 @@ class Systems:
             f"bench: {label} on {self.data}: {speed.decode_tokens_per_s:.0f} tokens/s, "
             f"{cut} of {len(rows)} expansions cut by the budget, {failed} failed"
         )
+        return rows
 
     def let_through(
         self, expansions: dict[str, str], spec: ModelSpec, plain: dict[str, Ranking]

@@ -22,6 +22,7 @@ from qe_edge.arguments import (
 )
 from qe_edge.backends.open import open_backend
 from qe_edge.backends.protocol import Backend
+from qe_edge.errors import BadArgument
 from qe_edge.runtime.cache import ExpansionCache
 from qe_edge.runtime.decoder import Decoder
 from qe_edge.runtime.expansion import ExpandedQuery
@@ -230,6 +231,7 @@ class Expander:
         query: str,
         search: Search,
         *,
+        written: ExpandedQuery | None = None,
         rounds: int = ROUNDS,
         deadline_ms: float | None = None,
         scores: Sequence[float] = (),
@@ -238,7 +240,8 @@ class Expander:
 
         `search` returns the passages that an expanded query finds, best first. It is asked first with what
         the student wrote, and in each further one of `rounds` with what the reader made of that. The result
-        is yours to search with: query, text and passages, each weighed.
+        is yours to search with: query, text and passages, each weighed. An expansion that is `written`
+        already, such as a stream's, is not written again.
 
         At `deadline_ms` there is what was done by then: passages and text, the text alone, or the plain
         query; a search under way is waited for. Where the gate holds the query back, nothing is searched.
@@ -246,26 +249,38 @@ class Expander:
 
         Raises:
             BadInput: the query is blank or, with an open gate, doesn't fit the model's context.
-            BadArgument: `rounds` are not from 1 to 10; of a vector, see `feedback`.
+            BadArgument: `rounds` are not from 1 to 10, or `written` is for another query; of a vector, see
+                `feedback`.
         """
-        return run(self._refining(query, rounds, _deadline(deadline_ms), scores), search)
+        return run(self._refining(query, written, rounds, _deadline(deadline_ms), scores), search)
 
     async def arefine(
         self,
         query: str,
         search: AsyncSearch,
         *,
+        written: ExpandedQuery | None = None,
         rounds: int = ROUNDS,
         deadline_ms: float | None = None,
         scores: Sequence[float] = (),
     ) -> ExpandedQuery:
         """`refine` for asyncio, with a search to be awaited, which is cancelled at the deadline."""
         deadline = _deadline(deadline_ms)
-        return await arun(self._refining(query, rounds, deadline, scores), search, self._helpers, deadline)
+        steps = self._refining(query, written, rounds, deadline, scores)
+        return await arun(steps, search, self._helpers, deadline)
 
-    def _refining(self, query: str, rounds: int, deadline: float, scores: Sequence[float]) -> Steps:
+    def _refining(
+        self,
+        query: str,
+        written: ExpandedQuery | None,
+        rounds: int,
+        deadline: float,
+        scores: Sequence[float],
+    ) -> Steps:
         check_whole("rounds", rounds, 1, MOST_ROUNDS)
-        writing = self._writer.writing(query, deadline=deadline, scores=scores)
+        if written and written.query != query:
+            raise BadArgument(f"what is written is for {written.query!r}, not for {query!r}")
+        writing = written or self._writer.writing(query, deadline=deadline, scores=scores)
         weigh = partial(self._weighing, deadline=deadline, scores=scores)
         return refined(writing, weigh, rounds, deadline)
 

@@ -24,13 +24,13 @@ found; returns the query with all that there is by its end."""
 
 
 def refined(
-    writing: Writing,
+    writing: Writing | ExpandedQuery,
     weigh: Callable[[ExpandedQuery, Iterable[str | Passage], dict[str, float]], Weighing],
     rounds: int,
     deadline: float,
 ) -> Steps:
     """The steps of `Expander.refine`."""
-    written = yield writing
+    written = writing if isinstance(writing, ExpandedQuery) else (yield writing)
     assert isinstance(written, ExpandedQuery)
     if written.finish_reason == "skipped":  # by the gate
         return written

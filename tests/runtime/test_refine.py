@@ -263,3 +263,21 @@ def test_the_searchs_own_error_is_the_callers(expander: Expander) -> None:
     assert expander.refine(QUERY, Searched()).relevance
     with pytest.raises(TypeError, match="several texts"):
         expander.refine(QUERY, lambda _: "one text")
+
+
+def test_what_is_written_already_is_not_written_again(expander: Expander) -> None:
+    written = expander.stream(QUERY).expanded
+    whole = expander.refine(QUERY, Searched())
+    search = Searched()
+    refined = expander.refine(QUERY, search, written=written)
+    assert search[0] is written
+    assert refined.words() == pytest.approx(whole.words(), rel=1e-3)
+    assert refined.decode_s == written.decode_s
+
+    async def asked(expanded: ExpandedQuery) -> list[str]:
+        return [MOON, SEA]
+
+    later = asyncio.run(expander.arefine(QUERY, asked, written=written))
+    assert later.relevance and (later.text, later.decode_s) == (written.text, written.decode_s)
+    with pytest.raises(BadArgument, match=r"is for 'what causes tides', not for 'bread'"):
+        expander.refine("bread", Searched(), written=written)
