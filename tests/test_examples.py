@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from http.server import ThreadingHTTPServer
@@ -11,11 +14,13 @@ from pathlib import Path
 from threading import Thread
 from types import ModuleType
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from engines import says, scripted
+from tiny_encoder import save_tiny_encoder
 
-from qe_edge import Expander
+from qe_edge import Encoder, Expander
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.student.spec import read_spec
 
@@ -43,7 +48,7 @@ def expander(tiny_qwen3: Path, tmp_path: Path) -> Iterator[Expander]:
 @pytest.fixture
 def url(app: ModuleType, expander: Expander) -> Iterator[str]:
     notes = app.Notes(EXAMPLE / "sample")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(app.Page, notes, expander))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(app.Page, notes, expander, False))
     Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -129,11 +134,39 @@ def test_what_the_gate_says_is_shown(page: Any, expander: Expander) -> None:
 def test_no_query_breaks_it(app: ModuleType, expander: Expander, query: str) -> None:
     says(expander, "moon")
     page = app.Page.__new__(app.Page)
-    page.notes, page.expander = app.Notes(EXAMPLE / "sample"), expander
+    page.notes, page.expander, page.refine = app.Notes(EXAMPLE / "sample"), expander, False
     for expand in (False, True):
         assert page.search(query, expand, set())["results"] is not None
 
 
 def test_it_stays_short() -> None:
     lines = [line for file in ("app.py", "page.html") for line in (EXAMPLE / file).read_text().splitlines()]
-    assert len(lines) < 150
+    assert len(lines) < 170
+
+
+def test_a_reader_adds_words_of_the_notes_that_are_found(
+    app: ModuleType, tiny_qwen3: Path, tmp_path: Path
+) -> None:
+    gguf = convert_gguf(tiny_qwen3, tmp_path / "student.gguf", dtype="f32", spec=read_spec(tiny_qwen3))
+    encoder = Encoder(save_tiny_encoder(tmp_path / "tiny.gguf"))
+    with scripted(gguf, reader=encoder) as expander:
+        says(expander, "ferritin in the blood")
+        notes = app.Notes(EXAMPLE / "sample")
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(app.Page, notes, expander, True))
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/search?q=exhausted"
+        plain, refined = (json.load(urlopen(url + more)) for more in ("", "&expand=1"))
+        server.shutdown()
+    encoder.close()
+    assert plain["results"] == [] and plain["chips"] == []
+    assert IRON in [result["name"] for result in refined["results"]]
+    assert "ferritin" in refined["chips"]
+    assert set(refined["chips"]) - {"ferritin", "blood"}  # words of the notes
+
+
+def test_its_help_names_what_it_takes() -> None:
+    asked = [sys.executable, str(EXAMPLE / "app.py")]
+    told = subprocess.run([*asked, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--reader" in told and "folder" in told
+    refused = subprocess.run([*asked, "missing"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "missing is no folder" in refused.stderr

@@ -1,11 +1,12 @@
-"""Search a folder of notes on this machine: `python app.py [FOLDER] [MODEL]`, then open the page it names.
+"""Search a folder of notes on this machine: `python app.py [FOLDER]`, then open the page it names.
 
-Plain BM25 answers while you type. The student's words arrive after, as chips that can be clicked away.
+Plain BM25 answers while you type. The student's words arrive after, as chips that can be clicked away. With
+`--reader` they are also those of the notes that its text finds.
 """
 
 import json
 import sqlite3
-import sys
+from argparse import ArgumentParser
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +17,7 @@ from qe_edge import ExpandedQuery, Expander, queries, words_of
 
 HERE = Path(__file__).parent
 CHIPS, RESULTS, AROUND = 24, 10, 90
+DEADLINE_MS = 3000
 
 
 class Notes:
@@ -32,13 +34,17 @@ class Notes:
             row = (path.relative_to(folder).as_posix(), text, " ".join(words_of(f"{path.stem} {text}")))
             self.db.execute("INSERT INTO notes VALUES (?, ?, ?)", row)
 
-    def search(self, words: dict[str, float]) -> list[dict[str, str]]:
+    def search(self, words: dict[str, float]) -> list[tuple[str, str]]:
+        """The names and texts of the best notes."""
         match = queries.fts5(words, columns=["words"])
         with self.lock:
-            rows = self.db.execute(
+            return self.db.execute(
                 f"SELECT name, text FROM notes WHERE notes MATCH ? ORDER BY rank LIMIT {RESULTS}", (match,)
             ).fetchall()
-        return [{"name": name, "text": excerpt(text, words)} for name, text in rows]
+
+    def found(self, expanded: ExpandedQuery) -> list[str]:
+        """What an expanded query finds, to be read."""
+        return [text for _, text in self.search(expanded.words())]
 
 
 def excerpt(text: str, words: dict[str, float]) -> str:
@@ -50,8 +56,8 @@ def excerpt(text: str, words: dict[str, float]) -> str:
 
 
 class Page(BaseHTTPRequestHandler):
-    def __init__(self, notes: Notes, expander: Expander, *arguments):
-        self.notes, self.expander = notes, expander
+    def __init__(self, notes: Notes, expander: Expander, refine: bool, *arguments):
+        self.notes, self.expander, self.refine = notes, expander, refine
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
@@ -69,10 +75,16 @@ class Page(BaseHTTPRequestHandler):
 
     def search(self, query: str, expand: bool, without: set[str]) -> dict:
         plain = ExpandedQuery(query, "", self.expander.spec.join)
-        expanded = self.expander.expand(query, deadline_ms=3000) if expand and words_of(query) else plain
+        expanded = self.expanded(query) if expand and words_of(query) else plain
         words = {word: weight for word, weight in expanded.words().items() if word not in without}
         chips = [word for word in sorted(words, key=lambda w: -words[w]) if word not in plain.words()]
-        return {"results": self.notes.search(words), "chips": chips[:CHIPS], "fallback": expanded.fallback}
+        results = [{"name": name, "text": excerpt(text, words)} for name, text in self.notes.search(words)]
+        return {"results": results, "chips": chips[:CHIPS], "fallback": expanded.fallback}
+
+    def expanded(self, query: str) -> ExpandedQuery:
+        if self.refine:
+            return self.expander.refine(query, self.notes.found, deadline_ms=DEADLINE_MS)
+        return self.expander.expand(query, deadline_ms=DEADLINE_MS)
 
     def send(self, body: bytes, kind: str) -> None:
         self.send_response(200)
@@ -85,9 +97,19 @@ class Page(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "sample"
-    model = sys.argv[2] if len(sys.argv) > 2 else "builtin:smollm2-135m"
-    expander = Expander.load(model, budget_tokens=48, parallel=4, cache="notes-cache.db")
-    server = ThreadingHTTPServer(("127.0.0.1", 8018), partial(Page, Notes(folder), expander))
+    parser = ArgumentParser(description="Search a folder of notes (.md, .txt) on this machine.")
+    parser.add_argument("folder", type=Path, nargs="?", default=HERE / "sample")
+    parser.add_argument("--model", default="builtin:smollm2-135m", help="the student")
+    parser.add_argument("--reader", help="an encoder's .gguf, to read what the student's text finds")
+    parser.add_argument("--port", type=int, default=8018)
+    asked = parser.parse_args()
+    if not asked.folder.is_dir():
+        parser.error(f"{asked.folder} is no folder")
+    notes = Notes(asked.folder)
+    expander = Expander.load(
+        asked.model, reader=asked.reader, budget_tokens=48, parallel=4, cache="notes-cache.db"
+    )
+    page = partial(Page, notes, expander, asked.reader is not None)
+    server = ThreadingHTTPServer(("127.0.0.1", asked.port), page)
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
     server.serve_forever()
