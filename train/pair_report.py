@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import msgspec
+
 from qe_edge.records import Candidate, Pair
-from qe_edge.retrieval.measures import mean
+from qe_edge.retrieval.measures import mean_interval
 
 # Lower edges of the histogram of each query's gap between best and worst reward.
 GAPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -18,10 +20,12 @@ PLAIN = "plain query"
 def summarize(
     candidates: Sequence[Candidate], made: Sequence[Pair], dropped: Counter[str], *, queries: int
 ) -> dict[str, Any]:
-    """Counts and means over the queries that have candidates; nDCG@10 and rewards on the scale 0..1.
+    """Counts, and means over the queries that have candidates; nDCG@10 on the scale 0..1.
 
-    `candidates` holds the plain queries as well. `wins` says how often each model and mode wrote the best
-    of a query's candidates, the plain query among them; equals share a win.
+    `candidates` holds the plain queries as well. All means are over queries, a query's several candidates of
+    one origin (model and mode) being averaged first; differences to the plain query are paired, on the
+    queries that the origin wrote for, with 95 % bootstrap intervals. `best_of` says for how many queries the
+    reward of an origin is the highest, alone or with others, the plain query's among them.
     """
     by_query: dict[str, list[Candidate]] = defaultdict(list)
     plain: dict[str, Candidate] = {}
@@ -31,10 +35,8 @@ def summarize(
         else:
             by_query[candidate.query_id].append(candidate)
     written = [candidate for group in by_query.values() for candidate in group]
-    by_origin: dict[str, list[float]] = defaultdict(list)
-    for candidate in written:
-        by_origin[_origin(candidate)].append(candidate.ndcg)
     with_pairs = {pair.query_id for pair in made}
+    best_of = _best_of(by_query, plain)
     return {
         "queries": queries,
         "queries_with_candidates": len(by_query),
@@ -48,34 +50,51 @@ def summarize(
         "candidates_worse_than_plain": sum(c.ndcg < c.plain_ndcg for c in written),
         "pairs": len(made),
         "dropped": dict(dropped),
-        "ndcg@10": {
-            PLAIN: mean({query_id: plain[query_id].ndcg for query_id in by_query}),
-            "best candidate (oracle)": mean(_of_each(by_query, max)),
-            "worst candidate (oracle)": mean(_of_each(by_query, min)),
+        "plain query": {
+            "ndcg@10": fmean(plain[query_id].ndcg for query_id in by_query),
+            "best_of": best_of[PLAIN],
         },
-        "ndcg@10_by_origin": {origin: fmean(values) for origin, values in sorted(by_origin.items())},
-        "wins": _wins(by_query, plain),
+        "candidates_of_each_query": {
+            name: _against_plain({i: choose(c.ndcg for c in group) for i, group in by_query.items()}, plain)
+            for name, choose in (("best", max), ("worst", min))
+        },
+        "origins": {
+            origin: _against_plain(values, plain) | {"best_of": best_of[origin]}
+            for origin, values in sorted(_by_origin(by_query).items())
+        },
         "gaps": _gaps(by_query),
     }
-
-
-def _of_each(by_query: dict[str, list[Candidate]], choose: Any) -> dict[str, float]:
-    return {query_id: choose(c.ndcg for c in group) for query_id, group in by_query.items()}
 
 
 def _origin(candidate: Candidate) -> str:
     return PLAIN if candidate.mode == "plain" else f"{candidate.model} {candidate.mode}"
 
 
-def _wins(by_query: dict[str, list[Candidate]], plain: dict[str, Candidate]) -> dict[str, float]:
-    wins: Counter[str] = Counter()
+def _by_origin(by_query: Mapping[str, Sequence[Candidate]]) -> dict[str, dict[str, float]]:
+    """Origin -> query -> the mean nDCG@10 of its candidates."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for query_id, group in by_query.items():
+        for origin in {_origin(candidate) for candidate in group}:
+            found[origin][query_id] = fmean(c.ndcg for c in group if _origin(c) == origin)
+    return found
+
+
+def _against_plain(values: Mapping[str, float], plain: Mapping[str, Candidate]) -> dict[str, Any]:
+    difference = mean_interval([value - plain[query_id].ndcg for query_id, value in values.items()])
+    return {
+        "queries": len(values),
+        "ndcg@10": fmean(values.values()),
+        "vs_plain": msgspec.to_builtins(difference),
+    }
+
+
+def _best_of(by_query: Mapping[str, Sequence[Candidate]], plain: Mapping[str, Candidate]) -> Counter[str]:
+    found: Counter[str] = Counter()
     for query_id, group in by_query.items():
         everyone = [plain[query_id], *group]
         best = max(c.reward for c in everyone)
-        winners = [_origin(c) for c in everyone if c.reward == best]
-        for origin in winners:
-            wins[origin] += 1 / len(winners)  # type: ignore[assignment]
-    return {origin: round(share, 2) for origin, share in wins.most_common()}
+        found.update({_origin(c) for c in everyone if c.reward == best})
+    return found
 
 
 def _gaps(by_query: dict[str, list[Candidate]]) -> dict[str, int]:
@@ -95,22 +114,34 @@ def _gaps(by_query: dict[str, list[Candidate]]) -> dict[str, int]:
 
 def describe(report: dict[str, Any]) -> str:
     """The report as a few lines of text."""
-    ndcg = report["ndcg@10"]
-    best, worst = ndcg["best candidate (oracle)"], ndcg["worst candidate (oracle)"]
+    queries, plain = report["queries_with_candidates"], report["plain query"]
+    each = report["candidates_of_each_query"]
     lines = [
-        f"nDCG@10   plain query {ndcg[PLAIN]:.3f}, each query's best candidate {best:.3f}, worst {worst:.3f}",
-        f"          better than the plain query: {report['candidates_better_than_plain']} of "
-        f"{report['candidates']} candidates, worse: {report['candidates_worse_than_plain']}",
+        f"nDCG@10 of {queries} queries, and against the plain query (95 % intervals)",
+        f"  {plain['ndcg@10']:.3f}                          plain query, the best of {plain['best_of']}",
         *(
-            f"          {value:.3f} {origin}, best for {report['wins'].get(origin, 0):g} queries"
-            for origin, value in report["ndcg@10_by_origin"].items()
+            _line(row, f"{origin}, the best of {row['best_of']}{_some(row, queries)}")
+            for origin, row in report["origins"].items()
         ),
-        f"          the plain query is best for {report['wins'].get(PLAIN, 0):g} queries; "
-        f"every candidate hurts {report['queries_where_every_candidate_hurts']}",
-        "gaps      " + ", ".join(f"{label}: {count}" for label, count in report["gaps"].items()),
-        f"no pair   {report['queries_without_usable_pair']} of {report['queries_with_candidates']} queries",
+        _line(each["best"], "each query's best candidate"),
+        _line(each["worst"], "each query's worst candidate"),
+        f"candidates {report['candidates']}: {report['candidates_better_than_plain']} better than the plain "
+        f"query, {report['candidates_worse_than_plain']} worse; for "
+        f"{report['queries_where_every_candidate_hurts']} queries all are worse",
+        "gaps between a query's best and worst reward, and how many queries have them: "
+        + ", ".join(f"{label} ({count})" for label, count in report["gaps"].items() if count),
+        f"queries without a pair: {report['queries_without_usable_pair']}",
     ]
     if report["dropped"]:
         dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
-        lines.append(f"not used  {dropped}")
+        lines.append(f"not used: {dropped}")
     return "\n".join(lines)
+
+
+def _line(row: dict[str, Any], what: str) -> str:
+    gain = row["vs_plain"]
+    return f"  {row['ndcg@10']:.3f}  {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]  {what}"
+
+
+def _some(row: dict[str, Any], queries: int) -> str:
+    return "" if row["queries"] == queries else f" (of the {row['queries']} that it wrote for)"

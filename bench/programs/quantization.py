@@ -15,7 +15,7 @@ import typer
 
 from qe_edge.bench.bench import bench
 from qe_edge.bench.config import BenchConfig
-from qe_edge.bench.report.table import bounds, score, signed
+from qe_edge.bench.report.figures import bounds, score, signed
 from qe_edge.bench.result import System, read_result
 from qe_edge.console import note
 from qe_edge.errors import QeEdgeError

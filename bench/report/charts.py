@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+from qe_edge.bench.report.figures import rate, score, signed, with_interval
 from qe_edge.bench.report.labels import HEIGHT, Line, Plane, Point
 from qe_edge.bench.report.section import Measurement, Section
-from qe_edge.bench.report.table import rate, score, signed, with_interval
 from qe_edge.errors import require
 
 Paint = Callable[[str], str]

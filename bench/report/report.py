@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qe_edge.bench.report import charts
+from qe_edge.bench.report.figures import MISSING, bounds, caveat, percent, rate, score, signed
 from qe_edge.bench.report.section import Measurement, Section, headline, merge
-from qe_edge.bench.report.table import MISSING, bounds, caveat, percent, rate, score, signed
 from qe_edge.bench.result import BenchResult, System, read_result
 from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.retrieval.measures import Interval

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
-from qe_edge.bench.report.table import percent, rate, score, signed
+from qe_edge.bench.report.figures import percent, rate, score, signed
 from qe_edge.bench.result import BenchResult, DatasetResult, Kind, System
 from qe_edge.retrieval.datasets import DatasetInfo
 from qe_edge.retrieval.measures import Interval

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qe_edge.bench.config import BenchConfig
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, ThreadsOption, WorkdirOption, emit, took
+from qe_edge.commands.common import (
+    WORKDIR,
+    ColumnsOption,
+    JsonOption,
+    OutOption,
+    ThreadsOption,
+    WorkdirOption,
+    emit,
+    named_columns,
+    took,
+)
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import note
 from qe_edge.errors import BadArgument, NotFound, PartlyDone
@@ -24,6 +35,7 @@ def bench(
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
+    columns: ColumnsOption = "",
     *,
     settings: Settings[BenchConfig],
 ) -> None:
@@ -49,7 +61,8 @@ def bench(
             if not values["teachers"]:
                 raise
             note(f"no model is run: {error}")
-    emit_bench(json, "bench", verb(settings.config(), out=out, workdir=work))
+    folder = verb(settings.config(), out=out, workdir=work)
+    emit_bench(json, "bench", folder, columns=named_columns(columns))
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -96,7 +109,9 @@ def bench_speed(
     emit(json, "bench speed", table(found), metrics={"models": msgspec.to_builtins(found)})
 
 
-def emit_bench(json: bool, command: str, folder: Path, *, report: Path | None = None) -> None:
+def emit_bench(
+    json: bool, command: str, folder: Path, *, columns: Sequence[str] = (), report: Path | None = None
+) -> None:
     """Print a bench's table; then, if a model failed, exit with the code for work done in part."""
     from qe_edge.bench.report.table import console_table
     from qe_edge.bench.result import RESULT, read_result
@@ -110,7 +125,7 @@ def emit_bench(json: bool, command: str, folder: Path, *, report: Path | None = 
     emit(
         json,
         command,
-        f"{console_table(result)}\nresult: {folder / RESULT}\n{following}",
+        f"{console_table(result, columns)}\nresult: {folder / RESULT}\n{following}",
         artifacts={"folder": folder} | ({"report": report} if report else {}),
         metrics={"ndcg@10": rows},
         warnings=result.failures + result.warnings,

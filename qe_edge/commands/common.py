@@ -36,6 +36,13 @@ IndexOption = Annotated[
     list[str] | None,
     typer.Option("--index", "-i", help="A data set to be searched: NAME=DATASET, or DATASET. Repeat it."),
 ]
+ColumnsOption = Annotated[
+    str,
+    typer.Option(
+        "--columns",
+        help="Of the table, such as ndcg,of-teacher,file; a wrong one names them all.",
+    ),
+]
 AnalyzerOption = Annotated[str, typer.Option("--analyzer", help=ANALYZER)]
 
 
@@ -63,6 +70,11 @@ ReaderOption = Annotated[
     typer.Option("--reader", help="An encoder's GGUF that reads them (default: the model itself)."),
 ]
 WORKDIR = Path(DEFAULT_WORKDIR)
+
+
+def named_columns(columns: str) -> list[str]:
+    """The keys that --columns gave."""
+    return [key.strip() for key in columns.split(",") if key.strip()]
 
 
 def took(what: str, path: Path | str) -> None:

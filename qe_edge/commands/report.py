@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit, took
+from qe_edge.commands.common import (
+    WORKDIR,
+    ColumnsOption,
+    JsonOption,
+    WorkdirOption,
+    emit,
+    named_columns,
+    took,
+)
 from qe_edge.errors import BadArgument
 from qe_edge.work.folder import Workdir
 
@@ -27,6 +35,7 @@ def report(
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
     latex: Annotated[bool, typer.Option("--latex", help="Print the tables as LaTeX (booktabs).")] = False,
+    columns: ColumnsOption = "",
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
@@ -39,6 +48,9 @@ def report(
 
     if markdown and latex:
         raise BadArgument("give either --markdown or --latex")
+    shown = named_columns(columns)
+    if shown and not (markdown or latex):
+        raise BadArgument("--columns are those of --markdown or --latex")
     if not results:
         results = [Workdir(workdir).newest("bench")]
         took("result", results[0])
@@ -52,8 +64,10 @@ def report(
         artifacts["csv"] = csv
     text = "\n".join(str(path) for path in artifacts.values())
     if markdown:
-        tables = [(data.info.name, markdown_table(data)) for result in read for data in result.datasets]
+        tables = [
+            (data.info.name, markdown_table(data, shown)) for result in read for data in result.datasets
+        ]
         text = "\n".join(f"### {name}\n\n{table}" for name, table in tables)
     if latex:
-        text = "\n".join(latex_table(data) for result in read for data in result.datasets)
+        text = "\n".join(latex_table(data, shown) for result in read for data in result.datasets)
     emit(json, "report", text, inputs={"results": [str(r) for r in results]}, artifacts=artifacts)

@@ -10,20 +10,15 @@ import msgspec
 import numpy as np
 import pytest
 from results import bench, small
+from rich.cells import cell_len
 
+from qe_edge.bench.report.columns import all_columns, notes
+from qe_edge.bench.report.figures import rate, score, signed
 from qe_edge.bench.report.labels import HEIGHT, WIDTH, Line, Plane, Point, text_width
 from qe_edge.bench.report.section import headline, merge, verdict
-from qe_edge.bench.report.table import (
-    console_table,
-    csv_rows,
-    latex_table,
-    markdown_table,
-    notes,
-    rate,
-    score,
-    signed,
-)
+from qe_edge.bench.report.table import console_table, csv_rows, latex_table, markdown_table
 from qe_edge.bench.result import BenchResult, Tuning
+from qe_edge.errors import BadArgument
 from qe_edge.retrieval.measures import Interval
 
 
@@ -40,31 +35,57 @@ def test_figures_are_written_as_the_field_does() -> None:
 
 
 def test_console_table() -> None:
-    lines = console_table(small()).splitlines()
-    assert max(map(len, lines)) <= 120
-    assert [re.sub(r"\s{2,}", "  ", line.strip()) for line in lines if line.strip("─ ")] == [
-        "demo-en@test on laptop",
-        "of  of its  helped/  ms/  MB  MB",
-        "system  join  nDCG@10  vs BM25  teacher  gain  hurt  tok/s  query  file  mem",
-        "BM25  –  .434 [.360, .500]  –  –  –  –  –  –  –  –",
-        "my[bold]|Q4  mass:0.7  .485 [.412, .561]  +.051 [−.003, +.101]  61 %  −6 %  1/1  158  385  105  245",
-        "gpt-4.1 zero-shot  repeat:5  .800 [.700, .900]  –  –  –  2/0  –  –  –  –",
-        "2 queries, 95 % bootstrap intervals. "
-        "So few cannot tell small differences from chance: see the interval of “vs BM25”.",
-        "“Of teacher” and “of its gain” (over BM25) refer to gpt-4.1 zero-shot.",
-        "my[bold]|Q4: queries without an expansion, searched as they are: 2.",
-    ]
+    assert (
+        console_table(small())
+        == """\
+demo-en@test on laptop
 
+                                                              of         ms/
+system                      nDCG@10              vs BM25 teacher tok/s query
+────────────────────────────────────────────────────────────────────────────
+BM25              .434 [.360, .500]                    –       –     –     –
+my[bold]|Q4       .485 [.412, .561] +.051 [−.003, +.101]    61 %   158   385
+gpt-4.1 zero-shot .800 [.700, .900]                    –       –     –     –
 
-def test_long_names_fold_and_figures_do_not() -> None:
-    result = small()
-    long = msgspec.structs.replace(
-        result.datasets[0].systems[1], name="a-very-long-model-name-of-the-student-Q4"
+2 queries, 95 % bootstrap intervals. So few cannot tell small differences from
+chance: see the interval of “vs BM25”.
+of teacher: nDCG@10 as a share of that of gpt-4.1 zero-shot.
+Joined by mass:0.7: my[bold]|Q4.
+Joined by repeat:5: gpt-4.1 zero-shot.
+my[bold]|Q4: queries without an expansion, searched as they are: 2.
+
+"""
     )
-    data = msgspec.structs.replace(result.datasets[0], systems=[long])
-    text = console_table(msgspec.structs.replace(result, datasets=[data]))
-    assert max(map(len, text.splitlines())) <= 120
-    assert "+.051 [−.003, +.101]     61 %" in text
+
+
+@pytest.mark.parametrize("name", ["a-very-long-model-name-of-the-student-Q4", "学生模型的一个非常长的名字"])
+def test_a_name_never_splits_and_80_columns_hold_all(name: str) -> None:
+    result = small()
+    bm25, model, teacher = result.datasets[0].systems
+    long = msgspec.structs.replace(model, name=name)
+    data = msgspec.structs.replace(result.datasets[0], systems=[bm25, long, teacher])
+    lines = console_table(msgspec.structs.replace(result, datasets=[data])).splitlines()
+    assert max(map(cell_len, lines)) <= 80
+    place = lines.index(name)
+    assert lines[place + 1] == "  .485 [.412, .561]  +.051 [−.003, +.101]     61 %    158    385"
+
+
+def test_columns_can_be_chosen() -> None:
+    (line,) = (x for x in console_table(small(), ["join", "of-gain", "file"]).splitlines() if "|Q4  " in x)
+    assert line.split() == ["my[bold]|Q4", "mass:0.7", "−6", "%", "105"]
+    assert markdown_table(small().datasets[0], ["ms"]).splitlines()[3] == r"| my[bold]\|Q4 | 385 |"
+    told = "of its gain: of what gpt-4.1 zero-shot gains over BM25, the share that is gained too."
+    assert told in " ".join(console_table(small(), ["of-gain"]).split())
+    with pytest.raises(BadArgument, match=r"no column 'x'; there are: join, ndcg, vs-bm25, of-teacher"):
+        console_table(small(), ["x"])
+
+
+def test_rows_of_one_name_show_their_join() -> None:
+    (data,) = small().datasets
+    twin = msgspec.structs.replace(data.systems[1], join="mass:2")
+    data = msgspec.structs.replace(data, systems=[*data.systems, twin])
+    text = console_table(msgspec.structs.replace(small(), datasets=[data]))
+    assert "mass:2" in text and "mass:0.7" in text and "Joined by" not in text
 
 
 def test_markdown_table() -> None:
@@ -76,7 +97,7 @@ def test_markdown_table() -> None:
         r"| my[bold]\|Q4 | mass:0.7 | .485 [.412, .561] | +.051 [−.003, +.101] | 61 % |"
     )
     assert lines[4].endswith("| .800 [.700, .900] | – | – | – | 2/0 | – | – | – | – |")
-    assert lines[5:] == ["", *notes(small().datasets[0])]
+    assert lines[5:] == ["", *notes(small().datasets[0], all_columns(small().datasets[0]))]
 
 
 def rich() -> BenchResult:
@@ -101,11 +122,11 @@ def rich() -> BenchResult:
 
 def test_other_measures_budgets_and_the_tuning_are_shown() -> None:
     lines = [re.sub(r"\s{2,}", "  ", line.strip()) for line in console_table(rich()).splitlines()]
-    assert "system  join  R@100  tokens  tokens" in lines
-    assert "BM25  –  .550  –  –" in lines
-    assert "my[bold]|Q4  mass:0.7  .610  .450  .470" in lines
-    assert any("+.051 [−.003, +.101]*  61 %" in line for line in lines)
-    assert "* p < .05 against BM25: paired randomization test, corrected by Holm over 2 systems." in lines
+    assert "system  R@100  tokens  tokens" in lines
+    assert "BM25  .550  –  –" in lines
+    assert "my[bold]|Q4  .610  .450  .470" in lines
+    assert any("+.051 [−.003, +.101]*" in line for line in lines)
+    assert "* p < .05 against BM25: paired randomization test, corrected by Holm over 2" in lines
     assert "N tokens: nDCG@10 when each expansion ends after so many." in lines
     assert lines[-1] == "my[bold]|Q4: join mass:0.7, the best of 2 on dev@train"
     assert markdown_table(rich().datasets[0]).splitlines()[0].endswith("| R@100 | 16 tokens | 32 tokens |")
@@ -126,14 +147,20 @@ def test_csv_holds_every_figure() -> None:
 def test_latex_escapes_what_latex_would_read() -> None:
     data = small().datasets[0]
     hostile = msgspec.structs.replace(data.systems[0], name="a_b & 50% {x} #1 ^~\\")
-    lines = latex_table(msgspec.structs.replace(data, systems=[hostile, *data.systems[1:]])).splitlines()
-    assert r"\begin{tabular}{llrrrrrrrrr}" in lines
-    assert any(
-        line.startswith(r"a\_b \& 50\% \{x\} \#1 \textasciicircum{}\textasciitilde{}\textbackslash{} & -- &")
-        for line in lines
-    )
-    assert any(r"+.051 [$-$.003, +.101] & 61 \% & $-$6 \% & 1/1" in line for line in lines)
-    assert all(line.startswith("%") for line in lines[: lines.index(r"\begin{tabular}{llrrrrrrrrr}")])
+    data = msgspec.structs.replace(data, systems=[hostile, *data.systems[1:]])
+    lines = latex_table(data).splitlines()
+    assert lines[:5] == [
+        r"\begin{table}",
+        r"\centering",
+        r"\caption{nDCG@10 on demo-en@test.}",
+        r"\begin{tabular}{lrrrrr}",
+        r"\toprule",
+    ]
+    name = r"a\_b \& 50\% \{x\} \#1 \textasciicircum{}\textasciitilde{}\textbackslash{}"
+    assert any(line.startswith(name + " & .434 [.360, .500] &") for line in lines)
+    assert any(r"+.051 [$-$.003, +.101] & 61 \% & 158 & 385" in line for line in lines)
+    assert "of teacher: nDCG@10 as a share of that of gpt-4.1 zero-shot." in lines
+    assert r"\begin{tabular}{lrr}" in latex_table(data, ["of-gain", "helped"])
 
 
 def test_headline_claims_no_more_than_the_interval() -> None:

@@ -3,6 +3,7 @@ import os
 import random
 import subprocess
 import sys
+from statistics import fmean
 
 import msgspec
 import pytest
@@ -17,6 +18,7 @@ from qe_edge.student.join import Join
 from qe_edge.text import get_analyzer
 from qe_edge.train import scoring
 from qe_edge.train.config import PairsConfig
+from qe_edge.train.pair_report import describe
 from qe_edge.train.pairs import make_pairs, pairs
 from qe_edge.train.scoring import Reward
 from qe_edge.work.files import read_json
@@ -88,10 +90,10 @@ def test_the_better_retriever_is_chosen_and_everything_is_counted(tmp_path, coll
     assert report["candidates"] == 4
     assert report["candidates_better_than_plain"] == 1
     assert report["queries_with_pairs"] == 1
-    assert report["ndcg@10"] == {
-        "plain query": 0.5,
-        "best candidate (oracle)": 1.0,
-        "worst candidate (oracle)": 0.5,
+    assert report["plain query"] == {"ndcg@10": 0.5, "best_of": 1}
+    assert {name: row["ndcg@10"] for name, row in report["candidates_of_each_query"].items()} == {
+        "best": 1.0,
+        "worst": 0.5,
     }
     scores = {c.text: (c.ndcg, c.plain_ndcg) for c in read_jsonl(folder / "candidates.jsonl", Candidate)}
     assert len(scores) == 5
@@ -200,10 +202,19 @@ def test_the_report_says_who_wins_and_where_expansion_hurts(tmp_path, collection
         candidate("q2", "craters and air on the moon", "few-shot", "bad"),
     ]
     report = read_json(build(tmp_path, collection, rows, join="mass:3") / "report.json")
-    assert report["wins"] == {"good zero-shot": 1.0, "plain query": 1.0}
+    best_of = {origin: row["best_of"] for origin, row in report["origins"].items()}
+    assert best_of == {"bad few-shot": 0, "bad zero-shot": 0, "good zero-shot": 1}
+    assert report["plain query"]["best_of"] == 1
     assert report["queries_where_every_candidate_hurts"] == 1
     assert report["queries_without_usable_pair"] == 1
-    assert report["ndcg@10_by_origin"]["good zero-shot"] == 1.0
+    # Paired: over the one query that it wrote for, whose plain query finds nothing.
+    good = report["origins"]["good zero-shot"]
+    assert (good["queries"], good["ndcg@10"], good["vs_plain"]["mean"]) == (1, 1.0, 1.0)
+    told = describe(report)
+    assert (
+        "  1.000  +1.000 [+1.000, +1.000]  good zero-shot, the best of 1 (of the 1 that it wrote for)" in told
+    )
+    assert "gaps between a query's best and worst reward" in told and "queries without a pair: 1" in told
     assert report["gaps"] == {
         "0 to 0.05": 1,
         "0.05 to 0.1": 0,
@@ -212,6 +223,21 @@ def test_the_report_says_who_wins_and_where_expansion_hurts(tmp_path, collection
         "0.3 to 0.5": 1,
         "0.5 and more": 0,
     }
+
+
+def test_several_candidates_of_one_origin_count_as_one(tmp_path, collection):
+    """A query with many candidates weighs as much as one with a single candidate."""
+    rows = [
+        candidate("q1", "gravity raises tides"),
+        candidate("q1", "tides and the moon's gravity"),
+        candidate("q1", "popcorn"),
+        candidate("q2", "craters"),
+    ]
+    folder = build(tmp_path, collection, rows, join="mass:3")
+    report = read_json(folder / "report.json")
+    scores = {c.text: c.ndcg for c in read_jsonl(folder / "candidates.jsonl", Candidate)}
+    first = fmean(scores[row.text] for row in rows[:3])
+    assert report["origins"]["teacher zero-shot"]["ndcg@10"] == pytest.approx((first + scores["craters"]) / 2)
 
 
 # Scoring at scale

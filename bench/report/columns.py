@@ -1,0 +1,124 @@
+"""The columns of a bench's tables, and the notes below them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, NamedTuple
+
+from qe_edge.bench.report.figures import (
+    ALPHA,
+    MISSING,
+    caveat,
+    percent,
+    rate,
+    score,
+    signed,
+    significance,
+    with_interval,
+)
+from qe_edge.bench.result import DatasetResult, System
+from qe_edge.errors import BadArgument
+from qe_edge.retrieval.measures import Interval
+
+
+class Column(NamedTuple):
+    """A column by its `key`; a title's lines are broken for narrow tables."""
+
+    key: str
+    title: str
+    cell: Callable[[System], str]
+    justify: Literal["left", "right"] = "right"
+
+
+NAME = Column("system", "system", lambda s: s.name, "left")
+NARROW = ("ndcg", "vs-bm25", "of-teacher", "speed", "ms")  # with a name, 80 characters
+
+
+def _share(interval: Interval | None) -> str:
+    return MISSING if interval is None else percent(interval.mean)
+
+
+def _speed(attribute: str, system: System) -> str:
+    value = getattr(system.speed, attribute, None)
+    return MISSING if value is None else rate(value)
+
+
+def _mean(values: str, key: str | int, system: System) -> str:
+    found = getattr(system, values).get(key)
+    return MISSING if found is None else score(found.mean)
+
+
+def all_columns(dataset: DatasetResult) -> list[Column]:
+    """What can be shown of a data set."""
+    return [
+        Column("join", "join", lambda s: s.join or MISSING, "left"),
+        Column("ndcg", dataset.measure, lambda s: with_interval(s.ndcg, score)),
+        Column("vs-bm25", "vs BM25", lambda s: with_interval(s.vs_bm25, signed) + significance(s)),
+        Column("of-teacher", "of\nteacher", lambda s: _share(s.retention)),
+        Column("of-gain", "of its\ngain", lambda s: _share(s.gain_retention)),
+        Column("helped", "helped/\nhurt", lambda s: MISSING if s.kind == "bm25" else f"{s.helped}/{s.hurt}"),
+        Column("speed", "tok/s", partial(_speed, "decode_tokens_per_s")),
+        Column("ms", "ms/\nquery", partial(_speed, "ms_per_query_p50")),
+        Column("file", "MB\nfile", partial(_speed, "file_mb")),
+        Column("memory", "MB\nmem", partial(_speed, "peak_memory_mb")),
+        *added(dataset),
+    ]
+
+
+def added(dataset: DatasetResult) -> list[Column]:
+    """Other measures and token budgets, where there are any."""
+    measures = dict.fromkeys(name for system in dataset.systems for name in system.measures)
+    budgets = sorted({budget for system in dataset.systems for budget in system.budgets})
+    return [
+        *(Column(name, name, partial(_mean, "measures", name)) for name in measures),
+        *(Column(f"{n}-tokens", f"{n}\ntokens", partial(_mean, "budgets", n)) for n in budgets),
+    ]
+
+
+def chosen(dataset: DatasetResult, keys: Sequence[str]) -> list[Column]:
+    """Columns by their keys.
+
+    Raises:
+        BadArgument: there is no such column.
+    """
+    known = {column.key: column for column in all_columns(dataset)}
+    for key in keys:
+        if key not in known:
+            raise BadArgument(f"no column {key!r}; there are: {', '.join(known)}")
+    return [known[key] for key in keys]
+
+
+def narrow(dataset: DatasetResult) -> list[Column]:
+    """The columns that most ask for; the join where it tells rows apart, the teacher where there is one."""
+    names = {(system.name, system.join) for system in dataset.systems}
+    keys = ["join"] if len({name for name, _ in names}) < len(names) else []
+    return chosen(dataset, [*keys, *(key for key in NARROW if key != "of-teacher" or dataset.teacher)])
+
+
+def notes(dataset: DatasetResult, columns: Sequence[Column]) -> list[str]:
+    """What a reader of a table must know: its size, its teacher, its failures, and what its columns say."""
+    keys = {column.key for column in columns}
+    lines = [caveat(len(dataset.queries))]
+    if "vs-bm25" in keys and any(system.p_vs_bm25 is not None for system in dataset.systems):
+        lines.append(
+            f"* p < {score(ALPHA).rstrip('0')} against BM25: paired randomization test, corrected by Holm "
+            f"over {len(dataset.systems) - 1} systems."
+        )
+    if any(key.endswith("-tokens") for key in keys):
+        lines.append(f"N tokens: {dataset.measure} when each expansion ends after so many.")
+    if dataset.teacher is not None and "of-teacher" in keys:
+        lines.append(f"of teacher: {dataset.measure} as a share of that of {dataset.teacher}.")
+    if dataset.teacher is not None and "of-gain" in keys:
+        lines.append(f"of its gain: of what {dataset.teacher} gains over BM25, the share that is gained too.")
+    if "join" not in keys:
+        names: dict[str, list[str]] = {}
+        for system in dataset.systems:
+            names.setdefault(system.join, []).append(system.name)
+        lines += [f"Joined by {join}: {', '.join(names[join])}." for join in names if join]
+    lines += [
+        f"{system.name}: queries without an expansion, searched as they are: {system.failed}."
+        for system in dataset.systems
+        if system.failed
+    ]
+    return lines
