@@ -22,11 +22,11 @@ together with those of the query. Large models write good passages but run on la
 model that has learned from a large one runs on a laptop or a phone. How does bread rise? Yeast turns sugar
 into gas, which the dough holds. What is a gene? A stretch of DNA that holds the recipe of a protein. Iron
 deficiency makes adults tired and pale; doctors measure ferritin. In 2023 the tax rate was 19.5 percent.
-The system expands search queries. Write a short passage that answers this search query.
+You expand search queries. Answer the question in one sentence, then list related keywords. Question: Answer:
 搜索引擎用长文档回答短查询，而两者的用词常常不同。询问潮汐成因的查询不会提到月球或引力，但能回答它的段落会提到。
 查询扩展补上缺少的词：语言模型先写一小段话，再用这段话里的词和查询一起搜索。大模型写得好，却要在大机器上运行；
 从大模型学来的小模型可以在笔记本电脑或手机上运行。糖尿病患者可以吃什么水果？苹果和梨可以少量食用。
-北京到上海的高铁大约需要五个小时。你负责扩展搜索查询。请用中文写一小段话来回答下面的搜索查询。查询：段落：
+北京到上海的高铁大约需要五个小时。你负责扩展搜索查询。用一句话回答问题，然后列出相关的关键词。问题：回答：
 """
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"

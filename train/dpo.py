@@ -22,7 +22,7 @@ from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware
 from qe_edge.train.loop import TrainingRun, counted, trainer_arguments
 from qe_edge.train.lora import rank_of
 from qe_edge.train.output_layer import compute_answers_alone
-from qe_edge.train.rows import CHECKED, Row, check_batch, check_texts
+from qe_edge.train.rows import CHECKED, OTHER_LANGUAGE, Row, check_batch, check_texts
 from qe_edge.work.folder import Workdir
 
 
@@ -149,6 +149,9 @@ def encode_pairs(
         if not row.query.strip() or not row.chosen.strip() or not row.rejected.strip():
             dropped["empty"] += 1
             continue
+        if row.lang not in spec.prompt.languages:
+            dropped[OTHER_LANGUAGE] += 1
+            continue
         prompt = spec.prompt.encode(row.query, tokenize)
         chosen, rejected = (
             spec.prompt.encode_answer(text, tokenize)[: spec.prompt.max_tokens]
@@ -161,5 +164,6 @@ def encode_pairs(
         else:
             encoded.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     if not encoded:
-        raise BadInput(f"no pair left to train on; dropped: {dict(dropped)}")
+        known = ", ".join(spec.prompt.languages)
+        raise BadInput(f"no pair left to train a student of {known} on{counted(dropped)}")
     return encoded, dropped

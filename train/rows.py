@@ -14,6 +14,9 @@ from qe_edge.student.spec import ModelSpec
 CHECKED = 16  # rows whose text is compared: a wrong tokenizer shows at once
 
 
+OTHER_LANGUAGE = "in a language that the student doesn't know"
+
+
 class Row(NamedTuple):
     """Token ids, of which those from `answer` on are trained on."""
 

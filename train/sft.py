@@ -29,7 +29,7 @@ from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware
 from qe_edge.train.loop import TrainingRun, counted, trainer_arguments
 from qe_edge.train.lora import lora_config
 from qe_edge.train.output_layer import compute_answers_alone
-from qe_edge.train.rows import CHECKED, Row, check_batch, check_texts
+from qe_edge.train.rows import CHECKED, OTHER_LANGUAGE, Row, check_batch, check_texts
 from qe_edge.work.folder import Workdir
 
 
@@ -185,6 +185,9 @@ def encode_rows(
         if not row.text.strip() or not row.query.strip():
             dropped["empty"] += 1
             continue
+        if row.lang not in spec.prompt.languages:
+            dropped[OTHER_LANGUAGE] += 1
+            continue
         if (row.query, row.text) in seen:
             dropped["duplicate"] += 1
             continue
@@ -201,5 +204,6 @@ def encode_rows(
                 continue
             encoded.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     if not encoded:
-        raise BadInput(f"no expansion left to train on; dropped: {dict(dropped)}")
+        known = ", ".join(spec.prompt.languages)
+        raise BadInput(f"no expansion left to train a student of {known} on{counted(dropped)}")
     return encoded, dropped

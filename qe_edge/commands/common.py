@@ -77,9 +77,9 @@ def named_columns(columns: str) -> list[str]:
     return [key.strip() for key in columns.split(",") if key.strip()]
 
 
-def took(what: str, path: Path | str) -> None:
+def took(what: str, path: Path | str, which: str = "the newest") -> None:
     """Say which earlier output a command took because none was named."""
-    note(f"{what}: {path} (the newest; name another to use that)")
+    note(f"{what}: {path} ({which}; name another to use that)")
 
 
 def load_expander(model: str | None, workdir: Path, **settings: Any) -> Expander:

@@ -45,7 +45,7 @@ def pairs(
     files = expansions or [Path(name) for name in named]
     if not files:
         files = [work.taught(str(load_dataset(dataset)))]
-        took("expansions", files[0])
+        took("expansions", files[0], "what `teach` collected")
     folder = verb(dataset, files, config, out=out, workdir=work)
     report = read_json(folder / REPORT)
     text = (

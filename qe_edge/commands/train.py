@@ -24,7 +24,11 @@ train_app = typer.Typer(help="Train a student: SFT, then DPO.", no_args_is_help=
 def train_sft(
     expansions: Annotated[
         list[Path] | None,
-        typer.Option("--expansions", "-e", help="Teacher expansions (JSON Lines; default: the newest)."),
+        typer.Option(
+            "--expansions",
+            "-e",
+            help="Teacher expansions (JSON Lines; default: what `teach` collected, of one data set).",
+        ),
     ] = None,
     show_example: ShowOption = False,
     out: OutOption = None,
@@ -41,8 +45,8 @@ def train_sft(
     work = Workdir(workdir)
     files = expansions or [Path(name) for name in named]
     if not files:
-        files = [work.newest_taught()]
-        took("expansions", files[0])
+        files = [work.only_taught()]
+        took("expansions", files[0], "what `teach` collected")
     if show_example:
         print(example(files, config, workdir=work), end="")
         return
@@ -52,7 +56,9 @@ def train_sft(
 @train_app.command("dpo")
 @flags_of(DpoConfig, "dpo", recipe=True)
 def train_dpo(
-    pairs: Annotated[Path | None, typer.Option(help="A pairs.jsonl (default: the newest).")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="A pairs.jsonl (default: the newest, where all are of one data set).")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="An SFT folder (default: the newest).")] = None,
     show_example: ShowOption = False,
     out: OutOption = None,
@@ -68,7 +74,7 @@ def train_dpo(
     config = settings.config()
     work = Workdir(workdir)
     if pairs is None:
-        pairs = work.newest("pairs") / PAIRS
+        pairs = work.newest_pairs() / PAIRS
         took("pairs", pairs)
     if adapter is None:
         adapter = work.newest("sft")

@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qe_edge.errors import NotFound
-from qe_edge.work.files import claim, recover_all
+from qe_edge.errors import BadArgument, NotFound
+from qe_edge.work.files import MANIFEST, claim, read_json, recover_all
 
 DEFAULT_WORKDIR = "qe-edge-work"
 _COMMAND = {
@@ -63,12 +63,33 @@ class Workdir:
             raise NotFound(f"{file}: no such file; run `qe-edge teach`, or name a file with --expansions")
         return file
 
-    def newest_taught(self) -> Path:
-        """The candidates that `teach` added to last."""
-        files = list(self.root.glob("teach/*/expansions.jsonl"))
+    def only_taught(self) -> Path:
+        """The candidates that `teach` collected.
+
+        Raises:
+            NotFound: there are none.
+            BadArgument: they are of several data sets.
+        """
+        files = sorted(self.root.glob("teach/*/expansions.jsonl"))
         if not files:
             raise NotFound(f"{self.root} holds no output of `qe-edge teach`; name a file with --expansions")
-        return max(files, key=lambda file: file.stat().st_mtime)
+        _refuse_several("`qe-edge teach` collected", [file.parent.name for file in files], "--expansions")
+        return files[0]
+
+    def newest_pairs(self) -> Path:
+        """The newest output of `pairs`.
+
+        Raises:
+            NotFound: there is none.
+            BadArgument: there is one of another data set, too.
+        """
+        newest = self.newest("pairs")
+        records = [
+            read_json(run / MANIFEST) for run in (self._run("pairs", n) for n in self._numbers("pairs"))
+        ]
+        found = {record["settings"]["dataset"] for record in records}
+        _refuse_several("`qe-edge pairs` made pairs", sorted(found), "--pairs")
+        return newest
 
     def newest(self, *stages: str) -> Path:
         """The newest finished output of any of the stages."""
@@ -79,3 +100,9 @@ class Workdir:
             return max(last, key=lambda folder: folder.stat().st_mtime)
         wanted = " or ".join(f"`{_COMMAND[stage]}`" for stage in stages)
         raise NotFound(f"{self.root} holds no output of {wanted}; run it first, or name the input")
+
+
+def _refuse_several(made: str, datasets: list[str], flag: str) -> None:
+    """What to train on is not to be guessed."""
+    if len(datasets) > 1:
+        raise BadArgument(f"{made} of several data sets ({', '.join(datasets)}); name a file with {flag}")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import sys
 import tomllib
@@ -13,6 +12,7 @@ from training import DEV, log_of, losses, run_sft
 
 from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.pipeline import load_recipe, read_recipe
+from qe_edge.records import Expansion, Pair
 from qe_edge.student.prompt import prompt_for
 from qe_edge.student.spec import read_spec
 from qe_edge.train.config import DpoConfig, SftConfig
@@ -21,8 +21,9 @@ from qe_edge.work.runs import read_record
 
 pytest.importorskip("trl")
 from qe_edge.train.base_model import open_trained
-from qe_edge.train.dpo import dpo
+from qe_edge.train.dpo import dpo, encode_pairs
 from qe_edge.train.merge import merge
+from qe_edge.train.sft import encode_rows
 
 # The settings
 
@@ -193,13 +194,44 @@ def test_only_what_train_wrote_is_aligned_or_merged(tiny_qwen3, data, tmp_path):
             verb()
 
 
-def test_sft_takes_what_teach_collected_last_or_says_what_to_do(tmp_path):
+def test_what_to_train_on_is_not_guessed(tmp_path):
     work = Workdir(tmp_path)
     with pytest.raises(NotFound, match="name a file with --expansions"):
-        work.newest_taught()
-    for i, name in enumerate(("b", "a")):
-        (tmp_path / "teach" / name).mkdir(parents=True)
-        file = tmp_path / "teach" / name / "expansions.jsonl"
-        file.write_text("")
-        os.utime(file, (i, i))
-    assert work.newest_taught().parent.name == "a"
+        work.only_taught()
+    with pytest.raises(NotFound, match="`qe-edge pairs`"):
+        work.newest_pairs()
+    for number, name in enumerate(("a@train", "a@train", "b@train"), 1):
+        taught, paired = tmp_path / "teach" / name, tmp_path / "pairs" / f"{number:03d}"
+        for folder in (taught, paired):
+            folder.mkdir(parents=True, exist_ok=True)
+        (taught / "expansions.jsonl").write_text("")
+        (paired / "run.json").write_text(json.dumps({"settings": {"dataset": name}}))
+        if number < 3:
+            assert work.only_taught() == taught / "expansions.jsonl"
+            assert work.newest_pairs() == paired
+    with pytest.raises(BadArgument, match=r"sets \(a@train, b@train\); name a file with --expansions"):
+        work.only_taught()
+    with pytest.raises(BadArgument, match=r"sets \(a@train, b@train\); name a file with --pairs"):
+        work.newest_pairs()
+
+
+def test_rows_in_a_language_that_the_student_lacks_are_left_out_or_refused(tiny_qwen3):
+    both = read_spec(tiny_qwen3)
+    english = msgspec.structs.replace(
+        both, prompt=msgspec.structs.replace(both.prompt, texts={"en": both.prompt.texts["en"]})
+    )
+    tokenize = lambda text, special: [len(text)]  # noqa: E731
+    rows = [Expansion("d", str(i), "潮汐", "zh", "m", "zero-shot", f"月亮{i}") for i in range(2)]
+    pairs = [Pair("d", "1", "潮汐", "zh", "月亮", "面包和", 1, 0, 1, 0, *["m", "zero-shot"] * 2)]
+    why = r"student of en on; dropped 2 \(in a language that the student doesn't know\)"
+    with pytest.raises(BadInput, match=why):
+        encode_rows(rows, english, tokenize, 512)
+    with pytest.raises(BadInput, match="no pair left to train a student of en on; dropped 1"):
+        encode_pairs(pairs, english, tokenize, 512)
+    assert (
+        len(encode_rows(rows, both, tokenize, 512)[0]) == 2
+        and len(encode_pairs(pairs, both, tokenize, 512)[0]) == 1
+    )
+    mixed = [*rows, Expansion("d", "3", "tides", "en", "m", "zero-shot", "the moon")]
+    kept, dropped = encode_rows(mixed, english, tokenize, 512)
+    assert len(kept) == 1 and dropped == {"in a language that the student doesn't know": 2}
