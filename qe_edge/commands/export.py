@@ -17,7 +17,7 @@ from qe_edge.work.folder import Workdir
 @flags_of(ExportConfig, "export", recipe=True)
 def export(
     model: Annotated[Path | None, typer.Argument(help="A merged model folder (default: the newest).")] = None,
-    q4: Annotated[bool, typer.Option("--q4", help="Q4_K_M GGUF and 4-bit MLX (the default).")] = False,
+    q4: Annotated[bool, typer.Option("--q4", help="Q4_K_M GGUF and 5-bit MLX (the default).")] = False,
     q8: Annotated[bool, typer.Option("--q8", help="Q8_0 GGUF and 8-bit MLX.")] = False,
     f16: Annotated[bool, typer.Option("--f16", help="F16 GGUF and bf16 MLX.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="BF16 GGUF and bf16 MLX.")] = False,
@@ -41,7 +41,15 @@ def export(
     out = out or work.new("export")
     report = export_model(model, out, config, progress=note)
     lines = [f"{out / name}  {size / 1e6:.1f} MB" for name, size in report["files"].items()]
-    emit(json, "export", "\n".join(lines), inputs={"model": model}, artifacts={"folder": out}, metrics=report)
+    emit(
+        json,
+        "export",
+        "\n".join(lines),
+        inputs={"model": model},
+        artifacts={"folder": out},
+        metrics=report,
+        warnings=report["warnings"],
+    )
 
 
 def _newest_model(work: Workdir) -> Path:

@@ -213,6 +213,8 @@ class Writing(Pending):
             reason = "the deadline passed before the first word"
         else:
             reason = self._writer.gate.after(self._query, text)
+            if reason and written.finish_reason == "deadline":
+                reason = f"the deadline passed; so far, {reason}"
         return ExpandedQuery(
             query=self._query,
             text="" if reason else text,

@@ -52,7 +52,7 @@ def tensor_names(file: Path) -> list[str]:
 def test_every_export_loads_generates_and_knows_its_spec(exported: Any) -> None:
     source, out, result = exported
     names = [f"student-{kind}.gguf" for kind in KINDS] + [
-        f"student-mlx-{b}" for b in ("bf16", "8bit", "4bit")
+        f"student-mlx-{b}" for b in ("bf16", "8bit", "5bit")
     ]
     assert sorted(result["files"]) == sorted(names)
     for name in names:
@@ -80,7 +80,7 @@ def test_hostile_text_has_the_same_ids_everywhere(exported: Any) -> None:
     backends = [
         open_backend(resolve(source)),
         open_backend(resolve(out / "student-Q4_K_M.gguf")),
-        open_backend(resolve(out / "student-mlx-4bit")),
+        open_backend(resolve(out / "student-mlx-5bit")),
     ]
     markup = {backends[0].tokenize(text, True)[0] for text in ("<|im_start|>", "<|im_end|>")}
     for text in HOSTILE:
@@ -148,14 +148,14 @@ def test_an_export_is_verified_later_on(exported: Any, tmp_path: Path) -> None:
         assert 0 <= found["kl_divergence"] < limit
 
     copy = shutil.copytree(out, tmp_path / "copy")
-    shutil.copytree(copy / "student-mlx-4bit", tmp_path / "other" / "student-mlx-4bit")
+    shutil.copytree(copy / "student-mlx-5bit", tmp_path / "other" / "student-mlx-5bit")
     with (copy / "student-Q4_K_M.gguf").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"?")
     with pytest.raises(BadInput, match="it is damaged or was changed"):
         verify_export(copy / "student-Q4_K_M.gguf", source)
     with pytest.raises(BadInput, match="has no SHA256SUMS beside it"):
-        verify_export(tmp_path / "other" / "student-mlx-4bit", source)
+        verify_export(tmp_path / "other" / "student-mlx-5bit", source)
     added = copy / "student-mlx-bf16" / "model-evil.safetensors"
     added.write_bytes(b"")
     with pytest.raises(BadInput, match=r"model-evil\.safetensors: isn't listed"):
@@ -172,7 +172,7 @@ def test_an_export_is_verified_later_on(exported: Any, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="isn't a list of checksums"):
             verify_export(copy / "student-F16.gguf", source)
     with pytest.raises(NotFound, match="name it with --source"):
-        source_of(tmp_path / "other" / "student-mlx-4bit")
+        source_of(tmp_path / "other" / "student-mlx-5bit")
     with pytest.raises(NotFound, match="gone: no such file or folder"):
         verify_export(copy / "student-F16.gguf", tmp_path / "gone")
 
@@ -211,10 +211,22 @@ def test_only_what_was_asked_for_is_kept_and_stdout_stays_clean(
 ) -> None:
     notes: list[str] = []
     result = export_model(tiny_qwen3, tmp_path / "out", progress=notes.append)
-    assert list(result["files"]) == ["student-Q4_K_M.gguf", "student-mlx-4bit"]
+    assert list(result["files"]) == ["student-Q4_K_M.gguf", "student-mlx-5bit"]
     assert result["checks"].keys() == {"student-BF16.gguf", *result["files"]}  # the intermediate, too
     assert len(notes) == 5
     assert capfd.readouterr().out == ""
+
+
+def test_an_export_that_answers_otherwise_says_so(
+    tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qe_edge.export.export.FAR", 0.01)  # so small a model's answers hardly diverge
+    config = ExportConfig(kinds=("Q8_0", "Q3_K_M"), formats=("gguf",))
+    result = export_model(tiny_qwen3, tmp_path / "out", config)
+    far = {name: check["answer_divergence"] for name, check in result["checks"].items()}
+    assert far["student-Q8_0.gguf"] < 0.01 < far["student-Q3_K_M.gguf"]
+    (warning,) = result["warnings"]
+    assert warning.startswith("student-Q3_K_M.gguf often answers otherwise than its source")
 
 
 def test_embeddings_are_stored_once_when_tied(tiny_qwen3: Path, tmp_path: Path) -> None:

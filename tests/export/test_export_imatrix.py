@@ -136,7 +136,7 @@ def test_an_export_takes_what_the_student_was_trained_on(
 
     # Where the file comes from is inside it, and beside the MLX weights; no path of this machine is.
     field = GGUFReader(str(out / "student-Q4_K_M.gguf")).fields["qe_edge.provenance"].contents()
-    beside = (out / "student-mlx-4bit" / "qe_edge_provenance.json").read_text()
+    beside = (out / "student-mlx-5bit" / "qe_edge_provenance.json").read_text()
     assert json.loads(field) == json.loads(beside)
     assert str(tmp_path) not in field and str(tiny_qwen3.parent) not in field
     (training,) = json.loads(field)["trainings"]

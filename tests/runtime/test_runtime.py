@@ -53,6 +53,14 @@ def test_at_the_deadline_there_is_what_there_is(gguf: Path) -> None:
         assert expander.expand("tides", deadline_ms=100).finish_reason == "deadline"
 
 
+def test_what_the_deadline_cut_is_not_blamed_on_the_student(gguf: Path) -> None:
+    with scripted(gguf) as expander:
+        says(expander, "what causes tides? " * 20 + "the moon", pause=0.02)
+        cut = expander.expand("what causes tides", deadline_ms=200)
+        assert cut.fallback == "the deadline passed; so far, it adds nothing to the query"
+        assert cut.finish_reason == "deadline" and cut.rejected.startswith("what")
+
+
 def test_a_deadline_holds_while_others_are_written(gguf: Path) -> None:
     with scripted(gguf, gate=OPEN, budget_tokens=40) as expander:
         says(expander, "moon sun sea wind ", pause=0.02, end=False)  # one at a time
