@@ -108,7 +108,7 @@ def export_model(
         warnings = [far for name in files if name in checks and (far := _far(name, checks[name]))]
         for warning in warnings:
             progress(f"warning: {warning}")
-        found = {"files": files, "checks": checks, "calibration": measured, "types": types}
+        found: dict[str, Any] = {"files": files, "checks": checks, "calibration": measured, "types": types}
         found["warnings"] = warnings
         record = run_record("export", msgspec.to_builtins(config, enc_hook=str), {"model": model}, **found)
         # So that both can be moved together.
