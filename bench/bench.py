@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from qe_edge.bench.config import BenchConfig
-from qe_edge.bench.inputs import Model, parse_model
+from qe_edge.bench.inputs import Model, parse_model, parse_run
 from qe_edge.bench.result import RESULT, BenchResult
 from qe_edge.bench.systems import Systems, is_of
 from qe_edge.console import note
@@ -16,6 +16,7 @@ from qe_edge.errors import BadArgument, QeEdgeError
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.retrieval.datasets import Dataset, load_dataset
 from qe_edge.retrieval.measures import RESAMPLES, check_measure
+from qe_edge.retrieval.trec import read_run
 from qe_edge.student.join import Join
 from qe_edge.student.models import resolve
 from qe_edge.work.files import write_json
@@ -46,6 +47,11 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         raise BadArgument("two models have the same name; tell them apart with --model LABEL=MODEL")
     inputs: dict[str, Path | str] = {label: resolve(name).path or name for label, name in named.items()}
     inputs |= {f"teachers[{i}]": path for i, path in enumerate(config.teachers)}
+    runs = dict(parse_run(text) for text in config.runs)
+    if len(runs) < len(config.runs) or runs.keys() & named.keys():
+        raise BadArgument("two rows have the same name; tell them apart with --run LABEL=FILE")
+    rankings = {label: read_run(path) for label, path in runs.items()}  # a bad file is found before the work
+    inputs |= {f"runs[{label}]": path for label, path in runs.items()}
     run = RunFolder("bench", msgspec.to_builtins(config), inputs, out or workdir.new("bench"))
     hashes = {label: run.record["inputs"][label]["sha256"] for label in named}
     models = [Model(label, name, hashes[label], config.joins) for label, name in named.items()]
@@ -67,7 +73,7 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     for data in loaded:
         note(f"bench: {data}")
         one = Systems(data, config, run.partial, workdir)
-        results.append(one.measure(models))
+        results.append(one.measure(models, rankings))
         warnings += one.warnings
         failures += one.failures
     result = BenchResult(

@@ -59,6 +59,10 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         tuple[str, ...], said("Take only this teacher's rows.", flag="--teacher-model")
     ] = ()
     teacher_join: Annotated[str, said("How a teacher's texts are joined.")] = str(TEACHER_JOIN)
+    runs: Annotated[
+        tuple[str, ...],
+        said("Another system's TREC run, for a row: FILE or LABEL=FILE; repeat for more.", flag="--run"),
+    ] = ()
     threads: Annotated[Threads | None, said("CPU threads (default: all cores).")] = None
     max_tokens: Annotated[Count | None, said("Instead of the models' own token budget.")] = None
     feedback: Annotated[bool, said("Also have each model read what the plain query finds.")] = False

@@ -37,6 +37,14 @@ def parse_model(text: str) -> tuple[str, str]:
     return shown(ref.path.name if ref.path and not text.startswith("builtin:") else text), text
 
 
+def parse_run(text: str) -> tuple[str, Path]:
+    """`FILE` or `LABEL=FILE` -> (label for tables, file); a file's label is its name."""
+    label, equals, file = text.partition("=")
+    if equals and "/" not in label and not Path(text).exists():
+        return label, Path(file)
+    return shown(Path(text).name), Path(text)
+
+
 def default_models(workdir: Workdir) -> list[str]:
     """The GGUF files of the newest export."""
     folder = workdir.newest("export")

@@ -14,7 +14,7 @@ from qe_edge.retrieval.measures import Interval
 SCHEMA_VERSION = 1
 RESULT = "result.json"
 
-Kind = Literal["bm25", "feedback", "model", "teacher"]
+Kind = Literal["bm25", "feedback", "run", "model", "teacher"]
 
 
 class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,7 +41,7 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One row: plain BM25, BM25 with feedback, a model, or a teacher's ready-made expansions.
+    """One row: plain BM25, BM25 with feedback, another system's run, a model, or a teacher's expansions.
 
     nDCG values lie in 0..1. Differences and ratios are paired over the queries, each with its 95 %
     bootstrap interval; they are None where there is nothing to compare with. `retention` is this

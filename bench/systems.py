@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from qe_edge.retrieval.datasets import Dataset, describe
 from qe_edge.retrieval.index import Index, Retriever
 from qe_edge.retrieval.measures import Interval, depth, evaluate, mean_interval
 from qe_edge.retrieval.opensearch import OpenSearchIndex
-from qe_edge.retrieval.trec import Ranking, write_run
+from qe_edge.retrieval.trec import Ranking, Run, write_qrels, write_run
 from qe_edge.student.join import DEFAULT_JOIN, Join
 from qe_edge.student.spec import ModelSpec
 from qe_edge.work.files import sha256
@@ -53,7 +53,9 @@ class Systems:
         self.warnings: list[str] = []
         self.failures: list[str] = []
 
-    def measure(self, models: Sequence[Model]) -> DatasetResult:
+    def measure(self, models: Sequence[Model], runs: Mapping[str, Run] | None = None) -> DatasetResult:
+        """All rows: `runs` are other systems' rankings, by their label."""
+        write_qrels(self.folder / "runs" / self.slug / "qrels.txt", self.data.qrels)
         plain = self.retrieve({}, DEFAULT_JOIN)
         self.add("BM25", "bm25", "", plain)
         if isinstance(self.index, Index):  # feedback needs the postings
@@ -61,6 +63,8 @@ class Systems:
             self.add("BM25 + RM3", "feedback", "", rm3(self.data, self.index, plain, texts, self.depth))
         elif self.config.feedback or self.config.refine:
             self.warnings.append(f"nothing was read on {self.data}: that needs our own index")
+        for name, run in (runs or {}).items():
+            self.add_run(name, run)
         for model in models:
             try:
                 rows = self.add_model(model, plain)
@@ -137,6 +141,19 @@ class Systems:
                 **more,
             )
         )
+
+    def add_run(self, name: str, run: Run) -> None:
+        """A row for another system's run; queries that it lacks count as nothing found."""
+        known = {query_id: list(run.get(query_id, [])) for query_id in self.data.queries}
+        missing = sum(not ranking for ranking in known.values())
+        if missing == len(known):
+            self.warnings.append(f"{name} holds no query of {self.data}")
+            return
+        if missing:
+            self.warnings.append(
+                f"{name} lacks {missing} queries of {self.data}, which count as nothing found"
+            )
+        self.add(name, "run", "", known)
 
     def generate(
         self, label: str, model: Model, read: ReadTask | None = None

@@ -71,6 +71,9 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     learning_rate: Annotated[float, Share, said("Peak; a cosine takes it to zero.")] = 1e-4
     epochs: Annotated[float, Share, said("Passes over the rows.")] = 1.0
+    max_steps: Annotated[
+        int, Meta(ge=0, le=10**9), said("Steps instead of epochs, such as a few to try; 0: epochs decide.")
+    ] = 0
     batch_size: Annotated[int, Size, said("Rows in memory at a time.")] = 4
     accumulate: Annotated[int, Size, said("Batches per step.")] = 2
     max_length: Annotated[
@@ -99,6 +102,10 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     save_steps: Annotated[int, Size, said("Steps between checkpoints to resume from.")] = 20
     logging_steps: Annotated[int, Size, said("Steps between entries of the log.")] = 5
     tensorboard: Annotated[bool, said("Also log for TensorBoard.")] = False
+
+    def passes(self, rows: int, processes: int) -> float:
+        """How often each of so many rows is trained on."""
+        return self.max_steps * self.batch_size * self.accumulate * processes / rows or self.epochs
 
 
 class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -63,7 +63,16 @@ def dpo(
     sides = [row for pair in encoded for row in _rows(pair)]
     lengths, answer = [len(row.ids) for row in sides], max(len(row.ids) - row.answer for row in sides)
     rank = 0 if trained.full else rank_of(adapter)
-    needs = estimate(shape, config, on, rank=rank, longest=max(lengths), answer=answer, tokens=sum(lengths))
+    needs = estimate(
+        shape,
+        config,
+        on,
+        rank=rank,
+        longest=max(lengths),
+        answer=answer,
+        tokens=sum(lengths),
+        epochs=config.passes(len(encoded), on.processes),
+    )
     dev = load_dev(config, spec, tokenizer, on, workdir)
 
     with explain_out_of_memory(config, on, trained.full):

@@ -51,8 +51,9 @@ def estimate(
     longest: int,
     answer: int,
     tokens: int,
+    epochs: float = 1.0,
 ) -> Estimate:
-    """What training on rows of `tokens` tokens in all takes on one process.
+    """What training on rows of `tokens` tokens in all, `epochs` times, takes on one process.
 
     The longest row has `longest` tokens, the longest answer `answer`.
 
@@ -81,11 +82,11 @@ def estimate(
     passes = 4 if rank else 6  # 2 forward, 2 backward through the activations, 2 more to the weights
     if config.checkpointing:
         passes += 2
-    flops = passes * parameters * tokens * config.epochs
+    flops = passes * parameters * tokens * epochs
     if isinstance(config, DpoConfig):
         # TRL always copies an adapter for the reference; whole weights need no copy when they ran before.
         weights += trained * 4 if rank or not config.precompute else 0
-        flops += 2 * parameters * tokens * (1 if config.precompute else config.epochs)
+        flops += 2 * parameters * tokens * (1 if config.precompute else epochs)
     return Estimate(process + weights, training, int(activations * SURPLUS[on.device]), flops / on.processes)
 
 

@@ -164,6 +164,7 @@ def trainer_arguments(config: TrainConfig, on: Hardware, folder: Path) -> dict[s
         "output_dir": str(folder),
         "learning_rate": config.learning_rate,
         "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
         "per_device_train_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.accumulate,
         "lr_scheduler_type": "cosine",

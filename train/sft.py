@@ -75,6 +75,7 @@ def sft(
         longest=max(lengths),
         answer=answer,
         tokens=sum(lengths),
+        epochs=config.passes(len(encoded), on.processes),
     )
     dev = load_dev(config, spec, tokenizer, on, workdir)
 

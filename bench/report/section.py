@@ -67,7 +67,13 @@ class Section:
     def references(self) -> list[Measurement]:
         """What has no speed of writing: BM25 with and without feedback, and the teachers."""
         reading = [row for _, row in self.distinct_models() if row.system.speed and not row.tokens_per_s]
-        return self.of_kind("bm25") + self.of_kind("feedback") + reading + self.of_kind("teacher")
+        return (
+            self.of_kind("bm25")
+            + self.of_kind("feedback")
+            + self.of_kind("run")
+            + reading
+            + self.of_kind("teacher")
+        )
 
     @property
     def has_budgets(self) -> bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from qe_edge.errors import BadInput
+from qe_edge.lines import read_lines
 from qe_edge.work.files import write_bytes
 
 Ranking = list[tuple[str, float]]
@@ -15,6 +17,42 @@ Qrels = dict[str, dict[str, int]]
 """query id -> document id -> grade."""
 Run = Mapping[str, Ranking]
 """query id -> ranking."""
+
+
+def write_qrels(path: Path | str, qrels: Qrels) -> None:
+    """Write judgments as TREC has them: `qid 0 docid grade`."""
+    lines = [
+        f"{query_id} 0 {doc_id} {grade}\n"
+        for query_id, grades in qrels.items()
+        for doc_id, grade in grades.items()
+    ]
+    write_bytes(path, "".join(lines).encode())
+
+
+def read_run(path: Path | str) -> dict[str, Ranking]:
+    """Read a TREC run file, each query's documents by score as trec_eval orders them: of equal scores, the
+    later name first.
+
+    Raises:
+        BadInput: a line is not `qid Q0 docid rank score tag`, or names a document twice.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for number, line in read_lines(path):
+        try:
+            query_id, _, doc_id, _, score, _ = line.split()
+            value = float(score)
+        except ValueError:
+            raise BadInput(
+                "not a line of a TREC run: qid Q0 docid rank score tag", path=path, line=number
+            ) from None
+        ranking = found.setdefault(query_id, {})
+        if doc_id in ranking:
+            raise BadInput(f"has document {doc_id} twice for query {query_id}", path=path, line=number)
+        ranking[doc_id] = value
+    return {
+        query_id: sorted(ranking.items(), key=lambda item: (item[1], item[0]), reverse=True)
+        for query_id, ranking in found.items()
+    }
 
 
 def write_run(path: Path | str, run: Run, tag: str) -> None:

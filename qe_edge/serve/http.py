@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Annotated, Any, Self
+from typing import Any
 
 import prometheus_client as prometheus
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
@@ -20,126 +20,30 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from qe_edge import __version__
-from qe_edge.arguments import LONGEST_MS
-from qe_edge.errors import BadInput, QeEdgeError
-from qe_edge.runtime.expander import Expander
+from qe_edge.errors import QeEdgeError
+from qe_edge.runtime.expander import ROUNDS, Expander
 from qe_edge.runtime.expansion import ExpandedQuery
 from qe_edge.runtime.refining import AsyncSearch
 from qe_edge.serve.collection import Collection
 from qe_edge.serve.config import ServeConfig
 from qe_edge.serve.guard import Guard
+from qe_edge.serve.messages import (
+    BODY_BYTES,
+    Deadline,
+    Expanded,
+    ExpandReply,
+    ExpandRequest,
+    FeedbackRequest,
+    Health,
+    QueryText,
+    Result,
+    SearchReply,
+    SearchRequest,
+)
 from qe_edge.student.join import DEFAULT_JOIN
-from qe_edge.student.prompt import clean_query
-
-QUERY_CHARACTERS = 1000
-QUERIES = 64  # in one request
-BODY_BYTES = 12 * QUERIES * QUERY_CHARACTERS + 1024  # as \uXXXX, two for a rare character
-
-
-def _is_query(text: str) -> str:
-    try:
-        clean_query(text)
-    except BadInput as error:
-        raise ValueError(str(error)) from None
-    return text
-
-
-QueryText = Annotated[str, StringConstraints(max_length=QUERY_CHARACTERS), AfterValidator(_is_query)]
-Deadline = Annotated[
-    float | None,
-    Field(
-        gt=0,
-        le=LONGEST_MS,
-        allow_inf_nan=False,
-        description="Milliseconds; never more than the server's own.",
-    ),
-]
-
-
-class ExpandRequest(BaseModel, extra="forbid"):
-    """One query, or several."""
-
-    query: QueryText | Annotated[list[QueryText], Field(min_length=1, max_length=QUERIES)]
-    deadline_ms: Deadline = None
-
-
-class Expanded(BaseModel):
-    """A query and its expansion; `fallback` says why `text` is empty and the query is searched as it is.
-
-    After feedback, `text` is the heaviest words.
-    """
-
-    query: str
-    text: str
-    words: dict[str, float]
-    terms: dict[str, float]
-    tokens: int
-    finish_reason: str
-    fallback: str
-    cached: bool
-    prefill_ms: float
-    decode_ms: float
-
-    @classmethod
-    def of(cls, expanded: ExpandedQuery) -> Self:
-        return cls(
-            query=expanded.query,
-            text=expanded.summary(),
-            words=expanded.words(),
-            terms=expanded.terms(),
-            tokens=expanded.tokens,
-            finish_reason=expanded.finish_reason,
-            fallback=expanded.fallback,
-            cached=expanded.cached,
-            prefill_ms=round(1000 * expanded.prefill_s, 2),
-            decode_ms=round(1000 * expanded.decode_s, 2),
-        )
-
-
-class ExpandReply(BaseModel):
-    expansions: list[Expanded]
-
-
-class SearchRequest(BaseModel, extra="forbid"):
-    """A query over a named index, as it is with `expand` false.
-
-    With `feedback` it is expanded by what it finds as it is, instead of by what the student writes; with
-    `refine` by both: a text, and what that finds. Either needs `expand`.
-    """
-
-    query: QueryText
-    index: str = ""
-    k: Annotated[int, Field(ge=1, le=1000)] = 10
-    expand: bool = True
-    feedback: bool = False
-    refine: bool = False
-    deadline_ms: Deadline = None
-
-
-class Result(BaseModel):
-    rank: int
-    doc_id: str
-    score: float
-    plain_rank: int | None
-    text: str
-
-
-class SearchReply(BaseModel):
-    index: str
-    expansion: Expanded | None
-    hits: list[Result]
-
-
-class Health(BaseModel):
-    status: str
-    version: str
-    model: str
-    indexes: list[str]
-    pending: int
 
 
 class Service:
@@ -195,13 +99,18 @@ class Service:
         scores: Sequence[float] = (),
         passages: list[str] | None = None,
         search: AsyncSearch | None = None,
+        written: ExpandedQuery | None = None,
     ) -> ExpandedQuery:
-        """By what the student writes, by the passages if there are any, or by what the search finds."""
+        """By what the student writes, by the passages if there are any, or by what the search finds.
+
+        For what is `written` already, it searches once.
+        """
         start = time.perf_counter()
         when: Any = {"deadline_ms": self.deadline(deadline_ms), "scores": scores}
         try:
             if search:
-                expanded = await self.expander.arefine(query, search, **when)
+                rounds = 1 if written else ROUNDS
+                expanded = await self.expander.arefine(query, search, written=written, rounds=rounds, **when)
             elif passages is not None:
                 expanded = await self.expander.afeedback(query, passages, **when)
             else:
@@ -265,6 +174,16 @@ def create_app(
         async with service.place(len(queries)), asyncio.TaskGroup() as group:
             tasks = [group.create_task(service.expand(query, request.deadline_ms)) for query in queries]
         return ExpandReply(expansions=[Expanded.of(task.result()) for task in tasks])
+
+    @app.post("/feedback", dependencies=guarded)
+    async def feedback(request: FeedbackRequest) -> Expanded:
+        """Expand a query by passages that your own index found."""
+        by: dict[str, Any] = {"passages": request.passages}
+        if request.text:
+            by = {"written": ExpandedQuery(request.query, request.text, expander.spec.join)}
+            by["search"] = _already(request.passages)
+        async with service.place(1):
+            return Expanded.of(await service.expand(request.query, request.deadline_ms, **by))
 
     async def one_place() -> AsyncIterator[None]:
         async with service.place(1):
@@ -333,6 +252,15 @@ def create_app(
         )
 
     return app
+
+
+def _already(passages: list[str]) -> AsyncSearch:
+    """A search whose passages are there."""
+
+    async def search(_: ExpandedQuery) -> list[str]:
+        return passages
+
+    return search
 
 
 class _Counted:

@@ -93,6 +93,36 @@ def test_rows_are_bm25_the_model_per_join_and_the_teacher(done, student):
     assert second.gain_retention.mean == pytest.approx((means[3] - means[0]) / (means[2] - means[0]))
 
 
+def test_another_systems_run_is_a_row_beside_bm25_and_needs_no_model(done, tmp_path):
+    folder, _, _ = done
+    (data,) = read_result(folder).datasets
+    (own,) = (folder / "runs").glob("demo-en@test-*/BM25_RM3-*.trec")
+    queries = list(data.queries)
+    part = tmp_path / "part.trec"
+    part.write_text("".join(x + "\n" for x in own.read_text().splitlines() if x.split()[0] != queries[0]))
+    config = BenchConfig(datasets=("demo-en",), runs=(f"theirs={own}", str(part)))
+    result = read_result(bench(config, workdir=Workdir(tmp_path / "work")))
+    _, rm3, theirs, less = result.datasets[0].systems
+    assert (theirs.name, theirs.kind, less.name) == ("theirs", "run", "part.trec")
+    assert theirs.per_query == rm3.per_query and theirs.vs_bm25 == rm3.vs_bm25
+    assert less.per_query == rm3.per_query | {queries[0]: 0.0}
+    assert result.warnings == ["part.trec lacks 1 queries of demo-en@test, which count as nothing found"]
+    part.write_text("q1 Q0 d1 1\n")
+    with pytest.raises(BadInput, match=r"part.trec:1: not a line of a TREC run"):
+        bench(config, workdir=Workdir(tmp_path / "work"))
+    part.write_text("q1 Q0 d1 1 2.5 x\nq1 Q0 d1 2 2.0 x\n")
+    with pytest.raises(BadInput, match=r"part.trec:2: has document d1 twice"):
+        bench(config, workdir=Workdir(tmp_path / "work"))
+
+
+def test_the_judgments_stand_beside_the_runs(done):
+    folder, _, _ = done
+    (file,) = (folder / "runs").glob("demo-en@test-*/qrels.txt")
+    assert {
+        (qrel.query_id, qrel.doc_id): qrel.relevance for qrel in ir_measures.read_trec_qrels(str(file))
+    } == {(q, d): grade for q, grades in load_dataset("demo-en").qrels.items() for d, grade in grades.items()}
+
+
 def test_per_query_values_are_trec_evals_on_the_written_runs(done):
     folder, _, _ = done
     (data,) = read_result(folder).datasets

@@ -69,6 +69,35 @@ def test_it_searches_a_named_index(server: Server) -> None:
     assert missing.status == 404 and missing.json["detail"] == "no index 'nothing'; there are: demo-en, zh"
 
 
+def test_an_expansion_comes_as_the_query_of_every_engine(server: Server, gguf: Path) -> None:
+    (found,) = server.post("/expand", query="what causes tides").json["expansions"]
+    with Expander.load(gguf, budget_tokens=24) as expander:
+        alone = expander.expand("what causes tides")
+    assert found["queries"] == {
+        "fts5": alone.to_fts5(),
+        "tantivy": alone.to_tantivy(),
+        "lucene": alone.to_lucene(),
+        "elasticsearch": alone.to_elasticsearch(),
+        "text": alone.to_text(),
+    }
+
+
+def test_passages_of_another_index_are_read(server: Server, gguf: Path) -> None:
+    passages = ["The moon's pull moves the sea.", "Yeast raises dough."]
+    with Expander.load(gguf, budget_tokens=24) as expander:
+        alone = expander.feedback(QUERIES[0], passages)
+        written = expander.expand(QUERIES[0])
+        both = expander.refine(QUERIES[0], lambda _: passages, rounds=1)
+    read = server.post("/feedback", query=QUERIES[0], passages=passages).json
+    assert read["words"] == pytest.approx(alone.words(), rel=1e-3) and "moon" in read["words"]
+    assert read["queries"]["fts5"].count('"') == alone.to_fts5().count('"')
+    refined = server.post("/feedback", query=QUERIES[0], passages=passages, text=written.text).json
+    assert refined["text"] == written.text
+    assert refined["words"] == pytest.approx(both.words(), rel=1e-3)
+    nothing = server.post("/feedback", query="tides", passages=[]).json
+    assert nothing["fallback"] == "the search found nothing to read"
+
+
 def test_it_streams_what_is_written(server: Server) -> None:
     reply = server.ask("GET", "/expand/stream?query=how%20do%20tides%20rise")
     assert reply.headers["content-type"].startswith("text/event-stream")
@@ -94,6 +123,9 @@ def test_it_streams_what_is_written(server: Server) -> None:
         ("/expand", b"\xff{", 400, "parsing the body"),
         ("/expand", b'{"query": "' + b"x" * 800_000 + b'"}', 413, ""),
         ("/search", {"query": "x", "k": 100_000}, 422, "less than or equal to 1000"),
+        ("/feedback", {"query": "x"}, 422, "passages"),
+        ("/feedback", {"query": "x", "passages": ["y"] * 51}, 422, "at most 50 items"),
+        ("/feedback", {"query": "x", "passages": ["y" * 2001]}, 422, "at most 2000 characters"),
         ("/nothing", {}, 404, "Not Found"),
     ],
     ids=str,

@@ -1,0 +1,153 @@
+"""What clients send and get: the bodies of requests and of replies."""
+
+# No postponed annotations: pydantic reads them where they stand.
+
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints
+
+from qe_edge.arguments import LONGEST_MS
+from qe_edge.errors import BadInput
+from qe_edge.runtime.expansion import ExpandedQuery
+from qe_edge.student.feedback import MOST_PASSAGES
+from qe_edge.student.prompt import clean_query
+
+QUERY_CHARACTERS = 1000
+PASSAGE_CHARACTERS = 2000  # of which the first 1,024 count
+QUERIES = 64  # in one request
+BODY_BYTES = 12 * QUERIES * QUERY_CHARACTERS + 1024  # as \uXXXX, two for a rare character
+
+
+def _is_query(text: str) -> str:
+    try:
+        clean_query(text)
+    except BadInput as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+QueryText = Annotated[str, StringConstraints(max_length=QUERY_CHARACTERS), AfterValidator(_is_query)]
+Deadline = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        le=LONGEST_MS,
+        allow_inf_nan=False,
+        description="Milliseconds; never more than the server's own.",
+    ),
+]
+
+
+Passage = Annotated[str, StringConstraints(max_length=PASSAGE_CHARACTERS)]
+
+
+class ExpandRequest(BaseModel, extra="forbid"):
+    """One query, or several."""
+
+    query: QueryText | Annotated[list[QueryText], Field(min_length=1, max_length=QUERIES)]
+    deadline_ms: Deadline = None
+
+
+class FeedbackRequest(BaseModel, extra="forbid"):
+    """A query and the passages that your own index found for it, best first.
+
+    With a `text` that `/expand` wrote for it, they are what the expanded query found, and both expand it.
+    """
+
+    query: QueryText
+    passages: Annotated[list[Passage], Field(max_length=MOST_PASSAGES)]
+    text: Passage = ""
+    deadline_ms: Deadline = None
+
+
+class Queries(BaseModel):
+    """The expanded query as search engines take it; see the methods `to_…` of `ExpandedQuery`."""
+
+    fts5: str
+    tantivy: str
+    lucene: str
+    elasticsearch: dict[str, Any]
+    text: str
+
+
+class Expanded(BaseModel):
+    """A query and its expansion; `fallback` says why `text` is empty and the query is searched as it is.
+
+    After feedback, `text` is the heaviest words.
+    """
+
+    query: str
+    text: str
+    words: dict[str, float]
+    terms: dict[str, float]
+    queries: Queries
+    tokens: int
+    finish_reason: str
+    fallback: str
+    cached: bool
+    prefill_ms: float
+    decode_ms: float
+
+    @classmethod
+    def of(cls, expanded: ExpandedQuery) -> Self:
+        return cls(
+            query=expanded.query,
+            text=expanded.summary(),
+            words=expanded.words(),
+            terms=expanded.terms(),
+            queries=Queries(
+                fts5=expanded.to_fts5(),
+                tantivy=expanded.to_tantivy(),
+                lucene=expanded.to_lucene(),
+                elasticsearch=expanded.to_elasticsearch(),
+                text=expanded.to_text(),
+            ),
+            tokens=expanded.tokens,
+            finish_reason=expanded.finish_reason,
+            fallback=expanded.fallback,
+            cached=expanded.cached,
+            prefill_ms=round(1000 * expanded.prefill_s, 2),
+            decode_ms=round(1000 * expanded.decode_s, 2),
+        )
+
+
+class ExpandReply(BaseModel):
+    expansions: list[Expanded]
+
+
+class SearchRequest(BaseModel, extra="forbid"):
+    """A query over a named index, as it is with `expand` false.
+
+    With `feedback` it is expanded by what it finds as it is, instead of by what the student writes; with
+    `refine` by both: a text, and what that finds. Either needs `expand`.
+    """
+
+    query: QueryText
+    index: str = ""
+    k: Annotated[int, Field(ge=1, le=1000)] = 10
+    expand: bool = True
+    feedback: bool = False
+    refine: bool = False
+    deadline_ms: Deadline = None
+
+
+class Result(BaseModel):
+    rank: int
+    doc_id: str
+    score: float
+    plain_rank: int | None
+    text: str
+
+
+class SearchReply(BaseModel):
+    index: str
+    expansion: Expanded | None
+    hits: list[Result]
+
+
+class Health(BaseModel):
+    status: str
+    version: str
+    model: str
+    indexes: list[str]
+    pending: int
