@@ -6,9 +6,10 @@ import os
 import signal
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer import rich_utils
 
 from qe_edge.commands.bench import bench_app
 from qe_edge.commands.common import emit
@@ -29,6 +30,8 @@ from qe_edge.commands.verify import verify
 from qe_edge.console import prepare_streams
 from qe_edge.errors import DEBUG, PartlyDone, QeEdgeError, explained
 from qe_edge.redact import redact
+
+UsageError: Any = typer.BadParameter.__base__  # Typer gives it no name of its own
 
 app = typer.Typer(
     help="Distil a big model's query expansions into a small model that runs on your own device.",
@@ -72,7 +75,12 @@ def main() -> None:
     # As after Ctrl-C: children are ended, and what is half-written is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except UsageError as error:  # with its usage and the options that are like it
+        rich_utils.rich_format_error(error)
+        if "--json" in sys.argv:
+            emit(True, _command(), "", status="error", errors=[redact(error.format_message())])
+        sys.exit(error.exit_code)
     except BrokenPipeError:  # such as `qe-edge data list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -85,13 +93,26 @@ def main() -> None:
         sys.exit(_fail(error))
 
 
+def _command() -> str:
+    """The whole name of the command that is asked for, such as `train sft`."""
+    names, group = [], typer.main.get_command(app)
+    for word in sys.argv[1:]:
+        found = getattr(group, "commands", {}).get(word)
+        if found:
+            names.append(word)
+            group = found
+        elif not word.startswith("-"):
+            break
+    return " ".join(names)
+
+
 def _fail(error: Exception) -> int:
     """Say what went wrong; returns the exit code."""
     message = redact(explained(error))
     print(f"error: {message}", file=sys.stderr)
     if "--json" in sys.argv:
         status = "partial" if isinstance(error, PartlyDone) else "error"
-        emit(True, " ".join(sys.argv[1:2]), "", status=status, warnings=[message])
+        emit(True, _command(), "", status=status, errors=[message])
     return error.exit_code if isinstance(error, QeEdgeError) else QeEdgeError.exit_code
 
 

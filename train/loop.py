@@ -13,6 +13,7 @@ import msgspec
 from qe_edge.console import is_main_process, note, progress
 from qe_edge.errors import BadInput, QeEdgeError, require
 from qe_edge.student.spec import ModelSpec, write_spec
+from qe_edge.train.card import write_card
 from qe_edge.train.config import TrainConfig
 from qe_edge.train.curve import draw
 from qe_edge.train.dev import BEST, Best, DevSet, keep_best, take_best
@@ -105,7 +106,13 @@ class TrainingRun(RunFolder):
             trainer.model.save_pretrained(str(self.partial), **saved)
 
     def finish_training(
-        self, trainer: Any, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, **extra: Any
+        self,
+        trainer: Any,
+        spec: ModelSpec,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        rows: int,
+        **extra: Any,
     ) -> Path:
         """Add spec, log and picture to the weights, drop the checkpoints and give the folder its name.
 
@@ -116,11 +123,12 @@ class TrainingRun(RunFolder):
         if tokenizer is not None:
             tokenizer.save_pretrained(self.partial)
         write_spec(self.partial, spec)
+        write_card(self.partial, spec, rows=rows, full=tokenizer is not None)
         write_log(self.partial / LOG, trainer.state.log_history)
         draw(self.partial, trainer.state.log_history)
         metrics = last_figures(trainer.state.log_history, self.resumed)
         device = {"device": self.on.name, "precision": self.on.precision}
-        self.finish(metrics=metrics, kept=self.kept, **device, **extra)
+        self.finish(metrics=metrics, kept=self.kept, rows=rows, **device, **extra)
         for leftover in (*self.out.glob("checkpoint-*"), self.out / BEST):  # no more needed, now it is whole
             remove(leftover)
         return self.out

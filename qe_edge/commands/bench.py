@@ -48,10 +48,13 @@ def bench(
         return
     from qe_edge.bench.bench import bench as verb
     from qe_edge.bench.inputs import default_models, default_teachers
+    from qe_edge.retrieval.datasets import load_dataset
 
     work, values = Workdir(workdir), settings.values
     if not values.get("datasets"):
         raise BadArgument("name at least one data set with --dataset")
+    for name in values["datasets"]:
+        load_dataset(name)  # a wrong name is found first
     values["teachers"] = values.get("teachers") or default_teachers(values["datasets"])
     if not values.get("models"):
         try:
@@ -126,7 +129,8 @@ def emit_bench(
         f"{console_table(result, columns)}\nresult: {folder / RESULT}\n{following}",
         artifacts={"folder": folder} | ({"report": report} if report else {}),
         metrics={"ndcg@10": rows},
-        warnings=result.failures + result.warnings,
+        warnings=result.warnings,
+        errors=result.failures,
         status="partial" if result.failures else "ok",
     )
     if result.failures:

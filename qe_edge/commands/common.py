@@ -102,6 +102,7 @@ def emit(
     artifacts: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
     warnings: list[str] | None = None,
+    errors: list[str] | None = None,
     status: str = "ok",
 ) -> None:
     """The result on stdout: the text, or with --json the envelope of it."""
@@ -114,6 +115,7 @@ def emit(
             "artifacts": artifacts or {},
             "metrics": metrics or {},
             "warnings": redact(warnings or []),
+            "errors": redact(errors or []),
         }
         print_json(envelope)
     else:

@@ -56,6 +56,7 @@ def test_json_is_exactly_one_object(qe_edge):
         "artifacts",
         "metrics",
         "warnings",
+        "errors",
     ]
     assert envelope["metrics"]["queries"] == 26
 
@@ -114,7 +115,25 @@ def test_values_out_of_bounds_are_named(qe_edge, arguments, message):
 def test_an_error_with_json_is_an_object_too(qe_edge):
     code, out, _ = qe_edge("data", "info", "nothing", "--json")
     assert code == 4
-    assert json.loads(out)["status"] == "error"
+    envelope = json.loads(out)
+    assert (envelope["status"], envelope["command"], envelope["warnings"]) == ("error", "data info", [])
+    assert envelope["errors"][0].startswith("no data set 'nothing'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "message"),
+    [
+        (["train", "sft", "--rank", "x"], "train sft", "Invalid value for '--rank'"),
+        (["expand", "--nonsense"], "expand", "No such option: --nonsense"),
+        (["nothing"], "", "No such command 'nothing'"),
+        (["bench"], "bench", "name at least one data set"),
+    ],
+)
+def test_a_usage_error_with_json_is_an_object_too(qe_edge, arguments, command, message):
+    code, out, err = qe_edge(*arguments, "--json")
+    envelope = json.loads(out)
+    assert (code, envelope["command"]) == (2, command)
+    assert message in envelope["errors"][0] and err
 
 
 @pytest.mark.parametrize("arguments", [["--nonsense"], ["bench"], ["search"]])

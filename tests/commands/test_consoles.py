@@ -181,7 +181,7 @@ cli.main()
     assert message in done.stderr
     envelope = json.loads(done.stdout)
     assert envelope["status"] == "error"
-    assert message.removeprefix("error: ") in envelope["warnings"][0]
+    assert message.removeprefix("error: ") in envelope["errors"][0]
     traced = run(QE_EDGE_DEBUG="1")
     assert "Traceback" in traced.stderr and traced.returncode == 6
 
