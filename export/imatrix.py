@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qe_edge.console import progress
 from qe_edge.errors import BadInput, require
 from qe_edge.export.source import Source
 from qe_edge.export.streamed import Streamed
@@ -85,10 +86,12 @@ def measure_importance(
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(add(names.get_name(name) + ".weight"))
     ordered = sorted((ids for ids, _ in rows), key=len)  # little padding
-    for start in range(0, len(ordered), BATCH):
-        batch = ordered[start : start + BATCH]
-        real = torch.arange(len(batch[-1])) < torch.tensor([[len(ids)] for ids in batch])
-        streamed.hidden(batch)
+    with progress("importance matrix", len(ordered)) as advance:
+        for start in range(0, len(ordered), BATCH):
+            batch = ordered[start : start + BATCH]
+            real = torch.arange(len(batch[-1])) < torch.tensor([[len(ids)] for ids in batch])
+            streamed.hidden(batch)
+            advance(len(batch))
     tokens = sum(map(len, ordered))
     values = {name: (total / tokens).numpy() for name, total in sums.items()}
     if not all(np.isfinite(value).all() for value in values.values()):

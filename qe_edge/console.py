@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import msgspec
 
 from qe_edge.redact import redact
+
+SILENCE = 60  # seconds without a word, at most, where no bar is drawn
 
 
 def prepare_streams() -> None:
@@ -85,17 +88,25 @@ def quiet_transformers() -> None:
 
 @contextmanager
 def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar with rate and time left, drawn only on a terminal.
+    """A progress bar with rate and time left; where there is no terminal, a line a minute.
 
     Yields `advance(steps=1, info="")`; `done` steps count as already made and not into the rate.
     """
     from tqdm import tqdm
 
     shown = sys.stderr.isatty() and is_main_process()
+    start = told = time.monotonic()
+    made = 0
     with tqdm(desc=description, total=total, initial=done, leave=False, disable=not shown) as bar:
 
         def advance(steps: int = 1, info: str = "") -> None:
+            nonlocal told, made
             bar.set_postfix_str(info, refresh=False)
             bar.update(steps)
+            made, now = made + steps, time.monotonic()
+            if not shown and now - told >= SILENCE:
+                told = now
+                left = tqdm.format_interval((total - done - made) * (now - start) / made)
+                note(f"{description}: {done + made} of {total}, {left} left{info and f', {info}'}")
 
         yield advance

@@ -104,8 +104,9 @@ def emit(
     warnings: list[str] | None = None,
     errors: list[str] | None = None,
     status: str = "ok",
+    following: str = "",
 ) -> None:
-    """The result on stdout: the text, or with --json the envelope of it."""
+    """The result on stdout: the text and the command `following` it, or with --json the envelope of it."""
     if as_json:
         envelope = {
             "schema_version": 1,
@@ -119,4 +120,4 @@ def emit(
         }
         print_json(envelope)
     else:
-        print(text)
+        print(text + (f"\nnext:   {following}" if following else ""))

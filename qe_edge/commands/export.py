@@ -49,6 +49,7 @@ def export(
         artifacts={"folder": out},
         metrics=report,
         warnings=report["warnings"],
+        following="qe-edge bench --dataset NAME@SPLIT" if "gguf" in config.formats else "",
     )
 
 

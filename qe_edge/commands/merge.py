@@ -32,4 +32,12 @@ def merge(
     folder = verb(adapter, join=Join.parse(join) if join else None, out=out, workdir=work)
     checks = read_record(folder)["checks"]
     text = f"model in {folder} (logit cosine to base + adapter {checks['logit_cosine']})"
-    emit(json, "merge", text, inputs={"adapter": adapter}, artifacts={"model": folder}, metrics=checks)
+    emit(
+        json,
+        "merge",
+        text,
+        inputs={"adapter": adapter},
+        artifacts={"model": folder},
+        metrics=checks,
+        following=f"qe-edge export {folder} --q4",
+    )

@@ -51,4 +51,12 @@ def pairs(
     text = (
         f"{report['pairs']} pairs of {report['queries_with_pairs']} queries in {folder}\n{describe(report)}"
     )
-    emit(json, "pairs", text, inputs={"dataset": dataset}, artifacts={"folder": folder}, metrics=report)
+    emit(
+        json,
+        "pairs",
+        text,
+        inputs={"dataset": dataset},
+        artifacts={"folder": folder},
+        metrics=report,
+        following="qe-edge train sft, then qe-edge train dpo",
+    )

@@ -73,7 +73,8 @@ def teach(
         artifacts={"expansions": out / EXPANSIONS},
         metrics=msgspec.to_builtins(outcome),
         status="partial" if missing else "ok",
-        warnings=missing,
+        errors=missing,
+        following=f"qe-edge pairs --dataset {dataset}" if dataset and not missing else "",
     )
     if missing:
         note(f"error: {missing[0]}")

@@ -95,4 +95,12 @@ def _end_training(json: bool, command: str, folder: Path) -> None:
     record = read_record(folder)
     metrics = record["metrics"] | {"rows": record["rows"], "dropped": record["dropped"]}
     text = f"student in {folder} ({record['rows']} rows, mean loss {record['metrics']['train_loss']:.3f})"
-    emit(json, command, text, inputs=record["inputs"], artifacts={"adapter": folder}, metrics=metrics)
+    emit(
+        json,
+        command,
+        text,
+        inputs=record["inputs"],
+        artifacts={"adapter": folder},
+        metrics=metrics,
+        following=f"qe-edge merge {folder}",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -252,3 +253,19 @@ def test_a_cut_answer_ends_in_whole_characters(gguf, tiny_qwen3, engine):
             assert "".join(expander.stream("潮汐")) == cut[budget]
         if engine == "transformers":
             break  # loading it takes longer
+
+
+def test_without_a_terminal_long_work_says_where_it_is(monkeypatch, capsys):
+    from qe_edge import console
+
+    monkeypatch.setattr(console, "SILENCE", 0)
+    with console.progress("train sft", 10, done=4) as advance:
+        advance(1, info="loss 1.234")
+        advance(2)
+    first, second = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"train sft: 5 of 10, 00:00 left, loss 1\.234", first)
+    assert re.fullmatch(r"train sft: 7 of 10, 00:00 left", second)
+    monkeypatch.setattr(console, "SILENCE", 60)
+    with console.progress("train sft", 10) as advance:
+        advance()
+    assert capsys.readouterr().err == ""
