@@ -133,9 +133,13 @@ def describe(report: dict[str, Any]) -> str:
         f"queries without a pair: {report['queries_without_usable_pair']}",
     ]
     if report["dropped"]:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
-        lines.append(f"not used: {dropped}")
+        lines.append(f"not used: {listed(report['dropped'])}")
     return "\n".join(lines)
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """`3 tie, 1 empty expansion`."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
 def _line(row: dict[str, Any], what: str) -> str:

@@ -19,7 +19,7 @@ from qe_edge.retrieval.opensearch import OpenSearchIndex
 from qe_edge.student.join import Join
 from qe_edge.text import count_words
 from qe_edge.train.config import PairsConfig, Strategy
-from qe_edge.train.pair_report import summarize
+from qe_edge.train.pair_report import listed, summarize
 from qe_edge.train.scoring import NDCG, Refining, Reward, score
 from qe_edge.work.files import MANIFEST, atomic_path, write_json
 from qe_edge.work.folder import Workdir
@@ -56,7 +56,7 @@ def pairs(
     known, dropped = usable(rows, data, config.accept)
     if not known:
         raise BadInput(
-            f"none of the {len(rows)} expansions can be scored on {data}; dropped: {dict(dropped)}"
+            f"none of the {len(rows)} expansions can be scored on {data}; dropped: {listed(dropped)}"
         )
     index: Index | OpenSearchIndex
     if config.retriever:
@@ -102,8 +102,8 @@ def pairs(
         write_json(partial / MANIFEST, run_record("pairs", settings, inputs))
     if not made:
         raise BadInput(
-            f"no two candidates of one query differ by {config.min_gap} {config.reward}; counts: "
-            f"{report['dropped'] or 'no query has two candidates'}. All scores are in {out / CANDIDATES}"
+            f"no two candidates of one query differ by {config.min_gap} {config.reward}; "
+            f"{listed(report['dropped']) or 'no query has two candidates'}. All scores are in {out / CANDIDATES}"
         )
     return out
 

@@ -29,7 +29,9 @@ class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 class ServeConfig(StudentConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A student behind an address."""
 
-    host: Annotated[str, said("Other machines can reach no loopback address.")] = "127.0.0.1"
+    host: Annotated[
+        str, said("Where to listen: this machine alone reaches 127.0.0.1; any other address wants a --token.")
+    ] = "127.0.0.1"
     port: Annotated[int, said("0: a free one.", ge=0, le=65535)] = 8017
     token: Annotated[str, said("Clients must send it as a bearer token.", env="QE_EDGE_TOKEN")] = ""
     parallel: Annotated[int, said("Queries that are decoded together.", ge=1, le=64)] = 16

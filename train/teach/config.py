@@ -41,7 +41,7 @@ class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError("api-key-env is the name of an environment variable, not the key itself")
         if self.max_cost and not (self.price_in or self.price_out):
             raise ValueError(
-                "a limit of cost needs the prices: give price-in and price-out per million tokens"
+                "--max-cost needs the prices of a million tokens: give --price-in and --price-out"
             )
 
 
