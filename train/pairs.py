@@ -103,7 +103,8 @@ def pairs(
     if not made:
         raise BadInput(
             f"no two candidates of one query differ by {config.min_gap} {config.reward}; "
-            f"{listed(report['dropped']) or 'no query has two candidates'}. All scores are in {out / CANDIDATES}"
+            f"{listed(report['dropped']) or 'no query has two candidates'}. "
+            f"All scores are in {out / CANDIDATES}"
         )
     return out
 
