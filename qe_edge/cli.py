@@ -9,7 +9,6 @@ import traceback
 from typing import Annotated, Any
 
 import typer
-from typer import rich_utils
 
 from qe_edge.commands.bench import bench_app
 from qe_edge.commands.common import emit
@@ -37,6 +36,7 @@ app = typer.Typer(
     help="Distil a big model's query expansions into a small model that runs on your own device.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -76,8 +76,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(app(standalone_mode=False))
-    except UsageError as error:  # with its usage and the options that are like it
-        rich_utils.rich_format_error(error)
+    except UsageError as error:  # it shows the usage, and the options that are like it
+        error.show()
         if "--json" in sys.argv:
             emit(True, _command(), "", status="error", errors=[redact(error.format_message())])
         sys.exit(error.exit_code)

@@ -107,11 +107,17 @@ Amount = Annotated[float, msgspec.Meta(ge=0, lt=1e15)]  # of money, or a price
 
 
 def said(
-    text: str, *, flag: str | None = None, short: str | None = None, env: str | None = None, **bounds: Any
+    text: str,
+    *,
+    flag: str | None = None,
+    short: str | None = None,
+    env: str | None = None,
+    rare: bool = False,
+    **bounds: Any,
 ) -> msgspec.Meta:
-    """A setting's help; its flag's name where it isn't the field's (empty: it has none), a short one, and the
-    environment variable that sets it too."""
-    extra = {"flag": flag, "short": short, "env": env}
+    """A setting's help; its flag's name where it isn't the field's (empty: it has none), a short one, the
+    environment variable that sets it too, and whether it is `rare`, shown by --help-all alone."""
+    extra: dict[str, Any] = {"flag": flag, "short": short, "env": env, "rare": rare or None}
     given = {name: value for name, value in extra.items() if value is not None}
     return msgspec.Meta(description=text, extra=given or None, **bounds)
 

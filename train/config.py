@@ -77,14 +77,14 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     batch_size: Annotated[int, Size, said("Rows in memory at a time.")] = 4
     accumulate: Annotated[int, Size, said("Batches per step.")] = 2
     max_length: Annotated[
-        int, Size, said("Tokens, prompt included; longer rows are dropped and counted.")
+        int, Size, said("Tokens, prompt included; longer rows are dropped and counted.", rare=True)
     ] = 512
     checkpointing: Annotated[
-        bool, said("Compute activations twice: less memory, about a third more time.")
+        bool, said("Compute activations twice: less memory, about a third more time.", rare=True)
     ] = False
     device: Annotated[Device, said("auto is cuda where there is one.")] = "auto"
     precision: Annotated[
-        Precision, said("Of the arithmetic; auto is the fastest one that the device has.")
+        Precision, said("Of the arithmetic; auto is the fastest one that the device has.", rare=True)
     ] = "auto"
     eval_dataset: Annotated[
         str,
@@ -94,14 +94,14 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         ),
     ] = ""
     eval_join: Annotated[
-        str, said("How query and expansion are joined for that (default: the student's join).")
+        str, said("How query and expansion are joined for that (default: the student's join).", rare=True)
     ] = ""
-    eval_steps: Annotated[int, Size, said("Steps between two of these.")] = 50
-    eval_queries: Annotated[int, Size, said("Dev queries, drawn at random.")] = 50
+    eval_steps: Annotated[int, Size, said("Steps between two of these.", rare=True)] = 50
+    eval_queries: Annotated[int, Size, said("Dev queries, drawn at random.", rare=True)] = 50
     seed: Annotated[int, Meta(ge=0, lt=2**32), said("Of all that is drawn.")] = 0
-    save_steps: Annotated[int, Size, said("Steps between checkpoints to resume from.")] = 20
-    logging_steps: Annotated[int, Size, said("Steps between entries of the log.")] = 5
-    tensorboard: Annotated[bool, said("Also log for TensorBoard.")] = False
+    save_steps: Annotated[int, Size, said("Steps between checkpoints to resume from.", rare=True)] = 20
+    logging_steps: Annotated[int, Size, said("Steps between entries of the log.", rare=True)] = 5
+    tensorboard: Annotated[bool, said("Also log for TensorBoard.", rare=True)] = False
 
     def passes(self, rows: int, processes: int) -> float:
         """How often each of so many rows is trained on."""
@@ -121,7 +121,9 @@ class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     student: Annotated[str, said("Hub id, folder, GGUF file or builtin:NAME.")] = DEFAULT_STUDENT
     models: Annotated[tuple[str, ...], said("Take only this model's rows.", flag="--teacher-model")] = ()
-    modes: Annotated[tuple[Mode, ...], said("Take only zero-shot or few-shot rows.", flag="--mode")] = ()
+    modes: Annotated[
+        tuple[Mode, ...], said("Take only zero-shot or few-shot rows.", flag="--mode", rare=True)
+    ] = ()
     max_rows: Annotated[int, Meta(ge=0), said("Rows drawn at random; 0 takes all.")] = 0
     tasks: Annotated[
         tuple[Task, ...],
@@ -133,14 +135,14 @@ class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ] = 0
     accept: Annotated[
         tuple[Problem, ...],
-        said("Let in rows that `teach` marked so, such as cut (others need its --keep-bad)."),
+        said("Let in rows that `teach` marked so, such as cut (others need its --keep-bad).", rare=True),
     ] = ()
-    tuning: Annotated[Literal["lora", "full"], said("An adapter, or all weights of a small student.")] = (
-        "lora"
-    )
+    tuning: Annotated[
+        Literal["lora", "full"], said("An adapter, or all weights of a small student.", rare=True)
+    ] = "lora"
     rank: Annotated[int, Size, said("Of the LoRA adapter.")] = 32
-    alpha: Annotated[int, Size, said("LoRA's alpha: its output counts alpha / rank.")] = 64
-    packing: Annotated[bool, said("Several short rows in one; for a GPU.")] = False
+    alpha: Annotated[int, Size, said("LoRA's alpha: its output counts alpha / rank.", rare=True)] = 64
+    packing: Annotated[bool, said("Several short rows in one; for a GPU.", rare=True)] = False
     learning_rate: Annotated[float, Share, said("Peak; a cosine takes it to zero.")] = 3e-4
 
     def __post_init__(self) -> None:
@@ -163,12 +165,17 @@ class DpoConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         tuple[Loss, ...], Meta(min_length=1), said("sigmoid, sigmoid_norm, ipo or sft; several are summed.")
     ] = ("sigmoid",)
     loss_weights: Annotated[
-        tuple[Annotated[float, Share], ...], said("Of each loss, in their order.", flag="--loss-weight")
+        tuple[Annotated[float, Share], ...],
+        said("Of each loss, in their order.", flag="--loss-weight", rare=True),
     ] = ()
     length_weight: Annotated[
-        float, Meta(ge=0, le=1), said("Below 1, the longer side's surplus tokens count less (LD-DPO).")
+        float,
+        Meta(ge=0, le=1),
+        said("Below 1, the longer side's surplus tokens count less (LD-DPO).", rare=True),
     ] = 1.0
-    precompute: Annotated[bool, said("Compute the reference's log-probabilities beforehand.")] = False
+    precompute: Annotated[bool, said("Compute the reference's log-probabilities beforehand.", rare=True)] = (
+        False
+    )
     learning_rate: Annotated[float, Share, said("Peak; a cosine takes it to zero.")] = 5e-5
     batch_size: Annotated[int, Size, said("Pairs in memory at a time.")] = 2
     accumulate: Annotated[int, Size, said("Batches per step.")] = 4

@@ -1,7 +1,8 @@
 """A command's flags, made of the settings that they fill: one name, bound, default and help for both.
 
 A field's `Meta` has its help as `description`. In `extra` stand the flag's name as `flag` where that differs
-(empty: the field has none), a `short` one, and as `env` an environment variable that sets it too.
+(empty: the field has none), a `short` one, as `env` an environment variable that sets it too, and `rare`
+where --help-all alone shows it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,20 @@ RecipeOption = Annotated[
     typer.Option(help="Take this recipe's settings (a file, or one that ships); flags override them."),
 ]
 DataOption = Annotated[Path | None, typer.Option(help="What {data} stands for in the recipe's paths.")]
+
+
+def _show_all(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        for parameter in context.command.params:
+            parameter.hidden = False  # type: ignore[attr-defined]
+        print(context.get_help())
+        raise typer.Exit
+
+
+AllOption = Annotated[
+    bool,
+    typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show rarely used options too."),
+]
 PrintOption = Annotated[
     bool, typer.Option("--print-config", help="Print the settings as they would be used, and stop.")
 ]
@@ -65,6 +80,8 @@ def flags_of(kind: type[S], section: str, *, recipe: bool = False) -> Callable[.
     common: dict[str, Any] = {"recipe": RecipeOption, "data": DataOption} if recipe else {}
     others = [_keyword(name, annotation, None) for name, annotation in common.items()]
     others.append(_keyword("print_config", PrintOption, False))
+    if any("rare" in (meta.extra or {}) for hint in hints.values() for meta in _unwrapped(hint)[1]):
+        others.append(_keyword("help_all", AllOption, False))
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
@@ -72,6 +89,7 @@ def flags_of(kind: type[S], section: str, *, recipe: bool = False) -> Callable[.
             given = {name: value for name in flags if (value := values.pop(name)) not in (None, [])}
             given = {name: _parsed(name, hints[name], value) for name, value in given.items()}
             shown = values.pop("print_config")
+            values.pop("help_all", None)
             written = _read(values.pop("recipe"), section, values.pop("data")) if recipe else {}
             command(settings=Settings(kind, section, written | given, shown), **values)
 
@@ -123,9 +141,11 @@ def _flag(name: str, hint: Any, default: Any) -> inspect.Parameter | None:
         if kind is float:
             settings["callback"] = finite
     shown = default not in ("", None, False, msgspec.NODEFAULT)
+    if shown:
+        settings["help"] += f" [{default}]"
     names = [own_name, extra["short"]] if "short" in extra else [own_name]
     option = typer.Option(
-        *names, envvar=extra.get("env"), show_default=str(default) if shown else False, **settings
+        *names, envvar=extra.get("env"), show_default=False, hidden="rare" in extra, **settings
     )
     return _keyword(name, Annotated[kind | None, option], None)
 

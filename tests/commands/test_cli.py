@@ -12,7 +12,7 @@ import pytest
 from results import bench
 
 from qe_edge import __version__
-from qe_edge.cli import main
+from qe_edge.cli import app, main
 from qe_edge.errors import QeEdgeError, require
 from qe_edge.retrieval.datasets import builtin_folder
 from qe_edge.work.files import atomic_path, write_bytes, write_json
@@ -139,6 +139,33 @@ def test_a_usage_error_with_json_is_an_object_too(qe_edge, arguments, command, m
 @pytest.mark.parametrize("arguments", [["--nonsense"], ["bench"], ["search"]])
 def test_usage_errors_exit_with_2(qe_edge, arguments):
     assert qe_edge(*arguments)[0] == 2
+
+
+def test_every_help_fits_a_screen(qe_edge, monkeypatch):
+    import typer
+
+    monkeypatch.setenv("COLUMNS", "80")
+    commands = {(name,): found for name, found in typer.main.get_command(app).commands.items()}
+    commands |= {
+        (*names, name): one
+        for names, found in list(commands.items())
+        for name, one in getattr(found, "commands", {}).items()
+    }
+    assert len(commands) > 18
+    for names, command in commands.items():
+        _, out, _ = qe_edge(*names, "--help")
+        lines = out.splitlines()
+        assert len(lines) <= 60 and max(map(len, lines)) <= 80, names
+        for parameter in command.params:
+            assert parameter.help, (names, parameter.name)
+            if not parameter.hidden and parameter.param_type_name == "option":
+                assert max(parameter.opts, key=len) in out
+
+
+def test_help_all_shows_what_is_rarely_used(qe_edge):
+    assert "--logging-steps" not in qe_edge("train", "sft", "--help")[1]
+    code, out, _ = qe_edge("train", "sft", "--help-all")
+    assert code == 0 and "--logging-steps" in out and "--rank" in out
 
 
 def test_version(qe_edge):

@@ -47,12 +47,14 @@ def test_each_verb_prints_the_settings_that_it_would_use(verb: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_field_has_its_help_and_a_flag_or_none_by_intent(verb: str) -> None:
     _, kind, _ = VERBS[verb]
-    listed = CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "300"}).stdout
+    shown = "--help-all" if verb.startswith("train") else "--help"
+    listed = CliRunner().invoke(app, [*verb.split(), shown], env={"COLUMNS": "300"}).stdout
     hidden = {"verify", "tune_joins"}  # for those who call the verb itself
     names = {"modes": "mode", "models": "model", "datasets": "dataset", "joins": "join", "kinds": "quant"}
     names |= {"measures": "measure", "teachers": "teacher", "formats": "format", "label": "hardware-label"}
     names |= {
         "tasks": "task",
+        "runs": "run",
         "readers": "reader",
         "teacher_models": "teacher-model",
         "loss_weights": "loss-weight",

@@ -85,7 +85,7 @@ FLAGS = {"models": "teacher-model", "modes": "mode", "tasks": "task", "loss_weig
 def test_every_setting_has_a_flag_with_help(monkeypatch, capsys):
     for verb, kind in (("sft", SftConfig), ("dpo", DpoConfig)):
         monkeypatch.setenv("COLUMNS", "200")
-        _, shown = cli(monkeypatch, capsys, "train", verb, "--help")
+        _, shown = cli(monkeypatch, capsys, "train", verb, "--help-all")
         for name in kind.__struct_fields__:
             flag = FLAGS.get(name, name)
             assert f"--{flag.replace('_', '-')} " in shown.out
