@@ -70,7 +70,7 @@ def test_flags_go_before_a_recipe_and_a_recipe_before_defaults() -> None:
     section = printed("pairs", "--recipe", "demo", "--min-gap", "0.2")["pairs"]
     assert (section["max_per_query"], section["min_gap"], section["strategy"]) == (1, 0.2, "all-above-gap")
     section = printed("bench", "--recipe", "demo", "-d", "demo-zh")["bench"]
-    assert (section["datasets"], section["feedback"]) == (["demo-zh"], True)
+    assert (section["datasets"], section["refine"]) == (["demo-zh"], True)
 
 
 def test_a_secret_is_not_printed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -281,3 +282,17 @@ def test_what_is_written_already_is_not_written_again(expander: Expander) -> Non
     assert later.relevance and (later.text, later.decode_s) == (written.text, written.decode_s)
     with pytest.raises(BadArgument, match=r"is for 'what causes tides', not for 'bread'"):
         expander.refine("bread", Searched(), written=written)
+
+
+def test_an_app_with_fts5_needs_three_lines(expander: Expander) -> None:
+    notes = sqlite3.connect(":memory:")
+    notes.execute("CREATE VIRTUAL TABLE notes USING fts5(body, tokenize='porter')")
+    notes.executemany("INSERT INTO notes VALUES (?)", [(MOON,), ("The moon moves the sea.",), (BREAD,)])
+    sql = "SELECT body FROM notes WHERE notes MATCH ? ORDER BY rank LIMIT 10"
+    search = lambda query: [body for (body,) in notes.execute(sql, [query.to_fts5()])]  # noqa: E731
+    plain = search(ExpandedQuery(QUERY, "", Join()))
+    assert plain == [MOON]
+    expanded = expander.refine(QUERY, search, deadline_ms=20_000)
+    assert {MOON, "The moon moves the sea."} <= set(search(expanded))  # by the first one's words
+    late = expander.refine(QUERY, search, deadline_ms=0.001)
+    assert late.finish_reason == "deadline" and search(late) == plain
