@@ -65,7 +65,7 @@ def _main() -> None:
     try:
         work = getattr(import_module(sys.argv[1]), sys.argv[2])
         kind = next(iter(get_type_hints(work).values()))
-        reply = {"value": work(msgspec.convert(json.loads(sys.stdin.buffer.read()), kind))}
+        reply = {"value": work(msgspec.convert(json.loads(sys.stdin.buffer.read()), kind, str_keys=True))}
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from qe_edge.bench.report.columns import NAME, Column, added, all_columns, chosen, narrow, notes
+from qe_edge.bench.report.figures import MISSING
 from qe_edge.bench.result import BenchResult, DatasetResult, System
 
 WIDTH = 80  # of every terminal
@@ -23,8 +24,10 @@ def console_table(result: BenchResult, columns: Sequence[str] = ()) -> str:
         shown = chosen(dataset, columns) if columns else narrow(dataset)
         more = [] if columns else added(dataset)
         lines += [f"{dataset.info.name} on {result.label}", ""]
-        for part in filter(None, (shown, more)):
-            lines += [*_aligned(dataset.systems, part), ""]
+        lines += [*_aligned(dataset.systems, shown), ""]
+        having = [s for s in dataset.systems if any(column.cell(s) != MISSING for column in more)]
+        if having:
+            lines += [*_aligned(having, more), ""]
         lines += [*(line for note in notes(dataset, [*shown, *more]) for line in _wrapped(note)), ""]
     for tuning in result.tuning:
         chose = f"the best of {len(tuning.curve)} on {tuning.dataset}"

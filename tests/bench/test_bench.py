@@ -309,7 +309,13 @@ def test_a_row_for_write_search_read_search_by_each_reader(done, student, tmp_pa
     _, _, config = done
     encoder = save_tiny_encoder(tmp_path / "tiny-encoder.gguf")
     config = msgspec.structs.replace(
-        config, joins=(), teachers=(), refine=True, readers=("itself", str(encoder)), passages=4, max_tokens=8
+        config,
+        joins=(),
+        teachers=(),
+        refine=True,
+        readers=("itself", str(encoder)),
+        passages=4,
+        max_tokens=20,
     )
     work = Workdir(tmp_path / "work")
     folder = bench(config, workdir=work)
@@ -324,7 +330,7 @@ def test_a_row_for_write_search_read_search_by_each_reader(done, student, tmp_pa
     collection = Collection.open("demo-en", tmp_path / "index")
     found = partial(collection.found, most=4)
     loaded = load_dataset("demo-en")
-    with Expander.load(student, reader=encoder, passages=4, budget_tokens=8, gate=OPEN) as expander:
+    with Expander.load(student, reader=encoder, passages=4, budget_tokens=20, gate=OPEN) as expander:
         run = {
             query_id: collection.index.search(expander.refine(query, found).terms(), k=1000)
             for query_id, query in loaded.queries.items()
