@@ -12,6 +12,7 @@ from struct import pack
 import numpy as np
 import pytest
 from gguf_fuzz import OUTCOMES, File, fuzz, make
+from tiny import tiny_tokenizer
 
 from qe_edge import Expander
 from qe_edge.backends.gguf_check import BLOCKS, check_gguf
@@ -98,6 +99,7 @@ def tensor(which: str, **changed: object) -> Change:
 EMBEDDING, NORM, UP = "token_embd.weight", "output_norm.weight", "blk.0.ffn_up.weight"
 TOKENS, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 ROPE = "qwen3.rope"
+SIZE = len(tiny_tokenizer())  # tokens
 HEADS, GROUPS = "qwen3.attention.head_count", "qwen3.attention.head_count_kv"
 CASES: list[tuple[Change, str]] = [
     (number("qwen3.block_count", 0), r"qwen3\.block_count is 0, not between 1 and 512, so llama\.cpp can't"),
@@ -115,7 +117,7 @@ CASES: list[tuple[Change, str]] = [
     (number("qwen3.context_length", 2**31), r"qwen3\.context_length is 2147483648"),
     (without("qwen3.context_length"), r"qwen3\.context_length is missing"),
     (number("qwen3.embedding_length", 0), r"qwen3\.embedding_length is 0"),
-    (number("qwen3.embedding_length", 512), r"token_embd\.weight has the shape 256 x 926, but .* is 512"),
+    (number("qwen3.embedding_length", 512), rf"token_embd\.weight has the shape 256 x {SIZE}, but .* is 512"),
     (number("qwen3.feed_forward_length", 0), r"qwen3\.feed_forward_length is 0"),
     (number("qwen3.feed_forward_length", 640), r"blk\.0\.ffn_gate\.weight has .*feed_forward_length is 640"),
     (number(HEADS, 0), r"head_count is 0"),
@@ -152,14 +154,14 @@ CASES: list[tuple[Change, str]] = [
     (entry(TOKENS, 5, b""), None),
     (lambda f: (entry(TOKENS, 5, b"")(f), entry(TOKENS, 9, b"[EMPTY_5]")(f)), r"tokens 5 and 9 are the same"),
     (entry(TOKENS, 5, b"\xff"), r"tokenizer\.ggml\.tokens 5 is not UTF-8, b'\\xff'"),
-    (shorter(TYPES), r"tokenizer\.ggml\.token_type has 925 entries for 926 tokens"),
-    (shorter(TOKENS), r"tokenizer\.ggml\.token_type has 926 entries for 925 tokens"),
+    (shorter(TYPES), rf"tokenizer\.ggml\.token_type has {SIZE - 1} entries for {SIZE} tokens"),
+    (shorter(TOKENS), rf"tokenizer\.ggml\.token_type has {SIZE} entries for {SIZE - 1} tokens"),
     (entry(TYPES, 5, 7), r"tokenizer\.ggml\.token_type 5 is 7, not 0 to 6"),
     (entries(TYPES, FLOAT32, [1.0]), r"tokenizer\.ggml\.token_type is no list of int32"),
-    (entries("tokenizer.ggml.scores", FLOAT32, [1.0]), r"tokenizer\.ggml\.scores has 1 entries for 926"),
+    (entries("tokenizer.ggml.scores", FLOAT32, [1.0]), rf"tokenizer\.ggml\.scores has 1 entries for {SIZE}"),
     (entries("tokenizer.ggml.merges", INT32, [1]), r"tokenizer\.ggml\.merges is no list of texts"),
     (without("tokenizer.ggml.merges"), r"tokenizer\.ggml\.merges is missing"),
-    (number("tokenizer.ggml.eos_token_id", 926), r"eos_token_id is 926, no uint32 below .* tokens, 926"),
+    (number("tokenizer.ggml.eos_token_id", SIZE), rf"eos_token_id is {SIZE}, no uint32 below .* tokens, {SIZE}"),
     (number("tokenizer.ggml.unknown_token_id", 2**31), r"unknown_token_id is 2147483648, no"),
     (number("tokenizer.ggml.bos_token_id", 2**32 - 1), None),
     (real("tokenizer.ggml.padding_token_id", 1.0), r"padding_token_id is 1\.0, no uint32"),
@@ -219,7 +221,7 @@ BYTES: list[tuple[Callable[[bytes], bytes], str]] = [
         f"{TOKENS} holds entries of the unknown type 9",
     ),
     (
-        lambda data: data.replace(_typed(TYPES, 9, 5) + pack("<Q", 926), _typed(TYPES, 9, 5) + b"\xff" * 8),
+        lambda data: data.replace(_typed(TYPES, 9, 5) + pack("<Q", SIZE), _typed(TYPES, 9, 5) + b"\xff" * 8),
         f"{TYPES} has 18446744073709551615 entries, more than",
     ),
 ]
