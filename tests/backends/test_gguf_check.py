@@ -99,7 +99,7 @@ def tensor(which: str, **changed: object) -> Change:
 EMBEDDING, NORM, UP = "token_embd.weight", "output_norm.weight", "blk.0.ffn_up.weight"
 TOKENS, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 ROPE = "qwen3.rope"
-SIZE = len(tiny_tokenizer())  # tokens
+SIZE = len(tiny_tokenizer()) + 7  # tokens, padded
 HEADS, GROUPS = "qwen3.attention.head_count", "qwen3.attention.head_count_kv"
 CASES: list[tuple[Change, str]] = [
     (number("qwen3.block_count", 0), r"qwen3\.block_count is 0, not between 1 and 512, so llama\.cpp can't"),
@@ -161,7 +161,7 @@ CASES: list[tuple[Change, str]] = [
     (entries("tokenizer.ggml.scores", FLOAT32, [1.0]), rf"tokenizer\.ggml\.scores has 1 entries for {SIZE}"),
     (entries("tokenizer.ggml.merges", INT32, [1]), r"tokenizer\.ggml\.merges is no list of texts"),
     (without("tokenizer.ggml.merges"), r"tokenizer\.ggml\.merges is missing"),
-    (number("tokenizer.ggml.eos_token_id", SIZE), rf"eos_token_id is {SIZE}, no uint32 below .* tokens, {SIZE}"),
+    (number("tokenizer.ggml.eos_token_id", SIZE), rf"eos_token_id is {SIZE}, no uint32 below .*, {SIZE}"),
     (number("tokenizer.ggml.unknown_token_id", 2**31), r"unknown_token_id is 2147483648, no"),
     (number("tokenizer.ggml.bos_token_id", 2**32 - 1), None),
     (real("tokenizer.ggml.padding_token_id", 1.0), r"padding_token_id is 1\.0, no uint32"),
