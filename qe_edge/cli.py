@@ -75,7 +75,7 @@ def main() -> None:
     # As after Ctrl-C: children are ended, and what is half-written is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(standalone_mode=False) or 0)
     except UsageError as error:  # it shows the usage, and the options that are like it
         error.show()
         if "--json" in sys.argv:

@@ -69,7 +69,7 @@ def test_json_is_exactly_one_object(qe_edge):
         (["expand", "tides"], 4, "run it first, or name the input"),
         (["merge"], 4, "`qe-edge train dpo` or `qe-edge train sft`"),
         (["export", "--q4"], 4, "or `qe-edge merge`"),
-        (["bench", "--dataset", "nothing"], 4, "`qe-edge export`"),
+        (["bench", "--dataset", "nothing"], 4, "no data set 'nothing'"),
         (["report"], 4, "`qe-edge bench`"),
         (["run", "nothing"], 4, "no recipe nothing"),
         (["pairs", "-d", "demo-en", "-e", "nothing.jsonl"], 4, "nothing.jsonl: no such file"),
