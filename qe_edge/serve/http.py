@@ -173,7 +173,7 @@ def create_app(
         queries = [request.query] if isinstance(request.query, str) else request.query
         async with service.place(len(queries)), asyncio.TaskGroup() as group:
             tasks = [group.create_task(service.expand(query, request.deadline_ms)) for query in queries]
-        return ExpandReply(expansions=[Expanded.of(task.result()) for task in tasks])
+        return ExpandReply(expansions=[Expanded.of(task.result(), request.fields) for task in tasks])
 
     @app.post("/feedback", dependencies=guarded)
     async def feedback(request: FeedbackRequest) -> Expanded:
@@ -183,7 +183,8 @@ def create_app(
             by = {"written": ExpandedQuery(request.query, request.text, expander.spec.join)}
             by["search"] = _already(request.passages)
         async with service.place(1):
-            return Expanded.of(await service.expand(request.query, request.deadline_ms, **by))
+            expanded = await service.expand(request.query, request.deadline_ms, **by)
+        return Expanded.of(expanded, request.fields)
 
     async def one_place() -> AsyncIterator[None]:
         async with service.place(1):

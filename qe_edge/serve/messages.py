@@ -2,6 +2,7 @@
 
 # No postponed annotations: pydantic reads them where they stand.
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
@@ -38,13 +39,17 @@ Deadline = Annotated[
 ]
 
 
+Fields = Annotated[
+    list[Annotated[str, StringConstraints(min_length=1, max_length=200)]], Field(max_length=20)
+]
 Passage = Annotated[str, StringConstraints(max_length=PASSAGE_CHARACTERS)]
 
 
 class ExpandRequest(BaseModel, extra="forbid"):
-    """One query, or several."""
+    """One query, or several; `fields`, such as `title^2`, are those of an Elasticsearch index."""
 
     query: QueryText | Annotated[list[QueryText], Field(min_length=1, max_length=QUERIES)]
+    fields: Fields = []
     deadline_ms: Deadline = None
 
 
@@ -57,16 +62,20 @@ class FeedbackRequest(BaseModel, extra="forbid"):
     query: QueryText
     passages: Annotated[list[Passage], Field(max_length=MOST_PASSAGES)]
     text: Passage = ""
+    fields: Fields = []
     deadline_ms: Deadline = None
 
 
 class Queries(BaseModel):
-    """The expanded query as search engines take it; see the methods `to_…` of `ExpandedQuery`."""
+    """The expanded query as search engines take it; see the methods `to_…` of `ExpandedQuery`.
+
+    Elasticsearch's wants the request's `fields`.
+    """
 
     fts5: str
     tantivy: str
     lucene: str
-    elasticsearch: dict[str, Any]
+    elasticsearch: dict[str, Any] | None
     text: str
 
 
@@ -89,7 +98,7 @@ class Expanded(BaseModel):
     decode_ms: float
 
     @classmethod
-    def of(cls, expanded: ExpandedQuery) -> Self:
+    def of(cls, expanded: ExpandedQuery, fields: Sequence[str] = ()) -> Self:
         return cls(
             query=expanded.query,
             text=expanded.summary(),
@@ -99,7 +108,7 @@ class Expanded(BaseModel):
                 fts5=expanded.to_fts5(),
                 tantivy=expanded.to_tantivy(),
                 lucene=expanded.to_lucene(),
-                elasticsearch=expanded.to_elasticsearch(),
+                elasticsearch=expanded.to_elasticsearch(*fields) if fields else None,
                 text=expanded.to_text(),
             ),
             tokens=expanded.tokens,
