@@ -19,7 +19,7 @@ from qe_edge import Expander
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("fastapi", reason="needs the extra serve")
-QUERIES = ["what causes tides", "iron deficiency", "how does dns work", "moon"]
+QUERIES = ["what causes tides", "iron deficiency", "什么是基因", "moon"]
 
 
 @pytest.fixture(scope="module")

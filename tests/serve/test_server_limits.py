@@ -109,7 +109,7 @@ def test_a_locked_cache_keeps_nobody_waiting(gguf: Path, tmp_path: Path) -> None
         assert found["finish_reason"] != "deadline"
     holder.close()
     time.sleep(1.1)  # then the cache is asked again
-    queries = ["tides", "iron deficiency", "how does dns work"]
+    queries = ["tides", "iron deficiency", "什么是基因"]
     first, again = (server.post("/expand", query=queries).json["expansions"] for _ in range(2))
     assert not any(found["cached"] for found in first) and any(found["cached"] for found in again)
     assert [found["cached"] for found in again] == [not found["fallback"] for found in first]

@@ -187,7 +187,7 @@ def test_any_measure_or_a_mix_is_the_reward(tmp_path, collection):
 def test_marked_rows_are_left_out_unless_asked_for(tmp_path, collection):
     cut = msgspec.structs.replace(candidate("q1", "gravity raises tides"), problem="cut")
     rows = [cut, candidate("q1", "dough"), candidate("q2", "yeast")]
-    with pytest.raises(BadInput, match="'marked: cut': 1"):
+    with pytest.raises(BadInput, match="1 marked: cut"):
         build(tmp_path, collection, rows)
     assert (
         len(list(read_jsonl(build(tmp_path, collection, rows, accept=("cut",)) / "pairs.jsonl", Pair))) == 1
