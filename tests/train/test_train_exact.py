@@ -109,7 +109,7 @@ def test_an_example_can_be_looked_at(tiny_qwen3, data, capsys, monkeypatch):
     prompt, trained = out.split("\ntrained on (")
     assert prompt.startswith("prompt, not trained on (")
     assert (
-        "Query: what causes tides\nPassage:<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>" in prompt
+        "Question: what causes tides\nAnswer:<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>" in prompt
     )
     assert trained.split("\n")[1] == "The moon's gravity.<|im_end|>"
     assert not (tiny_qwen3.parent / "work").exists()
