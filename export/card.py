@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qe_edge.export.imatrix import Importance
-from qe_edge.student.spec import ModelSpec, is_hub_id
+from qe_edge.student.spec import ModelSpec
+from qe_edge.train.card import base_name, metadata
 
 CARD, MODELFILE = "README.md", "Modelfile"
 _STAGES = {"base": "not trained", "sft": "supervised fine-tuning", "dpo": "supervised fine-tuning, then DPO"}
@@ -31,18 +32,10 @@ def write_card(
     ggufs = sorted((name for name in files if name.endswith(".gguf")), key=files.__getitem__)
     mlx = [name for name in files if "-mlx-" in name]
     formats = [name for name, made in (("gguf", ggufs), ("mlx", mlx)) if made]
-    on_hub = is_hub_id(spec.base_model)
-    base = spec.base_model if on_hub or ":" in spec.base_model else Path(spec.base_model).name
     lines = [
-        "---",
-        "pipeline_tag: text-generation",
-        *([f"base_model: {spec.base_model}"] if on_hub else []),
-        *([f"license: {spec.license}"] if spec.license else []),
-        f"library_name: {formats[0]}",
-        *_listed("language", spec.prompt.languages),
-        *_listed("tags", ("query-expansion", "information-retrieval", *formats)),
-        *("---", "", "# A query expansion student", ""),
-        f"Made with qe-edge from `{base}` ({_STAGES[spec.stage]}). It writes a short passage for a",
+        *metadata(spec, formats[0], formats),
+        *("# A query expansion student", ""),
+        f"Made with qe-edge from `{base_name(spec)}` ({_STAGES[spec.stage]}). It writes a short text for a",
         "search query; the words of both together find more under BM25. Its licence is the base model's"
         f"{f' ({spec.license})' if spec.license else ''}.",
         *("", "## Use", ""),
@@ -102,10 +95,6 @@ def _elsewhere(spec: ModelSpec, ggufs: Sequence[str], mlx: Sequence[str], lora: 
 
 def _prompt(spec: ModelSpec, query: str) -> list[str]:
     return ["", "```text", spec.prompt.render(query), "```"]
-
-
-def _listed(key: str, values: Sequence[str]) -> list[str]:
-    return [f"{key}:", *(f"- {value}" for value in values)]
 
 
 def _row(name: str, size: int, check: dict[str, Any] | None) -> str:

@@ -1,7 +1,8 @@
-"""What a trained folder says of itself, in place of TRL's card."""
+"""What a trained folder says of itself, in place of TRL's card; and what every card begins with."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from qe_edge.student.spec import ModelSpec, is_hub_id
@@ -11,23 +12,13 @@ CARD = "README.md"
 
 def write_card(folder: Path, spec: ModelSpec, *, rows: int, full: bool) -> None:
     """Write README.md, with metadata for a hub; a base model that is a folder is named without its path."""
-    on_hub = is_hub_id(spec.base_model)
-    base = spec.base_model if on_hub or ":" in spec.base_model else Path(spec.base_model).name
     what = "All weights" if full else "A LoRA adapter"
     trained = "pairs that retrieval ordered (DPO), after SFT" if spec.stage == "dpo" else "expansions (SFT)"
     lines = [
-        "---",
-        "pipeline_tag: text-generation",
-        f"library_name: {'transformers' if full else 'peft'}",
-        *([f"base_model: {spec.base_model}"] if on_hub else []),
-        *([f"license: {spec.license}"] if spec.license else []),
-        "language:",
-        *(f"- {language}" for language in spec.prompt.languages),
-        "tags:",
-        *("- query-expansion", "- information-retrieval", "---", ""),
+        *metadata(spec, "transformers" if full else "peft"),
         "# A query expansion student, in training",
         "",
-        f"{what} for `{base}`, trained with qe-edge on {rows} {trained}.",
+        f"{what} for `{base_name(spec)}`, trained with qe-edge on {rows} {trained}.",
         "`qe_edge.json` has its prompt and how an expansion is joined with its query, `run.json` the",
         "settings and the data, `log.jsonl` the losses.",
         "",
@@ -35,3 +26,26 @@ def write_card(folder: Path, spec: ModelSpec, *, rows: int, full: bool) -> None:
         "",
     ]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def metadata(spec: ModelSpec, library: str, tags: Sequence[str] = ()) -> list[str]:
+    """A card's first lines, which a hub reads."""
+    return [
+        "---",
+        "pipeline_tag: text-generation",
+        *([f"base_model: {spec.base_model}"] if is_hub_id(spec.base_model) else []),
+        *([f"license: {spec.license}"] if spec.license else []),
+        f"library_name: {library}",
+        "language:",
+        *(f"- {language}" for language in spec.prompt.languages),
+        "tags:",
+        *(f"- {tag}" for tag in ("query-expansion", "information-retrieval", *tags)),
+        "---",
+        "",
+    ]
+
+
+def base_name(spec: ModelSpec) -> str:
+    """The base model, a folder without its path."""
+    named = is_hub_id(spec.base_model) or ":" in spec.base_model
+    return spec.base_model if named else Path(spec.base_model).name

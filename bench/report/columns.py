@@ -18,6 +18,7 @@ from qe_edge.bench.report.figures import (
     with_interval,
 )
 from qe_edge.bench.result import DatasetResult, System
+from qe_edge.bench.speed import BUDGETS
 from qe_edge.errors import BadArgument
 from qe_edge.retrieval.measures import Interval
 
@@ -32,6 +33,7 @@ class Column(NamedTuple):
 
 
 NAME = Column("system", "system", lambda s: s.name, "left")
+KEYS = ("join", "ndcg", "vs-bm25", "of-teacher", "of-gain", "helped", "speed", "ms", "file", "memory")
 NARROW = ("ndcg", "vs-bm25", "of-teacher", "speed", "ms")  # with a name, 80 characters
 
 
@@ -83,10 +85,20 @@ def chosen(dataset: DatasetResult, keys: Sequence[str]) -> list[Column]:
         BadArgument: there is no such column.
     """
     known = {column.key: column for column in all_columns(dataset)}
+    check_columns(keys, [key for key in known if key not in KEYS])
+    return [known[key] for key in keys if key in known]  # no budget may have cut anything
+
+
+def check_columns(keys: Sequence[str], measures: Sequence[str]) -> None:
+    """Refuse what no table of these measures has, before anything is measured.
+
+    Raises:
+        BadArgument: there is no such column.
+    """
+    known = [*KEYS, *measures, *(f"{budget}-tokens" for budget in BUDGETS)]
     for key in keys:
         if key not in known:
             raise BadArgument(f"no column {key!r}; there are: {', '.join(known)}")
-    return [known[key] for key in keys]
 
 
 def narrow(dataset: DatasetResult) -> list[Column]:

@@ -48,22 +48,24 @@ def bench(
         return
     from qe_edge.bench.bench import bench as verb
     from qe_edge.bench.inputs import default_models, default_teachers
+    from qe_edge.bench.report.columns import check_columns
     from qe_edge.retrieval.datasets import load_dataset
 
     work, values = Workdir(workdir), settings.values
     if not values.get("datasets"):
         raise BadArgument("name at least one data set with --dataset")
-    for name in values["datasets"]:
-        load_dataset(name)  # a wrong name is found first
     values["teachers"] = values.get("teachers") or default_teachers(values["datasets"])
     if not values.get("models"):
         try:
             values["models"] = default_models(work)
             took("models", ", ".join(values["models"]))
         except NotFound as error:
+            for name in values["datasets"]:
+                load_dataset(name)  # of two mistakes, the one that ends it
             note(f"no model is run: {error}")
-    folder = verb(settings.config(), out=out, workdir=work)
-    emit_bench(json, "bench", folder, columns=named_columns(columns))
+    config, shown = settings.config(), named_columns(columns)
+    check_columns(shown, config.measures)
+    emit_bench(json, "bench", verb(config, out=out, workdir=work), columns=shown)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def read_run(path: Path | str) -> dict[str, Ranking]:
         try:
             query_id, _, doc_id, _, score, _ = line.split()
             value = float(score)
+            if not math.isfinite(value):
+                raise ValueError(score)
         except ValueError:
             raise BadInput(
                 "not a line of a TREC run: qid Q0 docid rank score tag", path=path, line=number

@@ -107,9 +107,10 @@ def test_another_systems_run_is_a_row_beside_bm25_and_needs_no_model(done, tmp_p
     assert theirs.per_query == rm3.per_query and theirs.vs_bm25 == rm3.vs_bm25
     assert less.per_query == rm3.per_query | {queries[0]: 0.0}
     assert result.warnings == ["part.trec lacks 1 queries of demo-en@test, which count as nothing found"]
-    part.write_text("q1 Q0 d1 1\n")
-    with pytest.raises(BadInput, match=r"part.trec:1: not a line of a TREC run"):
-        bench(config, workdir=Workdir(tmp_path / "work"))
+    for line in ("q1 Q0 d1 1", "q1 Q0 d1 1 nan x"):
+        part.write_text(f"{line}\n")
+        with pytest.raises(BadInput, match=r"part.trec:1: not a line of a TREC run"):
+            bench(config, workdir=Workdir(tmp_path / "work"))
     part.write_text("q1 Q0 d1 1 2.5 x\nq1 Q0 d1 2 2.0 x\n")
     with pytest.raises(BadInput, match=r"part.trec:2: has document d1 twice"):
         bench(config, workdir=Workdir(tmp_path / "work"))

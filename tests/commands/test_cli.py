@@ -70,6 +70,7 @@ def test_json_is_exactly_one_object(qe_edge):
         (["merge"], 4, "`qe-edge train dpo` or `qe-edge train sft`"),
         (["export", "--q4"], 4, "or `qe-edge merge`"),
         (["bench", "--dataset", "nothing"], 4, "no data set 'nothing'"),
+        (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--columns", "x"], 2, "no column 'x'"),
         (["report"], 4, "`qe-edge bench`"),
         (["run", "nothing"], 4, "no recipe nothing"),
         (["pairs", "-d", "demo-en", "-e", "nothing.jsonl"], 4, "nothing.jsonl: no such file"),
