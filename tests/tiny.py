@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qe_edge.student.join import Join
 from qe_edge.student.prompt import prompt_for
-from qe_edge.student.spec import ModelSpec, write_spec
+from qe_edge.student.spec import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -156,15 +156,15 @@ def _save(folder: Path, config: Any, tokenizer: PreTrainedTokenizerFast, seed: i
     import torch
     from transformers import AutoModelForCausalLM
 
+    from qe_edge.train.base_model import save_student
+
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):  # zeros, or one that got lost would not be missed
             torch.nn.init.normal_(parameter)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     prompt = prompt_for(tokenizer.chat_template)
-    write_spec(folder, ModelSpec(prompt=prompt, join=Join(), base_model="tiny"))
+    save_student(model, tokenizer, ModelSpec(prompt=prompt, join=Join(), base_model="tiny"), folder)
     return folder
 
 

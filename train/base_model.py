@@ -15,6 +15,7 @@ from qe_edge.console import note, quiet_transformers
 from qe_edge.errors import BadArgument, BadInput, NotFound, require
 from qe_edge.student.models import ModelRef, default_spec, resolve
 from qe_edge.student.spec import ModelSpec, read_spec, write_spec
+from qe_edge.student.template import chat_template
 from qe_edge.work.files import MANIFEST, atomic_path, sha256
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import read_record
@@ -52,6 +53,21 @@ def prepare_student(student: str, workdir: Workdir) -> tuple[str, ModelSpec]:
         licensed = _license_of_card(ref)
         spec = msgspec.structs.replace(default_spec(ref, tokenizer.chat_template), license=licensed)
     return str(ref.path.resolve()) if ref.path else ref.name, spec
+
+
+def untrained(student: str, workdir: Workdir) -> Path:
+    """The base as a folder like a merged student's, with its spec: what it is without any training.
+
+    Raises:
+        BadArgument: see `prepare_student`.
+    """
+    source, spec = prepare_student(student, workdir)
+    name = Path(source).name.removesuffix(".gguf")
+    folder = workdir.root / "base" / f"{name}-untrained"
+    if not folder.is_dir():
+        with atomic_path(folder) as partial:
+            save_student(load_model(source, dtype="auto"), load_tokenizer(source), spec, partial)
+    return folder
 
 
 def _unpack_gguf(ref: ModelRef, file: Path, folder: Path) -> ModelSpec:
@@ -180,6 +196,16 @@ def load_trained(trained: Trained, *, dtype: Any, trainable: bool = False) -> Pr
         return load_model(str(trained.folder), dtype=dtype)
     base, peft = load_model(trained.base, dtype=dtype), require("peft", "train")
     return peft.PeftModel.from_pretrained(base, str(trained.folder), is_trainable=trainable)
+
+
+def save_student(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, folder: Path
+) -> None:
+    """Save a student that knows its prompt: in its spec, for us, and as the chat template, for all others."""
+    save_model(model, folder)
+    tokenizer.chat_template = chat_template(spec.prompt, tokenizer.get_added_vocab())
+    tokenizer.save_pretrained(folder)
+    write_spec(folder, spec)
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:

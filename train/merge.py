@@ -9,8 +9,7 @@ import msgspec
 from qe_edge.errors import QeEdgeError, require
 from qe_edge.student.join import Join
 from qe_edge.student.prompt import hugging_face
-from qe_edge.student.spec import write_spec
-from qe_edge.train.base_model import load_config, load_tokenizer, load_trained, open_trained, save_model
+from qe_edge.train.base_model import load_config, load_tokenizer, load_trained, open_trained, save_student
 from qe_edge.work.files import MANIFEST, atomic_path, write_json
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import check_output, run_record
@@ -60,9 +59,7 @@ def merge(adapter: Path, *, join: Join | None = None, out: Path | None = None, w
         ),
     }
     with atomic_path(out) as partial:
-        save_model(merged.to(precision), partial)
-        tokenizer.save_pretrained(partial)
-        write_spec(partial, spec)
+        save_student(merged.to(precision), tokenizer, spec, partial)
         settings = {"join": str(spec.join), "precision": str(precision).removeprefix("torch.")}
         write_json(
             partial / MANIFEST,

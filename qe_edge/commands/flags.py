@@ -108,7 +108,7 @@ def _read(recipe: str | None, section: str, data: Path | None) -> dict[str, Any]
     Raises:
         BadInput: the recipe has no such section.
     """
-    from qe_edge.pipeline import read_recipe
+    from qe_edge.recipe import read_recipe
 
     if not recipe:
         return {}

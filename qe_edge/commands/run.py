@@ -11,6 +11,7 @@ import typer
 
 from qe_edge.commands.bench import emit_bench
 from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption
+from qe_edge.errors import BadArgument
 from qe_edge.work.folder import Workdir
 
 
@@ -41,15 +42,20 @@ def run(
 ) -> None:
     """Run a recipe: pairs, SFT, DPO, merge, export, bench and report. Run again, it goes on."""
     from qe_edge.bench.report.report import report as draw
-    from qe_edge.pipeline import load_recipe, run_recipe
+    from qe_edge.pipeline import run_recipe
+    from qe_edge.recipe import load_recipe, read_recipe
     from qe_edge.retrieval.datasets import load_dataset
 
     work = Workdir(workdir)
-    if dataset and not expansions:
+    own = "samples" in read_recipe(recipe, data=data)
+    if own and expansions:
+        raise BadArgument("this recipe's student learns from its own texts: leave --expansions out")
+    if dataset and not expansions and not own:
         expansions = [work.taught(str(load_dataset(dataset)))]
     files = [str(file) for file in expansions or ()]
     given: dict[str, dict[str, Any]] = {
-        "pairs": {"dataset": dataset, "expansions": files},
+        "samples": {"datasets": [dataset] if own and dataset else None},
+        "pairs": {"dataset": None if own else dataset, "expansions": files},
         "sft": {"expansions": files, "student": student},
         "bench": {"datasets": test, "teachers": [str(file) for file in teacher or ()]},
     }

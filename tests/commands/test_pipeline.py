@@ -2,14 +2,21 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qe_edge import Expander
 from qe_edge.bench.result import read_result
 from qe_edge.errors import BadInput, NotFound, QeEdgeError
-from qe_edge.pipeline import load_recipe, run_recipe
+from qe_edge.pipeline import run_recipe
+from qe_edge.recipe import load_recipe
+from qe_edge.records import Expansion, Pair, encode_jsonl, read_jsonl
+from qe_edge.retrieval.datasets import builtin_folder
 from qe_edge.student.spec import read_spec
+from qe_edge.train.pairs import BEST, PAIRS
+from qe_edge.train.teach.teach import EXPANSIONS, Outcome
 from qe_edge.work.folder import Workdir
+from qe_edge.work.runs import read_record
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -71,7 +78,7 @@ def test_dpo_needs_pairs(tmp_path):
 
 
 def test_expansions_alone_make_no_pairs(tmp_path):
-    (recipe,) = (ROOT / "recipes").glob("*.toml")
+    recipe = ROOT / "recipes" / "smollm2-135m-cpu.toml"
     given = {"pairs": {"expansions": ["own.jsonl"]}, "sft": {"expansions": ["own.jsonl"]}, "bench": {}}
     loaded = load_recipe(recipe, data=tmp_path, given=given)
     assert (loaded.pairs, loaded.sft.expansions) == (None, ("own.jsonl",))
@@ -79,6 +86,77 @@ def test_expansions_alone_make_no_pairs(tmp_path):
     assert load_recipe(recipe, data=tmp_path, given=given).pairs.dataset == "demo-en@train"
     with pytest.raises(BadInput, match=r"dataset.*name your data with --dataset"):
         load_recipe("qwen3-0.6b-24gb", given={"pairs": {"expansions": ["own.jsonl"]}})
+
+
+OWN = """
+title = "a tiny student of its own texts"
+join = "mass:1"
+[samples]
+datasets = ["demo-en@train", "demo-zh@train"]
+n = 2
+[sft]
+student = "{student}"
+budget_tokens = 8
+max_rows = 8
+rank = 4
+[export]
+kinds = ["Q4_K_M"]
+formats = ["gguf"]
+[bench]
+datasets = ["demo-en"]
+"""
+
+
+def test_a_recipe_of_the_students_own_texts_names_no_others(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(OWN.format(student="builtin:smollm2-135m") + '[pairs]\nexpansions = ["x.jsonl"]\n')
+    with pytest.raises(BadInput, match=r"\[samples\] has datasets and makes expansions"):
+        load_recipe(file)
+    file.write_text(OWN.format(student="builtin:smollm2-135m"))
+    given = {"samples": {"datasets": ["cisi@train"]}, "pairs": {}, "sft": {"student": "other"}}
+    assert load_recipe(file, given=given).samples.datasets == ("cisi@train",)
+    given = {"pairs": {"dataset": "demo-en@train", "expansions": ["x"]}, "bench": {"datasets": ["demo-en"]}}
+    with pytest.raises(BadInput, match=r"\[sft\] needs expansions; name your data"):
+        load_recipe("qwen3-0.6b-24gb", given=given)
+
+
+def samples(data, config, *, out):
+    """As `teach` would write them, but what a random tiny student writes is in no language."""
+    assert (config.modes, config.n, config.max_tokens) == (("student",), 2, 8)
+    file = builtin_folder(data.name) / "expansions" / "train.jsonl"
+    rows = [msgspec.structs.replace(row, mode="student") for row in read_jsonl(file, Expansion)]
+    out.mkdir(parents=True)
+    (out / EXPANSIONS).write_bytes(encode_jsonl(rows))
+    return Outcome(candidates=1, done=1)
+
+
+def test_a_student_learns_from_its_own_best_texts(tiny_qwen3, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("trl")
+    pytest.importorskip("llama_cpp")
+    monkeypatch.setattr("qe_edge.pipeline.teach", samples)
+    file = tmp_path / "own.toml"
+    file.write_text(OWN.format(student=tiny_qwen3.as_posix()))
+    work = Workdir(tmp_path / "work")
+    out = run_recipe(load_recipe(file), workdir=work)
+
+    rows = [
+        row for path in work.root.glob("samples/*/expansions.jsonl") for row in read_jsonl(path, Expansion)
+    ]
+    assert {(row.dataset, row.mode) for row in rows} == {("demo-en", "student"), ("demo-zh", "student")}
+    of_en, of_zh = (list(read_jsonl(out[f"pairs demo-{lang}@train"] / PAIRS, Pair)) for lang in ("en", "zh"))
+    assert list(read_jsonl(work.root / "samples" / PAIRS, Pair)) == of_en + of_zh
+    inputs = read_record(out["sft"])["inputs"]
+    assert [Path(entry["path"]).name for entry in inputs.values()] == [BEST, BEST]
+    (data,) = read_result(out["bench"]).datasets
+    names = [system.name for system in data.systems if system.kind == "model"]
+    assert [name for name in names if not name.endswith(" + gate")] == [
+        "untrained",
+        "SFT Q4_K_M",
+        "SFT+DPO Q4_K_M",
+    ]
+    capsys.readouterr()
+    assert run_recipe(load_recipe(file), workdir=work) == out
+    assert "started" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from endpoint import FAULTS, serve
+from llama_server import llama_cpp_server
 from teaching import many, rows, zero_shot
 
 from qe_edge import Expander
@@ -341,63 +342,20 @@ def test_a_blank_query_is_named_before_anything_is_asked(tmp_path):
 # Real models
 
 
-LLAMA_CPP_SERVER = """
-import runpy
-import llama_cpp
-from qe_edge.backends.llama_model import kept_off_amx
-with kept_off_amx(llama_cpp):
-    runpy.run_module("llama_cpp.server", run_name="__main__", alter_sys=True)
-"""
-
-
 def test_a_real_llama_cpp_server_is_a_teacher(three, tmp_path):
-    """llama-cpp-python's own server on loopback, with the embedded student as the teacher."""
-    pytest.importorskip("llama_cpp.server.app", reason="needs llama-cpp-python[server]")
+    """With the embedded student as the teacher."""
     from qe_edge.student.models import resolve
 
-    model = resolve("builtin:smollm2-135m").path
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-c", LLAMA_CPP_SERVER, "--model", str(model), "--port", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        url = f"http://127.0.0.1:{port}/v1"
-        wait_until_up(url, server)
+    with llama_cpp_server(resolve("builtin:smollm2-135m").path) as url:
         exemplars = {"exemplars": "demo-en@train", "shots": 2}
         ask = {"endpoint": url, "concurrency": 2, "keep_bad": True}
         config = TeachConfig(model="smollm2", max_tokens=24, **exemplars, **ask)
         outcome = teach(three, config, out=tmp_path / "out")
-    finally:
-        server.kill()
-        server.wait()
     assert (outcome.done, outcome.failed) == (6, 0)
     written = rows(tmp_path / "out")
     assert {row.mode for row in written} == {"zero-shot", "few-shot"}
     assert all(row.text and 0 < row.completion_tokens <= 24 for row in written)
     assert all(row.prompt_tokens > 50 for row in written)
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until_up(url, process):
-    import urllib.request
-
-    for _ in range(600):
-        assert process.poll() is None, "the server ended"
-        try:
-            with urllib.request.urlopen(f"{url}/models"):
-                return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError("the server did not start")
 
 
 def test_a_local_model_is_a_teacher_too(three, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from training import DEV, SMALL, evaluations, losses, run_sft
 
 from qe_edge.errors import BadArgument, QeEdgeError
-from qe_edge.pipeline import read_recipe
+from qe_edge.recipe import read_recipe
 from qe_edge.records import Expansion, encode_jsonl
 from qe_edge.train.config import DpoConfig, SftConfig
 from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware

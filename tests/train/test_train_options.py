@@ -11,7 +11,7 @@ import pytest
 from training import DEV, log_of, losses, run_sft
 
 from qe_edge.errors import BadArgument, BadInput, NotFound
-from qe_edge.pipeline import load_recipe, read_recipe
+from qe_edge.recipe import load_recipe, read_recipe
 from qe_edge.records import Expansion, Pair
 from qe_edge.student.prompt import prompt_for
 from qe_edge.student.spec import read_spec

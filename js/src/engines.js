@@ -1,0 +1,107 @@
+// Who writes and who reads. An engine has `write({messages, pieces, end, maxTokens, signal})`; a reader has
+// `read(query, text, passages, spec)`, what each passage is worth, and the `settings` that it changes.
+
+import { encode, readingPrompts } from "./prompt.js";
+
+/** node-llama-cpp: `model` is a LlamaModel, `sequence` one of its context's. One request at a time. */
+export function nodeLlama(model, sequence) {
+  const tokenize = (text, special) => model.tokenize(text, special);
+  let last = Promise.resolve();
+  const alone = (work) => {
+    const result = last.then(work);
+    last = result.catch(() => {});
+    return result;
+  };
+  async function write({ pieces, end, maxTokens, signal }) {
+    const prompt = encode(pieces, tokenize);
+    const [stop] = tokenize(end, true);
+    const written = [];
+    await sequence.adaptStateToTokens(prompt.slice(0, -1)); // what it shares with the last prompt is kept
+    const rest = prompt.slice(sequence.nextTokenIndex);
+    for await (const token of sequence.evaluate(rest, { temperature: 0, yieldEogToken: true })) {
+      if (token === stop || model.isEogToken(token)) break;
+      written.push(token);
+      if (written.length >= maxTokens || signal?.aborted) break;
+    }
+    return model.detokenize(written);
+  }
+  async function read(query, _text, passages, spec) {
+    const { prompts, answer } = readingPrompts(spec, query, passages, tokenize);
+    const values = [];
+    for (const prompt of prompts) {
+      const all = [...prompt, ...answer];
+      await sequence.adaptStateToTokens(prompt.slice(0, -1));
+      const start = sequence.nextTokenIndex;
+      const generateNext = (next) => ({
+        logits: { filter: { tokens: [next], includeMax: true } },
+        totalLogitWeight: true,
+        options: { temperature: 0, topK: 0 },
+      });
+      const input = all.slice(start, -1).map((token, i) => {
+        const next = start + i + 1;
+        return next < prompt.length ? token : [token, { generateNext: generateNext(all[next]) }];
+      });
+      const found = (await sequence.controlledEvaluate(input)).filter(Boolean);
+      const likelihood = found.map(({ next }, i) => {
+        const best = Math.max(...next.logits.values());
+        return next.logits.get(answer[i]) - best - Math.log(next.totalLogitWeight);
+      });
+      values.push(likelihood.reduce((a, b) => a + b, 0) / answer.length);
+    }
+    return values;
+  }
+  return {
+    write: (request) => alone(() => write(request)),
+    /** The student itself as reader. */
+    read: (...request) => alone(() => read(...request)),
+  };
+}
+
+/** wllama (a browser): `wllama` has the student loaded; its file's own chat template makes the prompt. */
+export function wllama(instance) {
+  return {
+    async write({ messages, maxTokens, signal }) {
+      const chat = [
+        { role: "system", content: messages.system },
+        { role: "user", content: messages.user },
+      ];
+      const settings = { temperature: 0, max_tokens: maxTokens, abortSignal: signal };
+      const answer = await instance.createChatCompletion({ messages: chat, ...settings });
+      return answer.choices[0].message.content ?? "";
+    },
+  };
+}
+
+/** An OpenAI-compatible endpoint that serves the student, such as llama-server: `http://localhost:8080/v1`. */
+export function endpoint(url, { model = "student", key = "", fetch = globalThis.fetch } = {}) {
+  return {
+    async write({ messages, maxTokens, signal }) {
+      const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+      const chat = [
+        { role: "system", content: messages.system },
+        { role: "user", content: messages.user },
+      ];
+      // llama-cpp-python's server has a penalty of 1.1 by itself.
+      const settings = { temperature: 0, repeat_penalty: 1, max_tokens: maxTokens };
+      const body = JSON.stringify({ model, messages: chat, ...settings });
+      const where = `${url.replace(/\/$/, "")}/chat/completions`;
+      const answer = await fetch(where, { method: "POST", headers, body, signal });
+      if (!answer.ok) throw new Error(`${where}: HTTP ${answer.status}: ${(await answer.text()).slice(0, 200)}`);
+      return (await answer.json()).choices[0].message.content ?? "";
+    },
+  };
+}
+
+/** An encoder as reader: `embed(texts)` gives vectors of length 1. The query's is the mean of query and text. */
+export function embeddingReader(embed, { temperature = 0.05, tokens = 256, ...settings } = {}) {
+  const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
+  return {
+    settings: { temperature, tokens, ...settings },
+    async read(query, text, passages) {
+      const [ofQuery, ...others] = await embed([query, ...(text ? [text] : []), ...passages]);
+      const wanted = text ? ofQuery.map((value, i) => value + others[0][i]) : [...ofQuery];
+      const length = Math.sqrt(dot(wanted, wanted)) || 1;
+      return others.slice(text ? 1 : 0).map((vector) => dot(wanted, vector) / length);
+    },
+  };
+}

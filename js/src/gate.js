@@ -1,0 +1,37 @@
+// Never worse than no expansion: when the plain query is searched instead of the expanded one.
+
+import { countWords, detectLanguage, wordsOf } from "./text.js";
+
+const given = (value) => value !== null && value !== undefined;
+
+/** Why a query is not to be expanded; "" if it is. `scores` are those of the plain query, best first. */
+export function before(gate, query, { scores = [], languages = [] } = {}) {
+  const found = detectLanguage(query);
+  if (gate.same_language && languages.length && !languages.includes(found)) {
+    const where = found === "other" ? "neither in Latin nor in Chinese letters" : `in ${found}`;
+    return `the query is ${where}, the student writes ${languages.join(" and ")}`;
+  }
+  const words = countWords(query);
+  if (given(gate.max_words) && words > gate.max_words)
+    return `the query has ${words} words, over ${gate.max_words}`;
+  if (given(gate.clear_lead) && scores.length > 1 && scores[0] > 0) {
+    const lead = (scores[0] - scores[1]) / scores[0];
+    if (lead >= gate.clear_lead) return `the plain query's best result leads by ${(100 * lead).toFixed(0)}%`;
+  }
+  return "";
+}
+
+/** Why an expansion must not be used; "" if it may. */
+export function after(gate, query, text) {
+  const words = wordsOf(text);
+  if (gate.same_language && words.length && detectLanguage(text) !== detectLanguage(query))
+    return `it is not in the query's language, ${detectLanguage(query)}`;
+  const known = new Set(wordsOf(query));
+  const distinct = new Set(words);
+  const fresh = [...distinct].filter((word) => !known.has(word)).length;
+  if (given(gate.min_new_words) && fresh < gate.min_new_words)
+    return words.length ? "it adds nothing to the query" : "it is empty";
+  if (given(gate.min_distinct) && distinct.size < gate.min_distinct * words.length)
+    return `it repeats itself: ${distinct.size} different words of ${words.length}`;
+  return "";
+}

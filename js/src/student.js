@@ -1,0 +1,133 @@
+// A student: gate, engine, gate, join. `write -> search -> read -> search`, each step optional.
+
+import * as gates from "./gate.js";
+import { joined, relevanceWords, weigh } from "./join.js";
+import { beginning, messages, pieces } from "./prompt.js";
+import * as queries from "./queries.js";
+import { readSpec } from "./spec.js";
+import { cleanQuery, cut, oneLine, wordsOf } from "./text.js";
+
+/** A query with what was written for it, or found and read; `text` is "" where the plain query is searched. */
+export class ExpandedQuery {
+  constructor(query, join, { text = "", fallback = "", rejected = "", relevance = null } = {}) {
+    Object.assign(this, { query, join, text, fallback, rejected, relevance });
+  }
+
+  /** Weighted words (a Map), for an engine with its own analyzer; `cjk` characters of Chinese make one. */
+  words({ cjk = 2 } = {}) {
+    let query = cut(this.query, { cjk });
+    if (!query.length) query = cut(this.query, { cjk, all: true });
+    const analyze = (text) => cut(text, { cjk, more: true });
+    const parts = [[this.join, analyze(this.text)]];
+    if (this.relevance) {
+      const { passages, weights, terms, join } = this.relevance;
+      parts.push([join, relevanceWords(passages, weights, terms, analyze)]);
+    }
+    return joined(query, parts);
+  }
+
+  /** For SQLite FTS5. It splits no Chinese: index `wordsOf(text).join(" ")`, or tokenize by `trigram`. */
+  toFts5({ columns = [], trigram = false, phrases = true } = {}) {
+    let words = this.words({ cjk: trigram ? 3 : 2 });
+    if (trigram) words = new Map([...words].filter(([word]) => [...word].length >= 3));
+    if (!phrases) words = queries.singleTokens(words, { trigram });
+    return queries.fts5(words, { columns });
+  }
+
+  toElasticsearch(...fields) {
+    return queries.elasticsearch(this.words(), fields);
+  }
+
+  toMiniSearch() {
+    return queries.miniSearch(this.words());
+  }
+
+  toFlexSearch(most) {
+    return queries.flexSearch(this.words(), most);
+  }
+
+  toOrama() {
+    return queries.orama(this.words());
+  }
+
+  toText() {
+    return queries.text(this.words());
+  }
+}
+
+/** A student on one of the engines, with the contract that its file carries. */
+export class Student {
+  /** `reader` weighs passages: see `likelihoodReader` and `embeddingReader`. */
+  constructor(spec, engine, { reader = null, gate = spec.gate, maxTokens = spec.prompt.max_tokens } = {}) {
+    Object.assign(this, { spec, engine, reader, gate, maxTokens });
+  }
+
+  /** `source` as `readSpec` takes it. */
+  static async load(source, engine, options = {}) {
+    return new Student(await readSpec(source, options), engine, options);
+  }
+
+  /**
+   * The query with what the student writes for it. `scores` are the plain query's, best first, for a gate
+   * that looks at them; an aborted `signal` stops the writing, and what there is by then counts.
+   */
+  async expand(query, { scores = [], signal } = {}) {
+    const cleaned = cleanQuery(query);
+    const { spec, gate } = this;
+    const languages = Object.keys(spec.prompt.texts);
+    const fallback = gates.before(gate, cleaned, { scores, languages });
+    if (fallback) return new ExpandedQuery(query, spec.join, { fallback });
+    const request = {
+      messages: messages(spec.prompt, cleaned),
+      pieces: pieces(spec.prompt, cleaned),
+      end: spec.prompt.end,
+      maxTokens: this.maxTokens,
+      signal,
+    };
+    const text = oneLine(await this.engine.write(request));
+    const reason = gates.after(gate, query, text);
+    return reason
+      ? new ExpandedQuery(query, spec.join, { fallback: reason, rejected: text })
+      : new ExpandedQuery(query, spec.join, { text });
+  }
+
+  /** The query with passages that a search found for it, each weighed by the reader; `written` counts too. */
+  async feedback(query, passages, { scores = [], written = null, worth = new Map() } = {}) {
+    const plain = (fallback) => (written?.text ? written : new ExpandedQuery(query, this.spec.join, { fallback }));
+    const settings = { ...this.spec.feedback, ...this.reader?.settings };
+    if (!this.reader) throw new Error("nobody reads: give the student a reader");
+    const cleaned = cleanQuery(query);
+    const languages = Object.keys(this.spec.prompt.texts);
+    const reason = gates.before(this.gate, cleaned, { scores, languages });
+    if (reason) return plain(reason);
+    const heads = new Set(passages.slice(0, settings.passages).map((passage) => beginning(settings, passage)));
+    if (![...heads].some(Boolean)) return plain("the search found nothing to read");
+    const known = new Set(wordsOf(query));
+    const fresh = new Set([...heads].flatMap((head) => wordsOf(head)).filter((word) => !known.has(word))).size;
+    if (this.gate.min_new_words !== null && fresh < this.gate.min_new_words)
+      return plain("what the search found adds nothing to it");
+    const unread = [...heads].filter((head) => !worth.has(head));
+    const values = unread.length ? await this.reader.read(cleaned, written?.text ?? "", unread, this.spec) : [];
+    unread.forEach((head, i) => worth.set(head, values[i]));
+    const weights = weigh([...worth.values()], settings.temperature);
+    const relevance = { passages: [...worth.keys()], weights, terms: settings.terms, join: settings.join };
+    return new ExpandedQuery(query, this.spec.join, { text: written?.text ?? "", relevance });
+  }
+
+  /**
+   * Write, search, read, search: `search(expanded)` returns texts, best first. Without a reader, what was
+   * written is all. The result is to be searched with.
+   */
+  async refine(query, search, { rounds = 2, scores = [], signal } = {}) {
+    const written = await this.expand(query, { scores, signal });
+    if (!this.reader || (written.fallback && !written.rejected)) return written;
+    let expanded = written;
+    const worth = new Map();
+    for (let round = 0; round < rounds && !signal?.aborted; round++) {
+      const found = await search(expanded);
+      expanded = await this.feedback(query, found, { scores, written, worth });
+      if (!expanded.relevance) break;
+    }
+    return expanded;
+  }
+}

@@ -1,0 +1,156 @@
+"""A recipe: the whole way from teacher expansions to a benchmarked student, in one TOML file.
+
+    pairs ─────────────┐
+    expansions → SFT → DPO → merge → export → bench → report
+
+Without pairs there is no DPO. With `[samples]` there is no teacher: the untrained student writes several
+texts for each query, retrieval decides which are better, and the best are what it learns from.
+
+    untrained student → samples → pairs → the best → SFT → DPO → …
+
+Run again after an interruption, finished stages are skipped and the
+interrupted one goes on.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from qe_edge.bench.config import BenchConfig
+from qe_edge.errors import BadInput, NotFound, require
+from qe_edge.export.config import ExportConfig
+from qe_edge.export.export import check_choices
+from qe_edge.records import Count, Positive
+from qe_edge.retrieval.datasets import builtin_folder, load_dataset
+from qe_edge.student.models import resolve
+from qe_edge.train.config import DpoConfig, PairsConfig, SftConfig
+
+NAME_YOURS = "; name your data with --dataset, --expansions and --test, or write it into the recipe"
+
+
+class SamplesPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Judged queries for which the student itself writes what it then learns from."""
+
+    datasets: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    n: Count = 4
+    temperature: Positive = 1.0
+
+
+class PairsPart(PairsConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where preference pairs come from: judged queries and their candidate expansions."""
+
+    dataset: str = ""
+    expansions: tuple[str, ...] = ()
+
+
+class SftPart(SftConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the student learns to write."""
+
+    expansions: tuple[str, ...] = ()
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A recipe file. In its paths `{data}` stands for --data and `{builtin}` for the shipped collections."""
+
+    title: str
+    join: str = ""
+    samples: SamplesPart | None = None
+    pairs: PairsPart | None = None
+    sft: SftPart
+    dpo: DpoConfig | None = None
+    export: ExportConfig = ExportConfig()
+    bench: BenchConfig
+
+    def __post_init__(self) -> None:
+        own = self.samples is not None
+        if self.dpo and not (self.pairs or own):
+            raise ValueError("DPO needs a [pairs] section with a dataset and expansions")
+        pairs = self.pairs or PairsPart()
+        if own and (self.sft.expansions or pairs.expansions or pairs.dataset):
+            raise ValueError("[samples] has datasets and makes expansions: [pairs] and [sft] name none then")
+        if self.pairs and not own and not (pairs.dataset and pairs.expansions):
+            raise ValueError(f"[pairs] needs a dataset and expansions{NAME_YOURS}")
+        if not own and not self.sft.expansions:
+            raise ValueError(f"[sft] needs expansions{NAME_YOURS}")
+
+
+def read_recipe(path: Path | str, *, data: Path | None = None) -> dict[str, Any]:
+    """A recipe file, or the one of that name that ships with the package, as it is written.
+
+    Raises:
+        NotFound, BadInput: there is none, or it is no TOML; `{data}` is used and no folder was given.
+    """
+    file = Path(path)
+    if not file.is_file():
+        shipped = resources.files("qe_edge") / "recipes"
+        file = Path(str(shipped / f"{path}.toml"))
+        if not file.is_file():
+            names = sorted(entry.name.removesuffix(".toml") for entry in shipped.iterdir())
+            raise NotFound(
+                f"no recipe {path}: neither a file nor one that ships, which are {', '.join(names)}"
+            )
+    try:
+        text = file.read_text(encoding="utf-8-sig").replace("{builtin}", builtin_folder("").as_posix())
+    except UnicodeDecodeError as error:
+        raise BadInput(f"not UTF-8 text: {error}", path=path) from None
+    if "{data}" in text:
+        if data is None:
+            raise BadInput("uses {data}; name that folder with --data", path=path)
+        text = text.replace("{data}", data.as_posix())
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"not a valid recipe: {error}", path=path) from None
+
+
+def load_recipe(
+    path: Path | str, *, data: Path | None = None, given: dict[str, dict[str, Any]] | None = None
+) -> Recipe:
+    """A whole recipe; `given` has settings by section, which override the file's.
+
+    Expansions alone make no pairs where the file has none: that takes a dataset. Settings of samples are left
+    out where the recipe makes none.
+
+    Raises:
+        NotFound, BadInput: there is none, or it doesn't fit.
+    """
+    content = read_recipe(path, data=data)
+    for section, settings in (given or {}).items():
+        if section not in ("pairs", "samples") or section in content or "dataset" in settings:
+            content[section] = content.get(section, {}) | settings
+    try:
+        return msgspec.convert(content, Recipe)
+    except msgspec.ValidationError as error:
+        hint = ""
+        if "missing required field" in str(error):
+            hint = NAME_YOURS
+        raise BadInput(f"not a valid recipe: {error}{hint}", path=path) from None
+
+
+def check(recipe: Recipe) -> None:
+    """Look for everything that can be wrong with a recipe: before hours of work, not after them.
+
+    Raises:
+        QeEdgeError: something is.
+    """
+    needed = {"trl": "train", "llama_cpp": "llama", "gguf": "llama", "altair": "report"}
+    if "mlx" in recipe.export.formats:
+        needed["mlx_lm"] = "mlx"
+    for module, extra in needed.items():
+        if find_spec(module) is None:
+            require(module, extra)
+    check_choices(recipe.export)
+    resolve(recipe.sft.student)
+    judged = recipe.samples.datasets if recipe.samples else (recipe.pairs.dataset,) if recipe.pairs else ()
+    for name in (*judged, *recipe.bench.datasets):
+        load_dataset(name)
+    expansions = recipe.pairs.expansions if recipe.pairs else ()
+    for path in (*expansions, *recipe.sft.expansions, *recipe.bench.teachers):
+        if not Path(path).is_file():
+            raise NotFound(f"{path}: no such file; the recipe names it")

@@ -1,0 +1,54 @@
+"""llama-cpp-python's own server on loopback: a chat program that knows nothing of us."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+SERVER = """
+import runpy
+import llama_cpp
+from qe_edge.backends.llama_model import kept_off_amx
+with kept_off_amx(llama_cpp):
+    runpy.run_module("llama_cpp.server", run_name="__main__", alter_sys=True)
+"""
+
+
+@contextmanager
+def llama_cpp_server(model: Path) -> Iterator[str]:
+    """Its URL, as an OpenAI client wants it."""
+    pytest.importorskip("llama_cpp.server.app", reason="needs llama-cpp-python[server]")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, "--model", str(model), "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}/v1"
+        _wait_until_up(url, server)
+        yield url
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _wait_until_up(url: str, server: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        assert server.poll() is None, "the server ended"
+        try:
+            with urllib.request.urlopen(f"{url}/models"):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError("the server did not start")
