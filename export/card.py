@@ -43,10 +43,14 @@ def write_card(
         *("", "```python", "from qe_edge import Expander", ""),
         f'expander = Expander.load("{(ggufs or mlx)[0]}")',
         *('print(expander.expand("what causes tides").terms())', "```", ""),
-        "Without qe-edge, give the model exactly this text and stop at the end token:",
-        *(line for lang in spec.prompt.languages for line in _prompt(spec, _QUERY[lang])),
+        "In JavaScript, with the package `qe-edge`: `Student.load(file, nodeLlama(model, sequence))`.",
+        "",
+        "Chat programs write the same for **one message that holds the query alone**: the chat template",
+        "is the student's own prompt. Take temperature 0 and no penalty for repetition.",
         "",
         *_elsewhere(spec, ggufs, mlx, "adapter" in files),
+        *("", "Where there is no template, this is the whole prompt; stop at the end token:"),
+        *(line for lang in spec.prompt.languages for line in _prompt(spec, _QUERY[lang])),
         *("", "## Join", ""),
         f"`{spec.join}`, at most {spec.prompt.max_tokens} tokens an expansion.",
         *("", "## Checked against the model it was made from", ""),
@@ -63,33 +67,48 @@ def write_card(
 
 
 def write_modelfile(folder: Path, spec: ModelSpec, gguf: str) -> None:
-    """Write the Modelfile that makes a GGUF of the folder an Ollama model, with our prompt as its template.
+    """Write what makes a GGUF of the folder an Ollama model, with our prompt as its template.
 
-    Ollama's template has one text, so it is that of the first language.
+    That is a Modelfile, and for a model pulled from the hub the files `template` and `params`
+    (https://huggingface.co/docs/hub/ollama). Ollama's templates are Go's, which go through no characters: a
+    query that begins with a Chinese one is asked in Chinese, all others in the first other language.
     """
-    first = spec.prompt.texts[spec.prompt.languages[0]]
-    markup = "".join(piece.text for piece in spec.prompt.chat(first.system, first.user))
-    (folder / MODELFILE).write_text(
-        f"FROM ./{gguf}\n"
-        f'TEMPLATE """{markup.replace("{query}", "{{ .Prompt }}")}"""\n'
-        "PARAMETER temperature 0\n"
-        f"PARAMETER num_predict {spec.prompt.max_tokens}\n"
-        f"PARAMETER stop {json.dumps(spec.prompt.end)}\n",
-        encoding="utf-8",
-    )
+    template = _ollama(spec)
+    end = spec.prompt.end
+    parameters = {"temperature": 0, "num_predict": spec.prompt.max_tokens, "stop": end}
+    lines = [f"FROM ./{gguf}", f'TEMPLATE """{template}"""']
+    lines += [f"PARAMETER {name} {json.dumps(value)}" for name, value in parameters.items()]
+    (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "template").write_text(template, encoding="utf-8")
+    (folder / "params").write_text(json.dumps(parameters | {"stop": [end]}) + "\n", encoding="utf-8")
+
+
+def _ollama(spec: ModelSpec) -> str:
+    markup = {
+        lang: "".join(piece.text for piece in spec.prompt.chat(text.system, text.user))
+        for lang, text in spec.prompt.texts.items()
+    }
+    filled = {lang: text.replace("{query}", "{{ .Prompt }}") for lang, text in markup.items()}
+    chinese, others = filled.pop("zh", ""), list(filled.values())
+    if not (chinese and others):
+        return chinese or others[0]
+    is_chinese = 'and (ge .Prompt "\u4e00") (lt .Prompt "\ua000")'
+    return f"{{{{ if {is_chinese} }}}}{chinese}{{{{ else }}}}{others[0]}{{{{ end }}}}"
 
 
 def _elsewhere(spec: ModelSpec, ggufs: Sequence[str], mlx: Sequence[str], lora: bool) -> list[str]:
     budget, lines = spec.prompt.max_tokens, []
     if ggufs:
         lines += [
-            f"- llama.cpp: `llama-cli -m {ggufs[0]} -no-cnv --temp 0 -n {budget} -p …`",
+            f"- llama.cpp: `llama-server -m {ggufs[0]} --jinja`, then ask `/v1/chat/completions`",
             *(["- llama.cpp, on a GGUF of the base model: add `--lora adapter/student-lora.gguf`"] * lora),
             "- Ollama: `ollama create student -f Modelfile`, then `ollama run student 'what causes tides'`",
+            f'- llama-cpp-python: `Llama("{ggufs[0]}").create_chat_completion([{{"role": "user", "content": '
+            f'"what causes tides"}}], temperature=0, max_tokens={budget})`',
         ]
     if mlx:
-        limits = f"--ignore-chat-template --temp 0 --max-tokens {budget}"
-        lines += [f"- mlx-lm: `mlx_lm.generate --model {mlx[0]} {limits} --prompt …`"]
+        limits = f"--temp 0 --max-tokens {budget}"
+        lines += [f"- mlx-lm: `mlx_lm.generate --model {mlx[0]} {limits} --prompt 'what causes tides'`"]
     return lines
 
 

@@ -30,7 +30,8 @@ def llama_cpp_server(model: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, "--model", str(model), "--port", str(port)],
+        # One thread: several that wait for each other take a minute a token beside other work.
+        [sys.executable, "-c", SERVER, "--model", str(model), "--port", str(port), "--n_threads", "1"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -33,9 +33,9 @@ export function nodeLlama(model, sequence) {
       await sequence.adaptStateToTokens(prompt.slice(0, -1));
       const start = sequence.nextTokenIndex;
       const generateNext = (next) => ({
-        logits: { filter: { tokens: [next], includeMax: true } },
+        logits: { filter: { tokens: [next], includeTop: 1 } },
         totalLogitWeight: true,
-        options: { temperature: 0, topK: 0 },
+        options: { temperature: 1, topK: 0, topP: 1, minP: 0 },
       });
       const input = all.slice(start, -1).map((token, i) => {
         const next = start + i + 1;

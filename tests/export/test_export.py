@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -116,7 +117,14 @@ def test_the_folder_says_what_it_holds_and_how_to_use_it(exported: Any) -> None:
 
     modelfile = (out / "Modelfile").read_text()
     template = modelfile.split('"""')[1]
-    assert template.replace("{{ .Prompt }}", "what causes tides") == spec.prompt.render("what causes tides")
+    condition, chinese, english, end = re.split(r"\{\{ (?:if .*|else|end) \}\}", template)
+    assert (condition, end) == ("", "")
+    for text, query in ((english, "what causes tides"), (chinese, "潮汐的成因是什么")):
+        assert text.replace("{{ .Prompt }}", query) == spec.prompt.render(query)
+    assert (out / "template").read_text() == template
+    parameters = json.loads((out / "params").read_text())
+    assert parameters == {"temperature": 0, "num_predict": spec.prompt.max_tokens, "stop": ["<|im_end|>"]}
+    assert 'PARAMETER stop "<|im_end|>"\n' in modelfile
     ggufs = [name for name in result["files"] if name.endswith(".gguf")]
     smallest = min(ggufs, key=lambda name: (out / name).stat().st_size)
     assert smallest != min(ggufs)  # or this would tell nothing
@@ -129,8 +137,7 @@ def test_the_cards_mlx_command_runs(exported: Any) -> None:
     spec = read_spec(source)
     assert spec
     command = [sys.executable, "-m", "mlx_lm", "generate", "--model", out / "student-mlx-bf16"]
-    command += ["--ignore-chat-template", "--temp", "0", "--max-tokens", "3"]
-    command += ["--prompt", spec.prompt.render("what causes tides")]
+    command += ["--temp", "0", "--max-tokens", "3", "--prompt", "what causes tides"]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     backend = open_backend(resolve(source), engine="transformers")

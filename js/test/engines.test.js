@@ -1,0 +1,105 @@
+// The real engines on a real student: tests/js/test_js.py says where it is, and what Python makes of the same.
+
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { after, before, test } from "node:test";
+
+import { Student, endpoint, nodeLlama, pieces, readSpec, render, wordsOf } from "../src/index.js";
+
+const { gguf, expected, server } = JSON.parse(process.env.QE_EDGE_JS ?? "{}");
+const skip = gguf ? false : "run by tests/js/test_js.py, which makes the student";
+const python = skip ? {} : JSON.parse(readFileSync(expected, "utf8"));
+
+let llama, model, context, engine;
+before(async () => {
+  if (skip) return;
+  const { LlamaLogLevel, getLlama } = await import("node-llama-cpp");
+  llama = await getLlama({ gpu: false, build: "never", logLevel: LlamaLogLevel.error });
+  model = await llama.loadModel({ modelPath: gguf });
+  context = await model.createContext({ contextSize: 1024, threads: 1 });
+  engine = nodeLlama(model, context.getSequence());
+});
+after(() => llama?.dispose());
+
+test("the file's header holds the spec", { skip }, async () => {
+  assert.deepEqual(await readSpec(gguf), python.spec);
+});
+
+test("prompts have Python's token ids, hostile ones too", { skip }, async () => {
+  for (const { query, ids } of python.prompts)
+    assert.deepEqual(
+      pieces(python.spec.prompt, query).flatMap(([text, special]) => model.tokenize(text, special)),
+      ids,
+    );
+});
+
+test("the file's own chat template makes the same prompt of the query alone", { skip }, async () => {
+  const { Template } = await import("@huggingface/jinja");
+  const template = new Template(model.fileInfo.metadata.tokenizer.chat_template);
+  for (const { query, hostile } of python.prompts) {
+    const prompt = template.render({ messages: [{ role: "user", content: query }], add_generation_prompt: true });
+    if (!hostile) assert.equal(prompt, render(python.spec.prompt, query));
+  }
+});
+
+test("it writes what Python has it write", { skip }, async () => {
+  const student = await Student.load(gguf, engine, { maxTokens: python.budget });
+  for (const { query, text } of python.texts) assert.equal((await student.expand(query)).text, text);
+});
+
+test("a served student writes the same", { skip: skip || (server ? false : "no server") }, async () => {
+  const student = new Student(python.spec, endpoint(server), { maxTokens: python.budget });
+  const { query, text } = python.texts[0]; // the other's tokens nearly tie, and this server computes otherwise
+  assert.equal((await student.expand(query)).text, text);
+});
+
+test("an aborted signal ends the writing, and what there is counts", { skip }, async () => {
+  const student = await Student.load(gguf, engine, { maxTokens: 64 });
+  const cut = await student.expand("what causes tides", { signal: AbortSignal.abort() });
+  assert.equal(wordsOf(cut.text).length + wordsOf(cut.rejected).length, 1);
+});
+
+test("it reads as Python does", { skip }, async () => {
+  const student = await Student.load(gguf, engine, { reader: engine });
+  const { query, passages, weights } = python.reading;
+  const found = await student.feedback(query, passages);
+  weights.forEach((weight, i) => assert.ok(Math.abs(found.relevance.weights[i] - weight) < 0.02, `${found.relevance.weights}`));
+});
+
+const NOTES = ["The moon's pull moves the sea.", "Yeast raises dough.", "潮汐由月球的引力引起。", "A tidy desk."];
+
+test("search libraries find by it what the query alone doesn't", { skip }, async () => {
+  const student = await Student.load(gguf, engine, { maxTokens: python.budget });
+  const expanded = await student.expand("what causes tides");
+  const { default: MiniSearch } = await import("minisearch");
+  const mini = new MiniSearch({ fields: ["text"], tokenize: (text) => wordsOf(text) });
+  mini.addAll(NOTES.map((text, id) => ({ id, text })));
+  assert.equal(mini.search("what causes tides").length, 0);
+  assert.equal(mini.search(...expanded.toMiniSearch())[0].id, 0);
+
+  const { default: flexsearch } = await import("flexsearch");
+  const flex = new flexsearch.Index({ encode: (text) => wordsOf(text) });
+  NOTES.forEach((text, id) => flex.add(id, text));
+  assert.equal(flex.search(...expanded.toFlexSearch())[0], 0);
+
+  const { create, insert, search } = await import("@orama/orama");
+  const orama = create({ schema: { text: "string" } });
+  for (const text of NOTES) insert(orama, { text });
+  assert.equal(search(orama, expanded.toOrama()).hits[0].document.text, NOTES[0]);
+});
+
+test("the README's Electron lines find it with FTS5", { skip }, async () => {
+  const readme = readFileSync(new URL("../README.md", import.meta.url), "utf8");
+  const block = /```js\n(.*?better-sqlite3.*?)```/s.exec(readme)[1];
+  const { DatabaseSync } = await import("node:sqlite"); // the same calls; better-sqlite3 must be compiled
+  const lines = block
+    .replace(/^import Database from .*$/m, "")
+    .replace(/^import .*node-llama-cpp.*$/m, "const { getLlama } = await import('node-llama-cpp');")
+    .replace(/^import .*from "qe-edge";$/m, "")
+    .replaceAll("student-Q4_K_M.gguf", gguf)
+    .replaceAll("await getLlama()", "await getLlama({ gpu: false, build: 'never' })");
+  const AsyncFunction = (async () => {}).constructor;
+  const run = new AsyncFunction("Database", "Student", "nodeLlama", `${lines}\nreturn rows;`);
+  const rows = await run(DatabaseSync, Student, nodeLlama);
+  assert.equal(rows[0].body, "The moon's pull moves the sea.");
+});

@@ -1,0 +1,123 @@
+// What needs no model: specs from anywhere, endpoints, the student's steps with engines of our own.
+
+import assert from "node:assert/strict";
+import { createServer } from "node:http";
+import { test } from "node:test";
+
+import { Student, embeddingReader, endpoint, readSpec } from "../src/index.js";
+
+const SPEC = {
+  prompt: { id: "p", texts: { en: { system: "S", user: "Q: {query}" } }, max_tokens: 9, answer_prefix: "", end: "<|im_end|>" },
+  join: { rule: "mass", value: 1 },
+  base_model: "tiny",
+  stage: "base",
+  license: "",
+  gate: { max_words: 256, clear_lead: null, min_new_words: 1, min_distinct: 0.3, same_language: true },
+  feedback: { texts: {}, passages: 2, tokens: 64, temperature: 0.25, terms: 60, join: { rule: "mass", value: 3 } },
+  schema_version: 2,
+};
+
+/** A GGUF's header with some keys of every kind before the spec's. */
+function header(spec) {
+  const parts = [];
+  const u32 = (value) => parts.push(Buffer.from(Uint32Array.of(value).buffer));
+  const u64 = (value) => parts.push(Buffer.from(BigUint64Array.of(BigInt(value)).buffer));
+  const string = (text) => (u64(Buffer.byteLength(text)), parts.push(Buffer.from(text)));
+  parts.push(Buffer.from("GGUF"));
+  u32(3), u64(0), u64(4);
+  string("general.name"), u32(8), string("a student");
+  string("general.size"), u32(4), u32(7);
+  string("tokens"), u32(9), u32(8), u64(30_000);
+  for (let i = 0; i < 30_000; i++) string(`token number ${i}`); // more than is fetched at once
+  string("qe_edge.spec"), u32(8), string(JSON.stringify(spec));
+  return Buffer.concat(parts);
+}
+
+async function served(content, ranges, use) {
+  const asked = [];
+  const server = createServer((request, response) => {
+    const [, start, end] = /bytes=(\d+)-(\d+)/.exec(request.headers.range ?? "") ?? [];
+    asked.push(request.headers.range);
+    if (!ranges || start === undefined) return response.end(content);
+    if (Number(start) >= content.length) return response.writeHead(416).end();
+    response.writeHead(206).end(content.subarray(Number(start), Number(end) + 1));
+  });
+  await new Promise((ready) => server.listen(0, "127.0.0.1", ready));
+  try {
+    await use(`http://127.0.0.1:${server.address().port}/student.gguf`);
+  } finally {
+    server.closeAllConnections();
+    server.close();
+  }
+  return asked;
+}
+
+test("a spec is read from a Blob, from a URL with and without ranges, and from qe_edge.json's content", async () => {
+  const file = header(SPEC);
+  assert.deepEqual(await readSpec(new Blob([file])), SPEC);
+  assert.deepEqual(await readSpec(SPEC), SPEC);
+  const padded = Buffer.concat([file, Buffer.alloc(1 << 22)]); // weights, which nobody fetches
+  const asked = await served(padded, true, async (url) => assert.deepEqual(await readSpec(url), SPEC));
+  const last = Math.max(...asked.map((range) => Number(range.split("-")[1])));
+  assert.ok(last < file.length + (1 << 18), "no more than the header");
+  await served(padded, false, async (url) => assert.deepEqual(await readSpec(new URL(url)), SPEC));
+});
+
+test("what is no student is refused by name", async () => {
+  const rejects = (source, message) => assert.rejects(readSpec(source), message);
+  await rejects(new Blob(["no model at all, but long enough"]), /this is no GGUF file/);
+  await rejects(new Blob([header(SPEC).subarray(0, 500)]), /this is no whole GGUF file/);
+  await rejects({ ...SPEC, schema_version: 1 }, /of version 1, and this qe-edge reads version 2/);
+  const other = header(SPEC);
+  other.write("xx_edge.spec", other.indexOf("qe_edge.spec"));
+  await rejects(new Blob([other]), /has no qe_edge.spec: it was not exported by qe-edge/);
+});
+
+const says = (text) => ({ asked: [], async write(request) { this.asked.push(request); return text; } });
+
+test("the gate stands before and after the engine", async () => {
+  const engine = says("The moon pulls\n the sea.");
+  const student = new Student(SPEC, engine);
+  const expanded = await student.expand(" what causes\ntides ");
+  assert.equal(expanded.text, "The moon pulls the sea.");
+  assert.deepEqual(engine.asked[0].messages, { system: "S", user: "Q: what causes tides" });
+  assert.equal(engine.asked[0].maxTokens, 9);
+  assert.match((await student.expand("潮汐")).fallback, /the query is in zh, the student writes en/);
+  assert.equal(engine.asked.length, 1);
+  const same = await new Student(SPEC, says("Tides")).expand("tides");
+  assert.deepEqual([same.text, same.rejected, same.fallback], ["", "Tides", "it adds nothing to the query"]);
+  assert.deepEqual([...same.words().keys()], ["tides"]);
+  await assert.rejects(student.expand("  "), /the query is empty/);
+});
+
+test("refine searches by what was written, reads what that finds, once each, and searches again", async () => {
+  const vectors = { tides: [1, 0], "moon and sea": [0, 1], "the moon": [0, 1], "a desk": [1, 0], bread: [-1, 0] };
+  const embedded = [];
+  const reader = embeddingReader((texts) => (embedded.push(...texts), texts.map((text) => vectors[text])));
+  const student = new Student(SPEC, says("moon and sea"), { reader });
+  const searches = [];
+  const found = [["the moon", "a desk", "bread"], ["a desk", "bread"]];
+  const refined = await student.refine("tides", (expanded) => (searches.push(expanded), found[searches.length - 1]));
+  assert.deepEqual(searches.map((expanded) => expanded.relevance?.passages ?? []), [[], ["the moon", "a desk"]]);
+  assert.deepEqual(refined.relevance.passages, ["the moon", "a desk", "bread"]);
+  assert.equal(embedded.filter((text) => text === "a desk").length, 1);
+  // Query and text together lie between both vectors: the moon and a desk are worth the same.
+  const [moon, desk, bread] = refined.relevance.weights;
+  assert.ok(Math.abs(moon - desk) < 1e-12 && bread < 1e-9);
+  const without = await new Student(SPEC, says("moon")).refine("tides", () => assert.fail("nobody reads"));
+  assert.equal(without.text, "moon");
+});
+
+test("an endpoint gets both messages, and its errors are told", async () => {
+  let body;
+  const fetch = async (url, options) => {
+    body = { url, ...JSON.parse(options.body) };
+    return Response.json({ choices: [{ message: { content: "The moon." } }] });
+  };
+  const student = new Student(SPEC, endpoint("http://x/v1/", { fetch }));
+  assert.equal((await student.expand("tides")).text, "The moon.");
+  assert.equal(body.url, "http://x/v1/chat/completions");
+  assert.deepEqual(body.messages.map((m) => m.content), ["S", "Q: tides"]);
+  const broken = endpoint("http://x/v1", { fetch: async () => new Response("no model", { status: 503 }) });
+  await assert.rejects(new Student(SPEC, broken).expand("tides"), /HTTP 503: no model/);
+});

