@@ -57,39 +57,52 @@ export function nodeLlama(model, sequence) {
   };
 }
 
-/** wllama (a browser): `wllama` has the student loaded; its file's own chat template makes the prompt. */
+/** wllama (a browser): `instance` has the student loaded; its file's own chat template makes the prompt. */
 export function wllama(instance) {
   return {
     async write({ messages, maxTokens, signal }) {
-      const chat = [
-        { role: "system", content: messages.system },
-        { role: "user", content: messages.user },
-      ];
-      const settings = { temperature: 0, max_tokens: maxTokens, abortSignal: signal };
-      const answer = await instance.createChatCompletion({ messages: chat, ...settings });
-      return answer.choices[0].message.content ?? "";
+      let text = "";
+      return untilAborted(signal, () => text, async () => {
+        const settings = { temperature: 0, max_tokens: maxTokens, abortSignal: signal, stream: true };
+        const answer = await instance.createChatCompletion({ messages: chat(messages), ...settings });
+        for await (const { choices } of answer) text += choices[0]?.delta.content ?? "";
+      });
     },
   };
 }
 
 /** An OpenAI-compatible endpoint that serves the student, such as llama-server: `http://localhost:8080/v1`. */
 export function endpoint(url, { model = "student", key = "", fetch = globalThis.fetch } = {}) {
+  const where = `${url.replace(/\/$/, "")}/chat/completions`;
+  const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
   return {
     async write({ messages, maxTokens, signal }) {
-      const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
-      const chat = [
-        { role: "system", content: messages.system },
-        { role: "user", content: messages.user },
-      ];
-      // llama-cpp-python's server has a penalty of 1.1 by itself.
-      const settings = { temperature: 0, repeat_penalty: 1, max_tokens: maxTokens };
-      const body = JSON.stringify({ model, messages: chat, ...settings });
-      const where = `${url.replace(/\/$/, "")}/chat/completions`;
-      const answer = await fetch(where, { method: "POST", headers, body, signal });
-      if (!answer.ok) throw new Error(`${where}: HTTP ${answer.status}: ${(await answer.text()).slice(0, 200)}`);
-      return (await answer.json()).choices[0].message.content ?? "";
+      let text = "";
+      return untilAborted(signal, () => text, async () => {
+        // llama-cpp-python's server has a penalty of 1.1 by itself.
+        const settings = { temperature: 0, repeat_penalty: 1, max_tokens: maxTokens };
+        const body = JSON.stringify({ model, messages: chat(messages), ...settings });
+        const answer = await fetch(where, { method: "POST", headers, body, signal });
+        if (!answer.ok) throw new Error(`${where}: HTTP ${answer.status}: ${(await answer.text()).slice(0, 200)}`);
+        text = (await answer.json()).choices[0].message.content ?? "";
+      });
     },
   };
+}
+
+const chat = ({ system, user }) => [
+  { role: "system", content: system },
+  { role: "user", content: user },
+];
+
+/** What there is when `work` is done, or was aborted. */
+async function untilAborted(signal, found, work) {
+  try {
+    await work();
+  } catch (error) {
+    if (!signal?.aborted) throw error;
+  }
+  return found();
 }
 
 /** An encoder as reader: `embed(texts)` gives vectors of length 1. The query's is the mean of query and text. */

