@@ -102,6 +102,19 @@ def verify_export(exported: Path, source: Path) -> dict[str, Any]:
     return {"checksums": sums, **found}
 
 
+def read_sums(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256, as an export's folder lists them.
+
+    Raises:
+        BadInput: the list is malformed.
+    """
+    sums = folder / CHECKSUMS
+    try:
+        return {name: digest for digest, name in (line.split("  ", 1) for _, line in read_lines(sums))}
+    except (ValueError, BadInput):
+        raise BadInput("isn't a list of checksums as sha256sum writes it", path=sums) from None
+
+
 def check_sums(path: Path) -> int:
     """Compare an export, a file or a folder, with the SHA256SUMS beside it; returns how many files were.
 
@@ -111,10 +124,7 @@ def check_sums(path: Path) -> int:
     sums = path.parent / CHECKSUMS
     if not sums.is_file():
         raise BadInput(f"has no {CHECKSUMS} beside it, so nothing tells whether it is whole", path=path)
-    try:
-        listed = {name: digest for digest, name in (line.split("  ", 1) for _, line in read_lines(sums))}
-    except (ValueError, BadInput):
-        raise BadInput("isn't a list of checksums as sha256sum writes it", path=sums) from None
+    listed = read_sums(path.parent)
     own = {name: digest for name, digest in listed.items() if Path(name).parts[:1] == (path.name,)}
     if not own:
         raise BadInput(f"does not list {path.name}; it is from another export", path=sums)

@@ -29,7 +29,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A .gguf file, a model folder, a hub id or builtin:NAME (default: newest export).",
+        help="A .gguf file, a model folder, hf:OWNER/NAME:Q4_K_M or builtin:NAME (default: newest export).",
     ),
 ]
 IndexOption = Annotated[

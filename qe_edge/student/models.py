@@ -11,6 +11,7 @@ import msgspec
 
 from qe_edge.errors import BadInput, NotFound, NotInstalled
 from qe_edge.records import Lang
+from qe_edge.student.hub import PREFIX, fetch
 from qe_edge.student.join import DEFAULT_JOIN
 from qe_edge.student.prompt import prompt_for
 from qe_edge.student.spec import ModelSpec, is_hub_id
@@ -41,7 +42,8 @@ class ModelRef(msgspec.Struct, frozen=True):
     @property
     def public_name(self) -> str:
         """A name to publish: a hub id or a built-in as it is, a file or folder without its path."""
-        return self.name if self.path is None or self.name in BUILTIN_NAMES else self.path.resolve().name
+        published = self.path is None or self.name.startswith(("builtin:", PREFIX))
+        return self.name if published or self.path is None else self.path.resolve().name
 
     @property
     def is_gguf(self) -> bool:
@@ -59,6 +61,8 @@ class ModelRef(msgspec.Struct, frozen=True):
 def resolve(name: str | Path) -> ModelRef:
     """Find a model by what the user typed: an existing path first, then a built-in, then a hub id.
 
+    `hf:owner/name:Q4_K_M` and `hf:owner/name/file.gguf` are fetched from the hub, see `fetch`.
+
     Raises:
         NotFound: no such file or folder, and not of a hub id's form.
         BadInput: a file that is not a GGUF, or a folder that holds no model.
@@ -68,6 +72,10 @@ def resolve(name: str | Path) -> ModelRef:
     path = Path(text)
     if text.startswith("builtin:") and not path.exists():
         return _builtin(text)
+    if text.startswith(PREFIX) and not path.exists():
+        file = fetch(text)
+        _check_gguf(file)
+        return ModelRef(text, "llama.cpp", file)
     if path.is_file():
         _check_gguf(path)
         return ModelRef(path.name, "llama.cpp", path)
@@ -77,7 +85,7 @@ def resolve(name: str | Path) -> ModelRef:
         return ModelRef(text, "transformers", None)
     raise NotFound(
         f"no model {text!r}: it is neither a file, a folder, a hub id (org/name), "
-        f"nor one of {', '.join(BUILTIN_NAMES)}"
+        f"a hub's file (hf:org/name:Q4_K_M), nor one of {', '.join(BUILTIN_NAMES)}"
     )
 
 

@@ -1,0 +1,48 @@
+"""`qe-edge push`: an export to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit, took
+from qe_edge.errors import NotFound
+from qe_edge.work.folder import Workdir
+
+
+def push(
+    repo: Annotated[str, typer.Argument(help="Where to: OWNER/NAME, made if need be.")],
+    folder: Annotated[Path | None, typer.Argument(help="An export's folder (default: the newest).")] = None,
+    result: Annotated[
+        list[Path] | None,
+        typer.Option(help="Bench results for the card (default: the newest, if it measured these files)."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Nobody else sees it.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch instead of main.")] = None,
+    workdir: WorkdirOption = WORKDIR,
+    json: JsonOption = False,
+) -> None:
+    """Upload an export to the Hugging Face hub, with what was measured in its card."""
+    from qe_edge.bench.result import read_result
+    from qe_edge.push import push as verb
+
+    work = Workdir(workdir)
+    if folder is None:
+        folder = work.newest("export")
+        took("export", folder)
+    if result is None:
+        try:
+            result = [work.newest("bench")]
+        except NotFound:
+            result = []
+    url = verb(folder, repo, [read_result(path) for path in result], private=private, revision=revision)
+    emit(
+        json,
+        "push",
+        url,
+        inputs={"folder": folder, "repo": repo},
+        artifacts={"url": url},
+        following=f"qe-edge expand 'what causes tides' --model hf:{repo}:Q4_K_M",
+    )

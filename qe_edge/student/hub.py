@@ -1,0 +1,79 @@
+"""Models on the Hugging Face hub: one file of a repository, kept in the hub's own cache."""
+
+from __future__ import annotations
+
+import re
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from qe_edge.errors import BadArgument, BadInput, NotFound, require
+
+PREFIX = "hf:"
+_NAME = re.compile(
+    r"hf:(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(?:/(?P<file>[^@:]+\.gguf)|:(?P<kind>[\w.-]+))"
+    r"(?:@(?P<revision>\S+))?"
+)
+
+
+def fetch(name: str) -> Path:
+    """The GGUF that a name means: `hf:owner/name/file.gguf`, or `hf:owner/name:Q4_K_M` by its kind.
+
+    `@REVISION` at the end picks a branch, tag or commit. What was fetched before is used without a network.
+
+    Raises:
+        BadArgument: the name has another form.
+        NotFound: the hub has no such file, or can't be reached and it was never fetched.
+        BadInput: several files fit.
+        NotInstalled: huggingface_hub is missing.
+    """
+    named = _NAME.fullmatch(name)
+    if not named:
+        raise BadArgument(
+            f"can't read {name!r}; a model on the hub is hf:OWNER/NAME/FILE.gguf or hf:OWNER/NAME:Q4_K_M, "
+            "with @REVISION at its end if need be"
+        )
+    hub = require("huggingface_hub", "hub")
+    repo, revision, kind = named["repo"], named["revision"], named["kind"]
+    wanted = named["file"] or f"*{kind}.gguf"
+    if not sys.stderr.isatty():
+        require("huggingface_hub.utils", "hub").disable_progress_bars()
+    try:
+        kept, names = None, hub.HfApi().list_repo_files(repo, revision=revision)
+    except Exception as error:  # its errors come from several packages
+        kept, names = _kept(hub, name, repo, revision, error)
+    # Not in folders: an export's adapter is no model.
+    found = [file for file in names if file == wanted or (kind and "/" not in file and _is(file, wanted))]
+    if not found:
+        never = ", or it was never fetched" if kept else ""
+        raise NotFound(f"no model {name!r}: {repo} has no file {wanted}{never}")
+    if len(found) > 1:
+        several = ", ".join(f"{PREFIX}{repo}/{file}" for file in sorted(found))
+        raise BadInput(f"{name} means several files; name one of them: {several}")
+    if kept:
+        return kept / found[0]
+    try:
+        return Path(hub.hf_hub_download(repo, found[0], revision=revision))
+    except Exception as error:
+        raise NotFound(f"can't fetch {name}: {_reason(error)}") from None
+
+
+def _is(file: str, pattern: str) -> bool:
+    return fnmatchcase(file.lower(), pattern.lower())
+
+
+def _kept(hub: Any, name: str, repo: str, revision: str | None, why: Exception) -> tuple[Path, list[str]]:
+    """What was fetched of a repository before, since the hub can't be asked."""
+    try:
+        folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+    except Exception:
+        raise NotFound(
+            f"no model {name!r}: the hub doesn't give it, and it isn't here ({_reason(why)})"
+        ) from None
+    return folder, [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
