@@ -63,6 +63,38 @@ def test_llama_index_transforms_the_query_and_not_what_is_embedded(expander: Exp
     assert str(engine.query(QUERY)) == expanded.text
 
 
+def test_pyterrier_expands_queries_and_reads_results(expander: Expander) -> None:
+    pytest.importorskip("pyterrier", reason="needs the extra pyterrier")
+    import pandas as pd
+    import pyterrier as pt
+
+    from qe_edge.adapters.pyterrier import Feedback, QueryExpansion, terrier
+
+    queries = pd.DataFrame({"qid": ["1", "2"], "query": [QUERY, "2023 tax"]})
+    notes = ["The moon pulls the sea.", "Yeast raises dough."]
+
+    def search(asked: pd.DataFrame) -> pd.DataFrame:
+        rows = [
+            {"qid": row.qid, "query": row.query, "docno": str(i), "text": text, "rank": i, "score": -i}
+            for row in asked.itertuples()
+            for i, text in enumerate(notes)
+        ]
+        return pd.DataFrame(rows[::-1])  # a frame need not be sorted
+
+    retriever = pt.apply.generic(search)
+    found = (QueryExpansion(expander) >> retriever)(queries)
+    expanded = expander.expand(QUERY)
+    assert set(found["query"]) == {terrier(expanded), terrier(expander.expand("2023 tax"))}
+    assert terrier(expanded).startswith("what^1 causes^1 tides^1 ")
+    plain = QueryExpansion(expander, ExpandedQuery.to_text)(queries)
+    assert list(plain["query_0"]) == [QUERY, "2023 tax"]
+    assert plain["query"][0] == expanded.to_text()
+
+    read = (retriever >> Feedback(expander))(queries).set_index("qid")
+    assert read.loc["1", "query_0"] == QUERY
+    assert read.loc["1", "query"] == terrier(expander.feedback(QUERY, notes))
+
+
 def test_haystack_runs_it_in_a_pipeline_that_can_be_saved(gguf: Path) -> None:
     pytest.importorskip("haystack", reason="needs the extra haystack")
     from haystack import Document, Pipeline
