@@ -21,8 +21,10 @@ from qe_edge.student.join import Join
 from qe_edge.student.models import resolve
 from qe_edge.work.files import write_json
 from qe_edge.work.folder import Workdir
-from qe_edge.work.machine import cpu_name, machine, versions
+from qe_edge.work.machine import busy, cpu_name, machine, versions
 from qe_edge.work.runs import RunFolder, now
+
+BUSY = 0.2  # share of the processors, from which others disturb what is timed
 
 
 def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> Path:
@@ -58,6 +60,12 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     warnings: list[str] = []
     failures: list[str] = []
     results = []
+    load = busy()
+    if load > BUSY:
+        warnings.append(
+            f"other work took {load:.0%} of the processors at the start: times and rates say little"
+        )
+        note(f"bench: {warnings[-1]}")
     for path in config.teachers:  # a bad file is found before hours of generation
         if not any(is_of(row, data) for row in read_jsonl(path, Expansion) for data in loaded):
             warnings.append(f"{path} holds no expansion of these queries")
@@ -78,8 +86,8 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         failures += one.failures
     result = BenchResult(
         created=now(),
-        label=config.label or cpu_name(),
-        machine=machine(),
+        label=config.hardware_label or cpu_name(),
+        machine=machine() | {"busy": round(load, 2)},
         versions=versions(),
         datasets=results,
         settings=run.record["settings"],

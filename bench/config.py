@@ -79,7 +79,7 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     ] = (ITSELF,)
     analyzer: Annotated[str, said(ANALYZER)] = ""
     retriever: Annotated[str, said(RETRIEVER)] = ""
-    label: Annotated[str, said("What to call this machine in reports.", flag="--hardware-label")] = ""
+    hardware_label: Annotated[str, said("What to call this machine in reports.")] = ""
 
     def __post_init__(self) -> None:
         if (self.passages or self.readers != (ITSELF,)) and not (self.feedback or self.refine):

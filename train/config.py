@@ -111,7 +111,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """SFT settings.
 
-    `models` and `modes` select teacher rows, empty meaning all; rows that `teach` marked with a problem
+    `teacher_models` and `modes` select rows, empty meaning all; rows that `teach` marked with a problem
     are left out, but for the problems in `accept`. Of what is left, `max_rows` are drawn at random, 0
     meaning all. Of each the student learns to `write` the query's expansion, to `read` (to find the query
     likely after the expansion's beginning, which is what corpus feedback asks of it), or both. With
@@ -120,7 +120,9 @@ class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     student: Annotated[str, said("Hub id, folder, GGUF file or builtin:NAME.")] = DEFAULT_STUDENT
-    models: Annotated[tuple[str, ...], said("Take only this model's rows.", flag="--teacher-model")] = ()
+    teacher_models: Annotated[
+        tuple[str, ...], said("Take only this teacher's rows.", flag="--teacher-model")
+    ] = ()
     modes: Annotated[
         tuple[Mode, ...], said("Take only zero-shot or few-shot rows.", flag="--mode", rare=True)
     ] = ()

@@ -158,7 +158,7 @@ def select_rows(paths: Iterable[Path | str], config: SftConfig) -> list[Expansio
         row
         for row in rows
         if (row.problem is None or row.problem in config.accept)
-        and (not config.models or row.model in config.models)
+        and (not config.teacher_models or row.model in config.teacher_models)
         and (not config.modes or row.mode in config.modes)
     ]
     if not selected:

@@ -43,7 +43,13 @@ def data_info(
 
     dataset = load_dataset(name)
     info = msgspec.to_builtins(describe(dataset)) | {"fingerprint": dataset.fingerprint()}
-    emit(json, "data info", "\n".join(f"{key:<12} {value}" for key, value in info.items()), metrics=info)
+    emit(
+        json,
+        "data info",
+        "\n".join(f"{key:<12} {value}" for key, value in info.items()),
+        metrics=info,
+        following=f"qe-edge teach --dataset {name} --model MODEL",
+    )
 
 
 @data_app.command("fetch")
@@ -56,7 +62,13 @@ def data_fetch(
     dataset = load_dataset(name)
     next(iter(dataset.documents()), None)  # ir_datasets downloads documents when the first is asked for
     text = f"{dataset}: {len(dataset.queries)} judged queries are here"
-    emit(json, "data fetch", text, metrics={"name": str(dataset), "queries": len(dataset.queries)})
+    emit(
+        json,
+        "data fetch",
+        text,
+        metrics={"name": str(dataset), "queries": len(dataset.queries)},
+        following=f"qe-edge data info {name}",
+    )
 
 
 @data_app.command("import")
@@ -90,4 +102,11 @@ def data_import(
     lacking = f"{origin.missing_judged:,} judged passages and {origin.lost_queries} queries are left out"
     what = f"a pool; {lacking}" if origin.pool else "complete"
     text = f"{name} in {folder}: {origin.passages:,} passages, {what}"
-    emit(json, "data import", text, artifacts={"folder": folder}, metrics=msgspec.to_builtins(origin))
+    emit(
+        json,
+        "data import",
+        text,
+        artifacts={"folder": folder},
+        metrics=msgspec.to_builtins(origin),
+        following=f"qe-edge data info {name}",
+    )

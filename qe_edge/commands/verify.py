@@ -48,4 +48,5 @@ def verify(
             f"{retrieval['before']:.3f} before, {retrieval['after']:.3f} after, difference "
             f"{change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
         )
-    emit(json, "verify", text, inputs={"export": exported}, metrics=found)
+    following = f"qe-edge bench --dataset NAME@SPLIT --model {exported}"
+    emit(json, "verify", text, inputs={"export": exported}, metrics=found, following=following)

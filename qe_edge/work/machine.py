@@ -51,6 +51,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def busy() -> float:
+    """The share of the processors that is at work now, 0 to 1; looks for half a second."""
+    import psutil
+
+    return float(psutil.cpu_percent(interval=0.5)) / 100
+
+
 def machine() -> dict[str, Any]:
     """What the figures of a run were measured on. No host or user name."""
     import psutil

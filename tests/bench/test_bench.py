@@ -39,6 +39,14 @@ from qe_edge.work.folder import Workdir
 pytest.importorskip("llama_cpp")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    """The tests' machine does what it does; what is measured here is not its speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qe_edge.bench.bench.busy", lambda: 0.0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def student(tiny_qwen3, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "student-F16.gguf"
@@ -58,7 +66,7 @@ def done(student, tmp_path_factory):
         measures=("R@100", "AP"),
         teachers=tuple(default_teachers(["demo-en"])),
         max_tokens=20,
-        label="a test machine",
+        hardware_label="a test machine",
     )
     return bench(config, workdir=work), work, config
 
@@ -114,6 +122,14 @@ def test_another_systems_run_is_a_row_beside_bm25_and_needs_no_model(done, tmp_p
     part.write_text("q1 Q0 d1 1 2.5 x\nq1 Q0 d1 2 2.0 x\n")
     with pytest.raises(BadInput, match=r"part.trec:2: has document d1 twice"):
         bench(config, workdir=Workdir(tmp_path / "work"))
+
+
+def test_a_busy_machine_is_noted_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("qe_edge.bench.bench.busy", lambda: 0.9)
+    result = read_result(bench(BenchConfig(datasets=("demo-en",)), workdir=Workdir(tmp_path)))
+    assert result.machine["busy"] == 0.9
+    assert result.warnings == ["other work took 90% of the processors at the start: times say little"]
+    assert "bench: other work took 90%" in capsys.readouterr().err
 
 
 def test_the_judgments_stand_beside_the_runs(done):

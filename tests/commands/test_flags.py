@@ -51,7 +51,7 @@ def test_every_field_has_its_help_and_a_flag_or_none_by_intent(verb: str) -> Non
     listed = CliRunner().invoke(app, [*verb.split(), shown], env={"COLUMNS": "300"}).stdout
     hidden = {"verify", "tune_joins"}  # for those who call the verb itself
     names = {"modes": "mode", "models": "model", "datasets": "dataset", "joins": "join", "kinds": "quant"}
-    names |= {"measures": "measure", "teachers": "teacher", "formats": "format", "label": "hardware-label"}
+    names |= {"measures": "measure", "teachers": "teacher", "formats": "format"}
     names |= {
         "tasks": "task",
         "runs": "run",
@@ -59,8 +59,6 @@ def test_every_field_has_its_help_and_a_flag_or_none_by_intent(verb: str) -> Non
         "teacher_models": "teacher-model",
         "loss_weights": "loss-weight",
     }
-    if verb == "train sft":
-        names["models"] = "teacher-model"
     for field in kind.__struct_fields__:
         flag = "--" + names.get(field, field.replace("_", "-"))
         assert (flag in listed) != (field in hidden), flag

@@ -157,7 +157,7 @@ def test_rows_are_selected_by_model_and_mode_and_drawn_by_seed(files):
     ]
     path[0].write_bytes(encode_jsonl([*rows(2), *extra]))
     assert len(select_rows(path, SftConfig())) == 11
-    assert [r.model for r in select_rows(path, SftConfig(models=("teacher",)))] == ["teacher"] * 2
+    assert [r.model for r in select_rows(path, SftConfig(teacher_models=("teacher",)))] == ["teacher"] * 2
     assert len(select_rows(path, SftConfig(modes=("few-shot",)))) == 9
     drawn = select_rows(path, SftConfig(max_rows=5))
     assert len({row.text for row in drawn}) == 5
@@ -165,7 +165,7 @@ def test_rows_are_selected_by_model_and_mode_and_drawn_by_seed(files):
         drawn == select_rows(path, SftConfig(max_rows=5)) != select_rows(path, SftConfig(max_rows=5, seed=1))
     )
     with pytest.raises(BadInput, match="the files hold: other few-shot, teacher zero-shot"):
-        select_rows(path, SftConfig(models=("nobody",)))
+        select_rows(path, SftConfig(teacher_models=("nobody",)))
 
 
 def test_sft_learns_and_leaves_a_whole_folder(trained):

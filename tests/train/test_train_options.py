@@ -79,7 +79,7 @@ def test_settings_out_of_bounds_are_named(monkeypatch, capsys, flags, code, mess
     assert message in " ".join(shown.err.replace("│", " ").split())
 
 
-FLAGS = {"models": "teacher-model", "modes": "mode", "tasks": "task", "loss_weights": "loss-weight"}
+FLAGS = {"teacher_models": "teacher-model", "modes": "mode", "tasks": "task", "loss_weights": "loss-weight"}
 
 
 def test_every_setting_has_a_flag_with_help(monkeypatch, capsys):
