@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from qe_edge.bench.baselines import parse_baseline
 from qe_edge.bench.config import BenchConfig
 from qe_edge.bench.inputs import Model, parse_model, parse_run
 from qe_edge.bench.result import RESULT, BenchResult
@@ -47,6 +48,9 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     named = dict(parse_model(text) for text in config.models)
     if len(named) < len(config.models):
         raise BadArgument("two models have the same name; tell them apart with --model LABEL=MODEL")
+    names = [parse_baseline(text).name for text in config.baselines]
+    if len(set(names)) < len(names):
+        raise BadArgument("two baselines have the same name: rename one of the files")
     inputs: dict[str, Path | str] = {label: resolve(name).path or name for label, name in named.items()}
     inputs |= {f"teachers[{i}]": path for i, path in enumerate(config.teachers)}
     runs = dict(parse_run(text) for text in config.runs)

@@ -63,6 +63,14 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         tuple[str, ...],
         said("Another system's TREC run, for a row: FILE or LABEL=FILE; repeat for more.", flag="--run"),
     ] = ()
+    baselines: Annotated[
+        tuple[str, ...],
+        said(
+            "An encoder's GGUF without a student, as dense:FILE (all documents), rerank:FILE (BM25's first "
+            "fifty) or hybrid:FILE (dense beside BM25); dense and hybrid with each model's texts too.",
+            flag="--baseline",
+        ),
+    ] = ()
     threads: Annotated[Threads | None, said("CPU threads (default: all cores).")] = None
     max_tokens: Annotated[Count | None, said("Instead of the models' own token budget.")] = None
     feedback: Annotated[bool, said("Also have each model read what the plain query finds.")] = False
@@ -82,5 +90,7 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     hardware_label: Annotated[str, said("What to call this machine in reports.")] = ""
 
     def __post_init__(self) -> None:
+        if self.baselines and self.retriever:
+            raise ValueError("baselines need our own index")
         if (self.passages or self.readers != (ITSELF,)) and not (self.feedback or self.refine):
             raise ValueError("passages are read with feedback or refine only")

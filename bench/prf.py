@@ -8,7 +8,7 @@ Terms of more than a tenth of the documents are left out as there, but not very 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from qe_edge.retrieval.datasets import Dataset
 from qe_edge.retrieval.index import Index
@@ -23,16 +23,21 @@ def found_texts(data: Dataset, run: Mapping[str, Ranking]) -> dict[str, list[str
 
     The documents are read until all that are needed were there.
     """
-    wanted = {doc_id for ranking in run.values() for doc_id, _ in ranking[:DOCUMENTS]}
+    texts = read_texts(data, {doc_id for ranking in run.values() for doc_id, _ in ranking[:DOCUMENTS]})
+    return {
+        query_id: [texts[doc_id] for doc_id, _ in ranking[:DOCUMENTS]] for query_id, ranking in run.items()
+    }
+
+
+def read_texts(data: Dataset, wanted: Collection[str]) -> dict[str, str]:
+    """The texts of documents by their ids."""
     texts: dict[str, str] = {}
     for doc_id, text in data.documents():
         if doc_id in wanted:
             texts[doc_id] = text
             if len(texts) == len(wanted):
                 break
-    return {
-        query_id: [texts[doc_id] for doc_id, _ in ranking[:DOCUMENTS]] for query_id, ranking in run.items()
-    }
+    return texts
 
 
 def rm3(

@@ -40,6 +40,14 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     joules_per_query: float | None = None
 
 
+class Encoding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What it took an encoder to read all documents, once: on so many threads, to so many MB of vectors."""
+
+    seconds: float
+    threads: int
+    megabytes: float
+
+
 class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One row: plain BM25, BM25 with feedback, another system's run, a model, or a teacher's expansions.
 
@@ -51,6 +59,7 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     corrected by Holm over all systems that are compared with the same one.
     `helped` and `hurt` count queries against plain BM25. `failed` counts the queries that have no expansion,
     because a generation failed or was empty, or a teacher's file lacks them: they are searched as they are.
+    `encoding` is what a dense row needs before the first query.
     """
 
     name: str
@@ -68,6 +77,7 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     failed: int = 0
     sha256: str | None = None
     speed: Speed | None = None
+    encoding: Encoding | None = None
     per_query: dict[str, float]
     measures: dict[str, Interval] = {}
     budgets: dict[int, Interval] = {}

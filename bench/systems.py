@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qe_edge.bench.baselines import EncoderSystem, fused, parse_baseline
 from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.bench.generations import generate_once
 from qe_edge.bench.inputs import Model
@@ -50,6 +51,8 @@ class Systems:
             self.index = Index.for_dataset(data, self.indexes, analyzer=config.analyzer)
             self.info = describe(data, self.index.ids)
         self.systems: list[System] = []
+        self.runs: dict[str, dict[str, Ranking]] = {}  # by the rows' names; of several joins, the last
+        self.workdir = workdir
         self.warnings: list[str] = []
         self.failures: list[str] = []
 
@@ -81,6 +84,8 @@ class Systems:
             run = self.retrieve(expansions, Join.parse(self.config.teacher_join))
             more = {"failed": missing, "expansions": expansions}
             self.add(name, "teacher", self.config.teacher_join, run, **more)
+        if isinstance(self.index, Index):
+            self.add_baselines(self.index)
         # The best of the teacher's rows: the strictest one to be compared with.
         teachers = [s for s in self.systems if s.kind == "teacher"]
         teacher = max(teachers, key=lambda s: s.ndcg.mean, default=None)
@@ -127,6 +132,7 @@ class Systems:
         """Write the run and add its row; `more` goes to `System`."""
         file = f"{_slug(f'{name} {join}')}-{_hash(name + join)}.trec"
         write_run(self.folder / "runs" / self.slug / file, run, _slug(name))
+        self.runs[name] = run
         values = values_of(self.data, run)
         wanted = self.config.measures
         others = evaluate(self.data.qrels, run, wanted) if wanted else {}
@@ -154,6 +160,38 @@ class Systems:
                 f"{name} lacks {missing} queries of {self.data}, which count as nothing found"
             )
         self.add(name, "run", "", known)
+
+    def add_baselines(self, index: Index) -> None:
+        """Rows for encoders, alone and with the texts of what writes."""
+        texts = {
+            system.name: system.expansions
+            for system in self.systems
+            if system.expansions and " + " not in system.name
+        }
+        asked = [parse_baseline(text) for text in self.config.baselines]
+        for model in dict.fromkeys(baseline.model for baseline in asked):
+            kinds = {baseline.kind: baseline.name for baseline in asked if baseline.model == model}
+            kept = self.workdir.root / "vectors"
+            ours = EncoderSystem(model, self.data, index.ids, kept, self.config.threads)
+            if lost := ours.unknown():
+                self.warnings.append(f"{model.stem} has no tokens for {lost} queries of {self.data}")
+            more: dict[str, Any] = {"sha256": sha256(model)}
+            if name := kinds.get("rerank"):
+                run, speed = ours.rerank(self.runs["BM25"])
+                self.add(name, "run", "", run, speed=speed, **more)
+            if kinds.keys() & {"dense", "hybrid"}:
+                for label, expansions in {"": dict[str, str](), **texts}.items():
+                    run, speed = ours.dense(expansions, self.depth)
+                    more |= {"speed": speed, "encoding": ours.encoding}
+                    above = f"{label} + " if label else ""
+                    if name := kinds.get("dense"):
+                        self.add(above + name, "run", "", run, **more)
+                    if name := kinds.get("hybrid"):
+                        both = fused(self.runs[label or "BM25"], run, self.depth)
+                        self.add(above + name, "run", "", both, **more)
+            if ours.encoding:
+                note(f"bench: {model.stem}: {self.data} was encoded in {ours.encoding.seconds:.0f} s")
+            ours.close()
 
     def generate(
         self, label: str, model: Model, read: ReadTask | None = None

@@ -128,6 +128,12 @@ def notes(dataset: DatasetResult, columns: Sequence[Column]) -> list[str]:
         for system in dataset.systems:
             names.setdefault(system.join, []).append(system.name)
         lines += [f"Joined by {join}: {', '.join(names[join])}." for join in names if join]
+    lines += dict.fromkeys(
+        f"Encoding {dataset.info.documents:,} documents took {once.seconds:.0f} s on {once.threads} threads, "
+        f"for {once.megabytes:.0f} MB of vectors: all rows with dense or hybrid need it first."
+        for system in dataset.systems
+        if (once := system.encoding)
+    )
     lines += [
         f"{system.name}: queries without an expansion, searched as they are: {system.failed}."
         for system in dataset.systems
