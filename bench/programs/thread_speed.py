@@ -29,6 +29,7 @@ from qe_edge.work.machine import usable_cores
 
 BUSY = (0, 1, 3)  # processes beside it
 SPINS = ("300000", SPIN, "0")
+FREE = -1  # as many threads as find a core free, which is the default
 
 
 def main(
@@ -39,11 +40,12 @@ def main(
 ) -> None:
     """Print a table with a row for each way."""
     if child:
-        print(_rate(model, child, seconds))
+        print(_rate(model, None if child == FREE else child, seconds))
         return
     cores = usable_cores()
     counts = sorted({1, max(1, cores // 2), max(1, cores - 1), cores})
     ways = [(count, spin) for count in counts for spin in (SPINS if count > 1 else (SPIN,))]
+    ways.append((FREE, SPIN))
     found: dict[tuple[int, str, int], list[float]] = defaultdict(list)
     for number in range(rounds):
         for busy in BUSY:
@@ -64,10 +66,13 @@ def main(
     print("| --: | --: |" + " --: |" * len(BUSY))
     for threads, spin in ways:
         rates = [median(found[threads, spin, busy]) for busy in BUSY]
-        print(f"| {threads} | {spin} |" + "".join(f" {rate:.1f} |" for rate in rates))
+        print(
+            f"| {'free' if threads == FREE else threads} | {spin} |"
+            + "".join(f" {rate:.1f} |" for rate in rates)
+        )
 
 
-def _rate(model: str, threads: int, seconds: float) -> float:
+def _rate(model: str, threads: int | None, seconds: float) -> float:
     """Tokens/s of greedy expansions, one at a time, prompt and all."""
     with Expander.load(model, threads=threads, gate=OPEN, budget_tokens=64) as expander:
         expander.expand("what causes tides")

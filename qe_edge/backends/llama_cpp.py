@@ -15,7 +15,7 @@ from qe_edge.student.spec import GGUF_KEY, parse_spec
 class LlamaCppBackend:
     engine: Engine = "llama.cpp"
 
-    def __init__(self, ref: ModelRef, *, threads: int):
+    def __init__(self, ref: ModelRef, *, threads: int | None):
         assert ref.path is not None
         # Enough for a query of a page and its expansion; a cache for the whole 32 k context would cost
         # gigabytes that an expansion never uses.

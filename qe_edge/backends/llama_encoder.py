@@ -27,7 +27,7 @@ class LlamaEncoder:
         QeEdgeError: there is no memory for it.
     """
 
-    def __init__(self, path: Path, *, threads: int):
+    def __init__(self, path: Path, *, threads: int | None):
         self._model = model = LlamaModel(path, threads=threads, longest=TOGETHER)
         self._lib = lib = model.lib
         self.longest = model.context

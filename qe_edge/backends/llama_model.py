@@ -11,10 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qe_edge.backends.free_cores import FreeCores
 from qe_edge.backends.gguf_check import check_gguf
 from qe_edge.backends.lifetime import Lifetime
 from qe_edge.backends.one_thread import OneThread
 from qe_edge.errors import BadInput, QeEdgeError, require
+from qe_edge.work.machine import usable_cores
 
 # Turns that a thread of GNU's OpenMP waits awake. Its own 300,000 take the processor from the one that is
 # waited for, as soon as another process wants some of it too: on two cores beside a busy process, 3,000
@@ -28,14 +30,17 @@ THREAD = OneThread("llama.cpp")
 class LlamaModel:
     """The model's own memory, which is freed when nothing refers to this object any more, or by `lifetime`.
 
-    `context` is the most tokens of a sequence that a cache is made for, `longest` at most.
+    `context` is the most tokens of a sequence that a cache is made for, `longest` at most. Without a number
+    of `threads` each step takes as many as find a core free.
 
     Raises:
         BadInput: the file is damaged, or of an architecture that llama.cpp doesn't know.
     """
 
-    def __init__(self, path: Path, *, threads: int, longest: int):
+    def __init__(self, path: Path, *, threads: int | None, longest: int):
         self.lib = lib = load_library()
+        self.threads = threads or usable_cores()  # llama.cpp's own default is half of them
+        self._free = FreeCores(self.threads) if threads is None and self.threads > 1 else None
         architecture = check_gguf(path)
         # llama.cpp tells what it does, and how a load failed; we say it in our own words.
         logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
@@ -51,7 +56,6 @@ class LlamaModel:
                 path=path,
             )
         self.lifetime = Lifetime(self, partial(lib.llama_model_free, self.pointer))
-        self.threads = threads
         self.vocab = lib.llama_model_get_vocab(self.pointer)
         self.vocabulary: int = lib.llama_vocab_n_tokens(self.vocab)
         self.context = min(longest, lib.llama_model_n_ctx_train(self.pointer))
@@ -97,8 +101,13 @@ class LlamaModel:
         Raises:
             QeEdgeError: llama.cpp can't.
         """
-        if code := THREAD.submit(self.lib.llama_decode, context, batch).result():
+        if code := THREAD.submit(self._compute, context, batch).result():
             raise QeEdgeError(f"llama.cpp could not compute {batch.n_tokens} tokens (code {code})")
+
+    def _compute(self, context: Any, batch: Any) -> int:
+        if self._free:
+            self.lib.llama_set_n_threads(context, threads := self._free(), threads)
+        return int(self.lib.llama_decode(context, batch))
 
     def metadata(self, key: str) -> str | None:
         """The text of a key in the file's header, None where there is none."""

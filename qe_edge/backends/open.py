@@ -18,14 +18,13 @@ def open_backend(ref: ModelRef, *, engine: Engine | None = None, threads: int | 
     """Load a model into its engine.
 
     `engine` overrides the model's own, for the folders that both MLX and transformers can read.
-    `threads` (all usable cores by default) applies to llama.cpp and transformers on a CPU; MLX takes no
-    such setting.
+    `threads` applies to llama.cpp, where none means as many as find a core free at each step, and to
+    transformers on a CPU, where it means all cores; MLX takes no such setting.
     """
     global _loaded_in
     _loaded_in = _loaded_in or os.getpid()
     check_not_forked(_loaded_in)  # a model of its own would hang just so
     engine = engine or ref.engine
-    threads = threads or usable_cores()  # llama.cpp's own default is half of them
     if (engine == "llama.cpp") != ref.is_gguf:
         raise BadArgument(
             f"{engine} can't run {ref.name}: llama.cpp runs .gguf files, and they run nowhere else"
@@ -40,4 +39,4 @@ def open_backend(ref: ModelRef, *, engine: Engine | None = None, threads: int | 
         return MlxBackend(ref)
     from qe_edge.backends.transformers import TransformersBackend
 
-    return TransformersBackend(ref, threads=threads)
+    return TransformersBackend(ref, threads=threads or usable_cores())

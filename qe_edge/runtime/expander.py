@@ -104,7 +104,7 @@ class Expander:
         Prompt, join, gate and token budget come from the model itself.
 
         Args:
-            threads: that compute, 1 to 512; all cores by default.
+            threads: that compute, 1 to 512; by default all cores that other processes leave free.
             budget_tokens: of an expansion, instead of the model's own.
             passages: that are read of what a search found, instead of the model's own number; 1 to 50.
             reader: who reads them: an `Encoder` or its GGUF. The student does so by default.

@@ -16,7 +16,6 @@ from qe_edge.runtime.decoder import Decoder
 from qe_edge.runtime.generation import Reading
 from qe_edge.student.feedback import MOST_PASSAGES, MOST_TOKENS, Feedback
 from qe_edge.student.prompt import clean_query
-from qe_edge.work.machine import usable_cores
 
 # Of a query's tokens, for an encoder to read it: all-MiniLM lacks 25 to 100 % of a Chinese query's, none
 # of an English one's.
@@ -96,7 +95,7 @@ class Encoder:
     (their mean, as in HyDE, arXiv 2212.10496). Expanders may share one.
 
     Args:
-        threads: that compute, 1 to 512; all cores by default.
+        threads: that compute, 1 to 512; by default all cores that other processes leave free.
         temperature: that cosines are divided by before they become weights.
         tokens: of a passage that count.
         query_prefix, passage_prefix: what the encoder wants before a text, such as "query: " for E5.
@@ -127,7 +126,7 @@ class Encoder:
 
         self.path, self.temperature, self.tokens = path, temperature, tokens
         self._query_prefix, self._passage_prefix = query_prefix, passage_prefix
-        self._model = LlamaEncoder(path, threads=threads or usable_cores())
+        self._model = LlamaEncoder(path, threads=threads)
 
     @property
     def size(self) -> int:

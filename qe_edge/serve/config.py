@@ -22,7 +22,7 @@ class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     reader: Annotated[str | None, said("An encoder's GGUF that reads them (default: the model itself).")] = (
         None
     )
-    threads: Annotated[Threads | None, said("CPU threads (default: all cores).")] = None
+    threads: Annotated[Threads | None, said("CPU threads (default: the cores that are free).")] = None
     cache: Annotated[str | None, said("A SQLite file that keeps expansions (default: none).")] = None
 
 
