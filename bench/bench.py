@@ -66,9 +66,7 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     results = []
     load = busy()
     if load > BUSY:
-        warnings.append(
-            f"other work took {load:.0%} of the processors at the start: times and rates say little"
-        )
+        warnings.append(f"other work took {load:.0%} of the processors at the start: times say little")
         note(f"bench: {warnings[-1]}")
     for path in config.teachers:  # a bad file is found before hours of generation
         if not any(is_of(row, data) for row in read_jsonl(path, Expansion) for data in loaded):

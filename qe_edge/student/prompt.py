@@ -270,7 +270,9 @@ def prompt_for(chat_template: str | None, *, languages: tuple[Lang, ...] = ("en"
             "this model's chat format isn't ChatML (<|im_start|>…<|im_end|>); "
             "Qwen3, Qwen2.5 and SmolLM2 models are supported"
         )
-    if re.search(r"assistant(\\n|\n)<think>", chat_template):  # in every answer, with no way to turn it off
+    # An empty block stands in what is given, as in our own templates.
+    empty = re.search(r"assistant(\\n|\n)<think>(\\n|\n){2}</think>", chat_template)
+    if not empty and re.search(r"assistant(\\n|\n)<think>", chat_template):  # with no way to turn it off
         raise BadArgument(
             "this model thinks before every answer, which its chat template can't turn off; take one that "
             "needn't, such as Qwen/Qwen3-4B or Qwen/Qwen3-4B-Instruct-2507"
@@ -279,5 +281,5 @@ def prompt_for(chat_template: str | None, *, languages: tuple[Lang, ...] = ("en"
     return msgspec.structs.replace(
         base,
         texts={lang: base.texts[lang] for lang in languages},
-        answer_prefix=EMPTY_THINK if "enable_thinking" in chat_template else "",
+        answer_prefix=EMPTY_THINK if empty or "enable_thinking" in chat_template else "",
     )

@@ -55,6 +55,7 @@ def test_every_field_has_its_help_and_a_flag_or_none_by_intent(verb: str) -> Non
     names |= {
         "tasks": "task",
         "runs": "run",
+        "baselines": "baseline",
         "readers": "reader",
         "teacher_models": "teacher-model",
         "loss_weights": "loss-weight",

@@ -2,6 +2,7 @@ import pytest
 
 from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.student.prompt import EMPTY_THINK, load_prompt, prompt_for
+from qe_edge.student.template import chat_template
 
 QWEN3 = "{% if enable_thinking is false %}<|im_start|>…"
 SMOLLM = "<|im_start|>…"
@@ -19,6 +20,9 @@ def test_renders_chatml_with_the_query_in_place():
 def test_qwen3_gets_the_empty_think_block_and_others_do_not():
     assert prompt_for(QWEN3).render("tides").endswith("<|im_start|>assistant\n" + EMPTY_THINK)
     assert EMPTY_THINK not in prompt_for(SMOLLM).render("tides")
+    own = chat_template(prompt_for(QWEN3))
+    assert prompt_for(own) == prompt_for(QWEN3)
+    assert prompt_for(chat_template(prompt_for(SMOLLM))) == prompt_for(SMOLLM)
 
 
 def test_the_text_follows_the_query_language_if_served():
