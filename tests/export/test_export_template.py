@@ -121,6 +121,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return untrained("builtin:smollm2-135m", Workdir(tmp_path_factory.mktemp("real")))
 
 
+@pytest.mark.slow
 def test_chat_programs_write_our_greedy_text_and_end_where_we_do(real: Path, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     from qe_edge.backends.llama_model import kept_off_amx
@@ -147,6 +148,7 @@ def test_chat_programs_write_our_greedy_text_and_end_where_we_do(real: Path, tmp
             assert " ".join(content.split()) == text
 
 
+@pytest.mark.slow
 def test_mlx_lm_writes_our_greedy_text(real: Path, tmp_path: Path) -> None:
     mlx_lm = pytest.importorskip("mlx_lm")
     folder = convert_mlx(real, tmp_path / "mlx", bits=None, spec=read_spec(real))
