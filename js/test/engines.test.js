@@ -63,7 +63,12 @@ test("it reads as Python does", { skip }, async () => {
   const student = await Student.load(gguf, engine, { reader: engine });
   const { query, passages, weights } = python.reading;
   const found = await student.feedback(query, passages);
-  weights.forEach((weight, i) => assert.ok(Math.abs(found.relevance.weights[i] - weight) < 0.02, `${found.relevance.weights}`));
+  // In nats per token, beside the best passage: other kernels multiply quantized weights otherwise.
+  const best = weights.indexOf(Math.max(...weights));
+  const { temperature } = python.spec.feedback;
+  const nats = (all) => all.map((weight) => temperature * Math.log(weight / all[best]));
+  const [ours, theirs] = [nats(found.relevance.weights), nats(weights)];
+  ours.forEach((value, i) => assert.ok(Math.abs(value - theirs[i]) < 0.2, `${ours} and ${theirs}`));
 });
 
 const NOTES = ["The moon's pull moves the sea.", "Yeast raises dough.", "潮汐由月球的引力引起。", "A tidy desk."];
