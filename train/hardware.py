@@ -13,8 +13,13 @@ from qe_edge.errors import BadArgument, QeEdgeError, require
 from qe_edge.train.config import DpoConfig, SftConfig, TrainConfig
 from qe_edge.work.machine import cpu_name
 
-# How torch says so where it doesn't raise its own error.
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
+# How torch says so where it doesn't raise its own error; oneDNN, for which it found no room, the last way.
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA out of memory",
+    "could not create a primitive",
+)
 
 
 class Hardware(NamedTuple):
