@@ -30,8 +30,8 @@ _MARKS = (
 def chat_template(prompt: PromptSpec, added: Iterable[str] = ()) -> str:
     """A Jinja template for `tokenizer.chat_template`.
 
-    A conversation without a system message is the student's: its system text stands first, and each message
-    of the user is a query in the student's words. With a system message it is plain ChatML.
+    A conversation without a system message, or with an empty one, is the student's: its system text stands
+    first, and each message of the user is a query in the student's words. Otherwise it is plain ChatML.
 
     Queries come on one line, as `clean_query` has them, but for Unicode's form NFC and characters that
     can't be seen. Their language is told as `detect_language` does, by Latin, Han, kana, Cyrillic and Greek.
@@ -40,14 +40,15 @@ def chat_template(prompt: PromptSpec, added: Iterable[str] = ()) -> str:
     """
     languages = prompt.languages
     lines = [
-        "{%- set own = messages[0].role == 'system' -%}",
-        "{%- set ns = namespace(text='', left='', latin=0, letters=0, language='') -%}",
+        "{%- set own = messages[0].role == 'system' and (messages[0].content or '') | length > 0 -%}",
+        "{%- set ns = namespace(text='', left='', latin=0, letters=0, language='', begun=false) -%}",
         "{%- for message in messages -%}",
         "{%- if message.content is string -%}{%- set ns.text = message.content -%}",
         "{%- else -%}{%- set ns.text = '' -%}",
         "{%- for part in message.content or [] -%}{%- if part.text is string -%}",
         "{%- set ns.text = ns.text + part.text -%}{%- endif -%}{%- endfor -%}{%- endif -%}",
-        "{%- if own or message.role != 'user' -%}",
+        "{%- if message.role == 'system' and not own -%}",  # an empty one, which some programs add
+        "{%- elif own or message.role != 'user' -%}",
         "{{- '<|im_start|>' + message.role + '\\n' + ns.text + '<|im_end|>\\n' -}}",
         "{%- else -%}",
         "{%- for blank in ['\\n', '\\r', '\\t', '\u3000', '\u00a0'] -%}",
@@ -109,7 +110,8 @@ def _text(text: PromptText) -> list[str]:
     opening = f"<|im_start|>system\n{text.system}<|im_end|>\n"
     start, end = f"<|im_start|>user\n{before}", f"{after}<|im_end|>\n"
     return [
-        f"{{%- if loop.first -%}}{{{{- {_quoted(opening)} -}}}}{{%- endif -%}}",
+        f"{{%- if not ns.begun -%}}{{{{- {_quoted(opening)} -}}}}{{%- endif -%}}",
+        "{%- set ns.begun = true -%}",
         f"{{{{- {_quoted(start)} + ns.text + {_quoted(end)} -}}}}",
     ]
 

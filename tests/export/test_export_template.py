@@ -183,6 +183,8 @@ def test_other_conversations_are_chatml(model: Path, llama: Any) -> None:
     assert render(messages=own).prompt == (
         f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n{start}"
     )
+    nothing = [{"role": "system", "content": ""}, *asked("tides")]
+    assert render(messages=nothing).prompt == spec.prompt.render("tides")
     two = [*asked("tides"), {"role": "assistant", "content": "The moon."}, *asked("潮汐")]
     english, chinese = spec.prompt.texts["en"], spec.prompt.texts["zh"]
     assert render(messages=two).prompt == (
