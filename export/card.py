@@ -75,7 +75,7 @@ def write_modelfile(folder: Path, spec: ModelSpec, gguf: str) -> None:
     """
     template = _ollama(spec)
     end = spec.prompt.end
-    parameters = {"temperature": 0, "num_predict": spec.prompt.max_tokens, "stop": end}
+    parameters = {"temperature": 0, "repeat_penalty": 1, "num_predict": spec.prompt.max_tokens, "stop": end}
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{template}"""']
     lines += [f"PARAMETER {name} {json.dumps(value)}" for name, value in parameters.items()]
     (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -89,11 +89,14 @@ def _ollama(spec: ModelSpec) -> str:
         for lang, text in spec.prompt.texts.items()
     }
     filled = {lang: text.replace("{query}", "{{ .Prompt }}") for lang, text in markup.items()}
+    given = "".join(piece.text for piece in spec.prompt.chat("{{ .System }}", "{{ .Prompt }}"))
     chinese, others = filled.pop("zh", ""), list(filled.values())
-    if not (chinese and others):
-        return chinese or others[0]
-    is_chinese = 'and (ge .Prompt "\u4e00") (lt .Prompt "\ua000")'
-    return f"{{{{ if {is_chinese} }}}}{chinese}{{{{ else }}}}{others[0]}{{{{ end }}}}"
+    own = chinese or others[0]
+    if chinese and others:
+        is_chinese = 'and (ge .Prompt "\u4e00") (lt .Prompt "\ua000")'
+        own = f"{chinese}{{{{ else }}}}{others[0]}"
+        return f"{{{{ if .System }}}}{given}{{{{ else if {is_chinese} }}}}{own}{{{{ end }}}}"
+    return f"{{{{ if .System }}}}{given}{{{{ else }}}}{own}{{{{ end }}}}"
 
 
 def _elsewhere(spec: ModelSpec, ggufs: Sequence[str], mlx: Sequence[str], lora: bool) -> list[str]:

@@ -160,6 +160,15 @@ export namespace gate {
   function before(gate: Gate, query: string, options?: { scores?: number[]; languages?: string[] }): string;
   function after(gate: Gate, query: string, text: string): string;
 }
+export namespace queries {
+  type Weights = Map<string, number>;
+  function fts5(words: Weights, options?: { columns?: string[] }): string;
+  function elasticsearch(words: Weights, fields: string[]): Record<string, unknown>;
+  function miniSearch(words: Weights): [query: string, options: Record<string, unknown>];
+  function flexSearch(words: Weights, most?: number): [query: string, options: { suggest: true }];
+  function orama(words: Weights): { term: string; threshold: number };
+  function text(words: Weights): string;
+}
 export namespace join {
   type Words = string[] | Map<string, number>;
   function joined(query: string[], parts: [Join, Words][]): Map<string, number>;

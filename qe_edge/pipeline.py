@@ -104,7 +104,10 @@ class _Stages:
         folders = []
         for name in part.datasets:
             data = load_dataset(name)
-            out = self.workdir.root / "samples" / str(data).replace("/", "-")
+            # A folder for each student and setting: what another one wrote is not its own.
+            made_by = msgspec.json.encode([msgspec.to_builtins(config), sha256(file), data.fingerprint()])
+            mark = hashlib.sha256(made_by).hexdigest()[:8]
+            out = self.workdir.root / "samples" / f"{str(data).replace('/', '-')}-{mark}"
             make = partial(self._sample, data, config, out)
             self.run(f"samples {data}", config, [data.fingerprint(), sha256(file)], make)
             part_of_it = replace(of, dataset=name, expansions=(str(out / EXPANSIONS),))

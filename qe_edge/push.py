@@ -9,7 +9,7 @@ from typing import Any
 
 from qe_edge.bench.result import BenchResult
 from qe_edge.console import note
-from qe_edge.errors import BadInput, NotFound, QeEdgeError, require
+from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.card import CARD
 from qe_edge.export.verify import CHECKSUMS, check_sums, read_sums
 from qe_edge.work.runs import read_record
@@ -30,6 +30,7 @@ def push(
 
     Raises:
         NotFound, BadInput: there is no such folder, it is no export, or a file differs from its checksum.
+        BadArgument: it is to be private, and is there and public.
         QeEdgeError: the hub refuses.
         NotInstalled: huggingface_hub is missing.
     """
@@ -53,11 +54,15 @@ def push(
     api = hub.HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
+        if private and not api.repo_info(repo).private:
+            raise BadArgument(f"{repo} is there already and public: make it private on the hub first")
         if revision:
             api.create_branch(repo, branch=revision, exist_ok=True)
         commit = api.create_commit(
             repo, operations, commit_message="Upload a query expansion student", revision=revision
         )
+    except BadArgument:
+        raise
     except Exception as error:  # its errors come from several packages
         reason = " ".join(str(error).split())[:300]
         raise QeEdgeError(

@@ -22,7 +22,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from qe_edge.bench.config import BenchConfig
+from qe_edge.bench.baselines import parse_baseline
+from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import check_choices
@@ -150,7 +151,10 @@ def check(recipe: Recipe) -> None:
     judged = recipe.samples.datasets if recipe.samples else (recipe.pairs.dataset,) if recipe.pairs else ()
     for name in (*judged, *recipe.bench.datasets):
         load_dataset(name)
-    expansions = recipe.pairs.expansions if recipe.pairs else ()
+    for text in recipe.bench.baselines:
+        parse_baseline(text)
+    readers = [reader for reader in recipe.bench.readers if reader != ITSELF]
+    expansions = (*(recipe.pairs.expansions if recipe.pairs else ()), *readers)
     for path in (*expansions, *recipe.sft.expansions, *recipe.bench.teachers):
         if not Path(path).is_file():
             raise NotFound(f"{path}: no such file; the recipe names it")

@@ -56,7 +56,8 @@ def hub() -> Iterator[Hub]:
                 self.reply([{**kinds, "path": file, "size": len(data)} for file, data in files.items()])
             elif path.startswith("/api/"):
                 siblings = [{"rfilename": file} for file in files]
-                self.reply({"id": repo, "sha": state.commit(repo), "siblings": siblings})
+                known = {"id": repo, "sha": state.commit(repo), "private": repo in state.private}
+                self.reply(known | {"siblings": siblings})
             elif (data := files.get("/".join(rest[2:]))) is None:
                 self.reply({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
             else:
@@ -73,7 +74,11 @@ def hub() -> Iterator[Hub]:
             elif self.path == "/api/repos/create":
                 asked = json.loads(body)
                 repo = f"{asked['organization']}/{asked['name']}"
-                state.repos.setdefault(repo, {})
+                if repo in state.repos:
+                    url = f"{state.url}/{repo}"
+                    self.reply({"error": "You already created this model repo", "url": url}, 409)
+                    return
+                state.repos[repo] = {}
                 if asked.get("private") or asked.get("visibility") == "private":
                     state.private.add(repo)
                 self.reply({"url": f"{state.url}/{repo}", "name": repo, "id": repo})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -62,8 +63,10 @@ def untrained(student: str, workdir: Workdir) -> Path:
         BadArgument: see `prepare_student`.
     """
     source, spec = prepare_student(student, workdir)
-    name = Path(source).name.removesuffix(".gguf")
-    folder = workdir.root / "base" / f"{name}-untrained"
+    there = Path(source)
+    content = [sha256(there) if there.is_dir() else source, spec.to_json()]
+    mark = hashlib.sha256(" ".join(content).encode()).hexdigest()[:8]
+    folder = workdir.root / "base" / f"{there.name}-untrained-{mark}"
     if not folder.is_dir():
         with atomic_path(folder) as partial:
             save_student(load_model(source, dtype="auto"), load_tokenizer(source), spec, partial)

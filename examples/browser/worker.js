@@ -8,16 +8,18 @@ self.addEventListener("install", () => self.skipWaiting());
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
 self.addEventListener("fetch", (event) => {
   const { method, url } = event.request;
-  if (method === "GET" && new URL(url).origin === location.origin) event.respondWith(answer(event.request));
+  if (method === "GET" && new URL(url).origin === location.origin) event.respondWith(answer(event));
 });
 
 /** From the network where there is one, or as it was kept. */
-async function answer(request) {
+async function answer(event) {
+  const { request } = event;
   const kept = await caches.open(KEPT);
   let found;
   try {
     found = await fetch(request);
-    if (found.status === 200) await kept.put(request, found.clone());
+    // Not waited for, and a full disk keeps nothing, but the page works.
+    if (found.status === 200) event.waitUntil(kept.put(request, found.clone()).catch(() => {}));
   } catch (error) {
     found = await kept.match(request, { ignoreSearch: true });
     if (!found) throw error;

@@ -57,7 +57,7 @@ export class ExpandedQuery {
 
 /** A student on one of the engines, with the contract that its file carries. */
 export class Student {
-  /** `reader` weighs passages: see `likelihoodReader` and `embeddingReader`. */
+  /** `reader` weighs passages: see `nodeLlama` and `embeddingReader`. */
   constructor(spec, engine, { reader = null, gate = spec.gate, maxTokens = spec.prompt.max_tokens } = {}) {
     Object.assign(this, { spec, engine, reader, gate, maxTokens });
   }

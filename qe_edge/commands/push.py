@@ -38,11 +38,13 @@ def push(
         except NotFound:
             result = []
     url = verb(folder, repo, [read_result(path) for path in result], private=private, revision=revision)
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    at = f"@{revision}" if revision else ""
     emit(
         json,
         "push",
         url,
         inputs={"folder": folder, "repo": repo},
         artifacts={"url": url},
-        following=f"qe-edge expand 'what causes tides' --model hf:{repo}:Q4_K_M",
+        following=f"qe-edge expand 'what causes tides' --model hf:{repo}/{files[0]}{at}" if files else "",
     )

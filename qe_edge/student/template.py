@@ -16,6 +16,7 @@ from qe_edge.student.prompt import PromptSpec, PromptText
 
 # Of lower-case text, what is no Han character in queries as people type them. What is left counts as Han.
 _LATIN = "abcdefghijklmnopqrstuvwxyzßàáâãäåæçèéêëìíîïðñòóôõöøùúûüýþÿāăąćčďđēėęěğīįıłńňōőœřśşšťūůűźżžșț"
+_LATIN += "".join(map(chr, range(0x1EA1, 0x1EFA, 2))) + "ơư" + "".join(map(chr, range(0xFF41, 0xFF5B)))
 # Some engines' `lower` knows ASCII alone.
 _UPPER = "".join(letter.upper() for letter in _LATIN[26:] if len(letter.upper()) == 1)
 _KANA = "".join(map(chr, [*range(0x3041, 0x3097), *range(0x30A1, 0x30FB), 0x30FC]))
@@ -23,6 +24,7 @@ _CYRILLIC = "".join(map(chr, range(0x410, 0x450))) + "ёЁіІїЇєЄґҐ"
 _GREEK = "".join(map(chr, range(0x391, 0x3CF))).replace("\u03a2", "")
 _MARKS = (
     " !\"#$%&'()*+,-./0123456789:;<=>?@[\\]^_`{|}~"
+    "¡¢¤¦§¨©ª«¬®¯²³´¶¸¹º»¼½¾¿÷←↑→↓↔⇒≤≥≠≈∞√™℃℉№⁰⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉•‐‑"
     "\u3000、。〃「」『』【】〈〉《》〔〕・·，．：；！？（）［］｛｝～—–‘’“”…￥€£°×±％＋－＝／０１２３４５６７８９"
 )
 
@@ -39,6 +41,10 @@ def chat_template(prompt: PromptSpec, added: Iterable[str] = ()) -> str:
     for markup, where `PromptSpec` has it as text.
     """
     languages = prompt.languages
+    broken = [
+        f"{{%- for token in {_list(sorted(added))} -%}}",
+        "{%- set ns.text = ns.text.replace(token, token[0] + ' ' + token[1:]) -%}{%- endfor -%}",
+    ]
     lines = [
         "{%- set own = messages[0].role == 'system' and (messages[0].content or '') | length > 0 -%}",
         "{%- set ns = namespace(text='', left='', latin=0, letters=0, language='', begun=false) -%}",
@@ -49,6 +55,9 @@ def chat_template(prompt: PromptSpec, added: Iterable[str] = ()) -> str:
         "{%- set ns.text = ns.text + part.text -%}{%- endif -%}{%- endfor -%}{%- endif -%}",
         "{%- if message.role == 'system' and not own -%}",  # an empty one, which some programs add
         "{%- elif own or message.role != 'user' -%}",
+        "{%- if message.role == 'user' -%}",
+        *broken,
+        "{%- endif -%}",
         "{{- '<|im_start|>' + message.role + '\\n' + ns.text + '<|im_end|>\\n' -}}",
         "{%- else -%}",
         "{%- for blank in ['\\n', '\\r', '\\t', '\u3000', '\u00a0'] -%}",
@@ -56,8 +65,7 @@ def chat_template(prompt: PromptSpec, added: Iterable[str] = ()) -> str:
         "{%- for i in range(8) -%}{%- set ns.text = ns.text.replace('  ', ' ') -%}{%- endfor -%}",
         "{%- set ns.text = ns.text.strip() -%}",
         *_language(languages),
-        f"{{%- for token in {_list(sorted(added))} -%}}",
-        "{%- set ns.text = ns.text.replace(token, token[0] + ' ' + token[1:]) -%}{%- endfor -%}",
+        *broken,
         *_texts(prompt),
         "{%- endif -%}{%- endfor -%}",
         "{%- if add_generation_prompt -%}",

@@ -106,6 +106,10 @@ def test_what_the_hub_lacks_or_refuses_is_said_in_one_line(
     done = run("push", "me/student", str(export), token="hf_wrong")
     assert done.returncode == 6
     assert "the hub refuses it" in done.stderr and "hf auth login" in done.stderr
+    there.repos["me/public"] = {}
+    done = run("push", "me/public", str(export), "--private")
+    assert done.returncode == 2 and "me/public is there already and public" in done.stderr
+    assert there.repos["me/public"] == {}
     done = run("push", "me/student", str(tmp_path))
     assert done.returncode == 5 and "holds no run.json of `qe-edge export`" in done.stderr
     assert "me/student" not in there.repos

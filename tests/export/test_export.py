@@ -117,13 +117,15 @@ def test_the_folder_says_what_it_holds_and_how_to_use_it(exported: Any) -> None:
 
     modelfile = (out / "Modelfile").read_text()
     template = modelfile.split('"""')[1]
-    condition, chinese, english, end = re.split(r"\{\{ (?:if .*|else|end) \}\}", template)
+    condition, given, chinese, english, end = re.split(r"\{\{ (?:(?:else )?if [^}]*|else|end) \}\}", template)
+    assert "{{ .System }}" in given and "{{ .Prompt }}" in given
     assert (condition, end) == ("", "")
     for text, query in ((english, "what causes tides"), (chinese, "潮汐的成因是什么")):
         assert text.replace("{{ .Prompt }}", query) == spec.prompt.render(query)
     assert (out / "template").read_text() == template
     parameters = json.loads((out / "params").read_text())
-    assert parameters == {"temperature": 0, "num_predict": spec.prompt.max_tokens, "stop": ["<|im_end|>"]}
+    greedy = {"temperature": 0, "repeat_penalty": 1}
+    assert parameters == greedy | {"num_predict": spec.prompt.max_tokens, "stop": ["<|im_end|>"]}
     assert 'PARAMETER stop "<|im_end|>"\n' in modelfile
     ggufs = [name for name in result["files"] if name.endswith(".gguf")]
     smallest = min(ggufs, key=lambda name: (out / name).stat().st_size)
