@@ -3,7 +3,7 @@
     python -m qe_edge.bench.programs.js_speed STUDENT.gguf
 
 Both in processes of their own, by turns, on llama.cpp (node-llama-cpp's build and llama-cpp-python's) with as
-many threads, greedily up to the same budget. It needs a checkout: js/ with its node_modules (`npm install` there).
+many threads, greedily up to the same budget. It needs a checkout: js/ after `npm install` there.
 """
 
 from __future__ import annotations
