@@ -24,6 +24,7 @@ import msgspec
 
 from qe_edge.bench.baselines import parse_baseline
 from qe_edge.bench.config import ITSELF, BenchConfig
+from qe_edge.bench.inputs import parse_run
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import check_choices
@@ -149,12 +150,14 @@ def check(recipe: Recipe) -> None:
     check_choices(recipe.export)
     resolve(recipe.sft.student)
     judged = recipe.samples.datasets if recipe.samples else (recipe.pairs.dataset,) if recipe.pairs else ()
-    for name in (*judged, *recipe.bench.datasets):
+    dev = {part.eval_dataset for part in (recipe.sft, recipe.dpo) if part and part.eval_dataset}
+    for name in (*judged, *recipe.bench.datasets, *sorted(dev)):
         load_dataset(name)
     for text in recipe.bench.baselines:
         parse_baseline(text)
     readers = [reader for reader in recipe.bench.readers if reader != ITSELF]
-    expansions = (*(recipe.pairs.expansions if recipe.pairs else ()), *readers)
-    for path in (*expansions, *recipe.sft.expansions, *recipe.bench.teachers):
+    runs = [str(parse_run(text)[1]) for text in recipe.bench.runs]
+    expansions = recipe.pairs.expansions if recipe.pairs else ()
+    for path in (*expansions, *readers, *runs, *recipe.sft.expansions, *recipe.bench.teachers):
         if not Path(path).is_file():
             raise NotFound(f"{path}: no such file; the recipe names it")
