@@ -62,6 +62,8 @@ export interface Engine {
 /** Who reads: says what each passage is worth, the larger, the more it says of the query. */
 export interface Reader {
   settings?: Partial<Feedback>;
+  /** Whether it can read such a query: an English encoder's passages for a Chinese one do harm. */
+  knows?(query: string): boolean | Promise<boolean>;
   read(query: string, text: string, passages: string[], spec: Spec): Promise<number[]>;
 }
 
@@ -137,7 +139,7 @@ export function endpoint(url: string, options?: { model?: string; key?: string; 
 /** An encoder as reader: `embed` gives vectors of length 1. */
 export function embeddingReader(
   embed: (texts: string[]) => Promise<ArrayLike<number>[]> | ArrayLike<number>[],
-  settings?: Partial<Feedback>,
+  settings?: Partial<Feedback> & Pick<Reader, "knows">,
 ): Reader;
 
 export function messages(prompt: PromptSpec, query: string): { system: string; user: string };

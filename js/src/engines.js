@@ -105,11 +105,12 @@ async function untilAborted(signal, found, work) {
   return found();
 }
 
-/** An encoder as reader: `embed(texts)` gives vectors of length 1. The query's is the mean of query and text. */
-export function embeddingReader(embed, { temperature = 0.05, tokens = 256, ...settings } = {}) {
+/** An encoder as reader: `embed(texts)` gives vectors of length 1. The query's is the mean of query and text. `knows(query)` tells whether it has tokens for it at all: an English one has none for Chinese. */
+export function embeddingReader(embed, { temperature = 0.05, tokens = 256, knows, ...settings } = {}) {
   const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
   return {
     settings: { temperature, tokens, ...settings },
+    knows,
     async read(query, text, passages) {
       const [ofQuery, ...others] = await embed([query, ...(text ? [text] : []), ...passages]);
       const wanted = text ? ofQuery.map((value, i) => value + others[0][i]) : [...ofQuery];

@@ -100,6 +100,7 @@ export class Student {
     const languages = Object.keys(this.spec.prompt.texts);
     const reason = gates.before(this.gate, cleaned, { scores, languages });
     if (reason) return plain(reason);
+    if (this.reader.knows && !(await this.reader.knows(cleaned))) return plain("the reader doesn't know the query's letters");
     const heads = new Set(passages.slice(0, settings.passages).map((passage) => beginning(settings, passage)));
     if (![...heads].some(Boolean)) return plain("the search found nothing to read");
     const known = new Set(wordsOf(query));

@@ -104,6 +104,9 @@ test("refine searches by what was written, reads what that finds, once each, and
   // Query and text together lie between both vectors: the moon and a desk are worth the same.
   const [moon, desk, bread] = refined.relevance.weights;
   assert.ok(Math.abs(moon - desk) < 1e-12 && bread < 1e-9);
+  const english = embeddingReader(() => assert.fail("not asked"), { knows: (query) => !/tides/.test(query) });
+  const unread = await new Student(SPEC, says("moon and sea"), { reader: english }).refine("tides", () => found[0]);
+  assert.deepEqual([unread.text, unread.relevance], ["moon and sea", null]);
   const without = await new Student(SPEC, says("moon")).refine("tides", () => assert.fail("nobody reads"));
   assert.equal(without.text, "moon");
 });
