@@ -10,29 +10,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from statistics import quantiles
 from typing import Literal, NamedTuple, get_args
 
-import numpy as np
-
-from qe_edge.bench.prf import read_texts
 from qe_edge.bench.result import Encoding, Speed
 from qe_edge.bench.speed import peak_memory_mb
-from qe_edge.console import progress, shown
+from qe_edge.console import shown
 from qe_edge.errors import BadArgument, NotFound
 from qe_edge.retrieval.datasets import Dataset
+from qe_edge.retrieval.dense import DenseIndex, query_vector
+from qe_edge.retrieval.prf import read_texts
 from qe_edge.retrieval.trec import Ranking
 from qe_edge.runtime.reader import Encoder
-from qe_edge.work.files import atomic_path, read_json, sha256, write_json
 from qe_edge.work.machine import usable_cores
 
 Kind = Literal["dense", "rerank", "hybrid"]
 FIRST = 50  # of BM25's, that are reranked
 RANK = 60  # that is added to each rank before its reciprocal
-TOGETHER = 256  # texts
-_VECTORS, _META = "vectors.npy", "encoding.json"
 
 
 class Baseline(NamedTuple):
@@ -73,8 +68,7 @@ class EncoderSystem:
         self._encoder = Encoder(model, threads=self._threads)
         self._load_s = time.perf_counter() - start
         self._model = model
-        self._folder = cache / f"{data.collection_hash()[:16]}-{sha256(model)[:16]}"
-        self._vectors: np.ndarray | None = None
+        self._index = DenseIndex(model, self._encoder, data, ids, cache, threads=self._threads)
         self.encoding: Encoding | None = None
 
     def unknown(self) -> int:
@@ -86,14 +80,13 @@ class EncoderSystem:
 
     def dense(self, texts: Mapping[str, str], depth: int) -> tuple[dict[str, Ranking], Speed]:
         """Every query's best documents; where there is a text, by the mean of its vector and the query's."""
-        vectors, found, times = self._collection(), {}, []
+        self._index.vectors()
+        found, times = {}, []
         for query_id, query in self._data.queries.items():
             start = time.perf_counter()
-            scores = vectors @ self._wanted(query, texts.get(query_id, ""))
-            best = np.argpartition(-scores, min(depth, len(scores)) - 1)[:depth]
-            best = best[np.lexsort((best, -scores[best]))]
-            found[query_id] = [(self._ids[i], float(scores[i])) for i in best]
+            found[query_id] = self._index.search(query, texts.get(query_id, ""), k=depth)
             times.append(time.perf_counter() - start)
+        self.encoding = Encoding(*self._index.cost())
         return found, self._speed(times)
 
     def rerank(self, run: Mapping[str, Ranking]) -> tuple[dict[str, Ranking], Speed]:
@@ -103,17 +96,13 @@ class EncoderSystem:
         for query_id, query in self._data.queries.items():
             start = time.perf_counter()
             first = [doc_id for doc_id, _ in run[query_id][:FIRST]]
-            cosines = self._encoder.vectors([texts[i] for i in first]) @ self._wanted(query, "")
+            cosines = self._encoder.vectors([texts[i] for i in first]) @ query_vector(self._encoder, query)
             order = sorted(range(len(first)), key=lambda i: -cosines[i])
             # Cosines are 1 at most: what was not looked at follows, in its order.
             below = [(doc_id, -2.0 - rank) for rank, (doc_id, _) in enumerate(run[query_id][FIRST:])]
             found[query_id] = [(first[i], float(cosines[i])) for i in order] + below
             times.append(time.perf_counter() - start)
         return found, self._speed(times)
-
-    def _wanted(self, query: str, text: str) -> np.ndarray:
-        vector = self._encoder.vectors([query, text] if text else [query]).sum(axis=0)
-        return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
     def _speed(self, times: Sequence[float]) -> Speed:
         cuts = quantiles(times, n=20, method="inclusive") if len(times) > 1 else [times[0]] * 19
@@ -129,32 +118,6 @@ class EncoderSystem:
             peak_memory_mb=peak_memory_mb(),
             file_mb=self._model.stat().st_size / 1e6,
         )
-
-    def _collection(self) -> np.ndarray:
-        """Vectors [documents, size] in the order of the ids, memory-mapped."""
-        if self._vectors is None:
-            if not self._folder.exists():
-                with atomic_path(self._folder) as partial:
-                    partial.mkdir()
-                    seconds = self._encode(partial / _VECTORS)
-                    write_json(partial / _META, {"seconds": seconds, "threads": self._threads})
-            self._vectors = np.load(self._folder / _VECTORS, mmap_mode="r")
-            meta = read_json(self._folder / _META)
-            size = (self._folder / _VECTORS).stat().st_size
-            self.encoding = Encoding(meta["seconds"], meta["threads"], size / 1e6)
-        return self._vectors
-
-    def _encode(self, file: Path) -> float:
-        shape = (len(self._ids), self._encoder.size)
-        kept = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
-        documents, done, start = self._data.documents(), 0, time.perf_counter()
-        with progress(f"encoding with {self._model.stem}", shape[0]) as advance:
-            while group := [text for _, text in islice(documents, TOGETHER)]:
-                kept[done : done + len(group)] = self._encoder.vectors(group)
-                done += len(group)
-                advance(len(group))
-        kept.flush()
-        return time.perf_counter() - start
 
 
 def fused(one: Mapping[str, Ranking], other: Mapping[str, Ranking], depth: int) -> dict[str, Ranking]:

@@ -13,7 +13,6 @@ from qe_edge.bench.baselines import EncoderSystem, fused, parse_baseline
 from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.bench.generations import generate_once
 from qe_edge.bench.inputs import Model
-from qe_edge.bench.prf import found_texts, rm3
 from qe_edge.bench.quality import DEPTH, MEASURE, compare_all, retrieve, values_of
 from qe_edge.bench.result import DatasetResult, Kind, Speed, System, Tuning
 from qe_edge.bench.speed import BUDGETS, Generated, ReadTask, Task, WrongLanguage
@@ -24,6 +23,7 @@ from qe_edge.retrieval.datasets import Dataset, describe
 from qe_edge.retrieval.index import Index, Retriever
 from qe_edge.retrieval.measures import Interval, depth, evaluate, mean_interval
 from qe_edge.retrieval.opensearch import OpenSearchIndex
+from qe_edge.retrieval.prf import found_texts, rm3
 from qe_edge.retrieval.trec import Ranking, Run, write_qrels, write_run
 from qe_edge.student.join import DEFAULT_JOIN, Join
 from qe_edge.student.spec import ModelSpec

@@ -18,7 +18,6 @@ from qe_edge import Expander
 from qe_edge.bench.bench import bench
 from qe_edge.bench.config import BenchConfig
 from qe_edge.bench.inputs import default_teachers, parse_model
-from qe_edge.bench.prf import found_texts, rm3
 from qe_edge.bench.quality import retrieve, values_of
 from qe_edge.bench.report.table import markdown_table
 from qe_edge.bench.result import read_result
@@ -29,6 +28,7 @@ from qe_edge.records import Expansion, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import Dataset, load_dataset
 from qe_edge.retrieval.index import Index
 from qe_edge.retrieval.measures import holm, mean, randomization_test
+from qe_edge.retrieval.prf import found_texts, rm3
 from qe_edge.serve.collection import Collection
 from qe_edge.student.gate import OPEN, Gate
 from qe_edge.student.join import Join

@@ -169,7 +169,7 @@ def test_a_disk_that_is_full_for_a_while_leaves_whole_lines(three, tmp_path, mon
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    with Ledger(tmp_path / "expansions.jsonl") as ledger:
+    with Ledger(tmp_path / "expansions.jsonl", Expansion, "teach", "candidates") as ledger:
         row = Expansion("d", "1", "q", "en", "m", "zero-shot", "text", key="k")
         ledger.append(row)
         ledger._file = Full(ledger._file)

@@ -238,7 +238,7 @@ def test_a_key_that_no_header_can_hold_is_refused_unseen(three, tmp_path, monkey
 
 def test_a_key_in_place_of_its_variables_name_is_refused_unseen(three, tmp_path):
     with pytest.raises(ValueError, match="not the key itself") as error:
-        AskConfig(endpoint="http://x/v1", api_key_env=KEY)
+        AskConfig(model="big", endpoint="http://x/v1", api_key_env=KEY)
     assert KEY not in str(error.value)
     ask = {"endpoint": "http://x/v1", "api_key_env": "sk_live_0123456789"}
     with pytest.raises(BadArgument, match="that --api-key-env names is not set") as unset:

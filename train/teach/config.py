@@ -16,13 +16,14 @@ Rule = Literal["random", "bm25"]
 
 
 class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How a teacher is asked; none of this changes a candidate.
+    """Who is asked, and how; of this `model` and `extra` alone change an answer.
 
     Without an `endpoint` the model is a local one. The budgets count all of the model's answers in the output
     file, also from earlier runs, 0 being none; what an endpoint may charge for requests that timed out or
-    broke off is not known and not counted.
+    broke off is not known and not counted. `extra` takes a field out of the request where it is null.
     """
 
+    model: Annotated[str, said("The endpoint's model, or a local one as everywhere else.", short="-m")]
     endpoint: Annotated[
         str, said("An OpenAI-compatible URL, such as http://localhost:8080/v1.", env="OPENAI_BASE_URL")
     ] = ""
@@ -35,10 +36,15 @@ class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     price_in: Annotated[Amount, said("Price of a million prompt tokens.")] = 0.0
     price_out: Annotated[Amount, said("Price of a million answer tokens.")] = 0.0
     keep_bad: Annotated[bool, said("Keep the text of unusable answers, marked, to look at.")] = False
+    extra: Annotated[
+        dict[str, Any], said('More fields of the request as JSON, e.g. {"top_p": 0.9}; null takes one out.')
+    ] = {}
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env):  # not shown: it may be the key itself
             raise ValueError("api-key-env is the name of an environment variable, not the key itself")
+        if "n" in self.extra:
+            raise ValueError("extra must not hold `n`: one request has one answer")
         if self.max_cost and not (self.price_in or self.price_out):
             raise ValueError(
                 "--max-cost needs the prices of a million tokens: give --price-in and --price-out"
@@ -48,11 +54,9 @@ class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class TeachConfig(AskConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What is asked for; a change of any of this makes new candidates.
 
-    Of each query `n` candidates per mode, with the seeds `seed`, `seed + 1`, … `extra` takes a field out of
-    the request where it is null.
+    Of each query `n` candidates per mode, with the seeds `seed`, `seed + 1`, …
     """
 
-    model: Annotated[str, said("The endpoint's model, or a local one as everywhere else.", short="-m")]
     modes: Annotated[
         tuple[Mode, ...],
         Meta(min_length=1),
@@ -70,14 +74,9 @@ class TeachConfig(AskConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ] = ""
     exemplar_rule: Annotated[Rule, said("random, or bm25 for the nearest queries.")] = "random"
     shots: Annotated[Count, said("Exemplars in a few-shot prompt.")] = 4
-    extra: Annotated[
-        dict[str, Any], said('More fields of the request as JSON, e.g. {"top_p": 0.9}; null takes one out.')
-    ] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "n" in self.extra:
-            raise ValueError("extra must not hold `n`: ask for several candidates with --n")
         if "student" in self.modes and self.endpoint:
             raise ValueError("a student's own prompt is known of local models alone; leave out the endpoint")
         if self.n > 1 and self.temperature == 0:

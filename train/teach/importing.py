@@ -72,7 +72,7 @@ def import_expansions(source: Path, config: ImportConfig, data: Dataset | None, 
     if not imported:
         raise BadInput(f"holds no expansion{f' of a query of {data}' if data else ''}", path=source)
     settings = {"dataset": str(data), **msgspec.to_builtins(config)}
-    with Ledger(out / EXPANSIONS) as ledger:
+    with Ledger(out / EXPANSIONS, Expansion, "teach", "candidates") as ledger:
         sessions = read_record(out).get("sessions", [])
         write_json(out / MANIFEST, run_record("teach", settings, {"import": source}, sessions=sessions))
         for row in imported:

@@ -6,42 +6,61 @@ import os
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 from filelock import FileLock, Timeout
 
 from qe_edge.console import note
 from qe_edge.errors import QeEdgeError
-from qe_edge.records import Expansion, read_jsonl
+from qe_edge.records import read_jsonl
 
 SYNC_EVERY = 1.0  # seconds; what a power cut can lose, unlike a kill
 
 
-class Ledger:
-    """Every candidate ever answered, by its key. One process at a time writes it.
+class Row(Protocol):
+    """What every kind of line has: `key` stands for all that decided the answer."""
+
+    @property
+    def key(self) -> str | None: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def problem(self) -> str | None: ...
+    @property
+    def prompt_tokens(self) -> int | None: ...
+    @property
+    def completion_tokens(self) -> int | None: ...
+
+
+R = TypeVar("R", bound=Row)
+
+
+class Ledger(Generic[R]):
+    """Every answer ever got, by its key. One process at a time writes it: a `command` that asks for `what`.
 
     Raises:
         QeEdgeError: another process is writing it.
         BadInput: a line other than a torn last one is damaged.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, kind: type[R], command: str, what: str):
+        self.path, self.command, self.what = path, command, what
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(str(path) + ".lock", timeout=0)
         try:
             self._lock.acquire()
         except Timeout:
             raise QeEdgeError(
-                f"another `qe-edge teach` is writing {path}; let it finish or stop it"
+                f"another `qe-edge {command}` is writing {path}; let it finish or stop it"
             ) from None
         self.keys: set[str] = set()
         self.tokens: dict[str, tuple[int, int]] = {}  # by model: of prompts, of answers
         try:
             self._drop_torn_line()
             if path.exists():
-                for row in read_jsonl(path, Expansion):
-                    self._count(row)
+                for row in read_jsonl(path, kind):  # type: ignore[type-var]
+                    self.count(row)
             self._file = path.open("ab", buffering=0)
         except BaseException:
             self._lock.release()
@@ -67,7 +86,7 @@ class Ledger:
                 file.truncate(position)
                 note(f"{self.path}: dropped an unfinished last line")
 
-    def _count(self, row: Expansion) -> None:
+    def count(self, row: R) -> None:
         if row.key:
             self.keys.add(row.key)
         prompt, completion = self.tokens.get(row.model, (0, 0))
@@ -76,7 +95,7 @@ class Ledger:
             completion + (row.completion_tokens or 0),
         )
 
-    def append(self, row: Expansion) -> None:
+    def append(self, row: R) -> None:
         """Write a row: in the operating system's hands when this returns.
 
         Raises:
@@ -91,7 +110,7 @@ class Ledger:
             self._file.truncate(whole)
             self._file.seek(whole)
             raise
-        self._count(row)
+        self.count(row)
         if time.monotonic() - self._synced > SYNC_EVERY:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()

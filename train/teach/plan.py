@@ -25,7 +25,7 @@ class Job(NamedTuple):
     sample: int
 
 
-class Plan:
+class Candidates:
     """The candidates a configuration stands for, in the order they are asked for.
 
     `own` is the prompt of a local student, for those of the mode `student`.
@@ -72,6 +72,9 @@ class Plan:
             extra=config.extra,
         )
 
+    def name(self, job: Job) -> str:
+        return f"query {job.query_id} ({job.mode}, sample {job.sample})"
+
     def key(self, job: Job) -> str:
         """Stands for the query and all that decides its candidate, exemplars and prompt text included."""
         content = msgspec.json.encode([*job, self.request(job)], order="deterministic")
@@ -99,7 +102,3 @@ class Plan:
             key=self.key(job),
             problem=problem,
         )
-
-    def refused(self, job: Job) -> Expansion:
-        """The line of a candidate that the endpoint will not write, so that it is not asked for again."""
-        return self.row(job, Answer("", "content_filter", 0, 0), keep_bad=False)
