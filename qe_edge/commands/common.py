@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from qe_edge.arguments import MOST_THREADS
 from qe_edge.console import note, print_json
+from qe_edge.errors import PartlyDone
 from qe_edge.records import ANALYZER
 from qe_edge.redact import redact
 from qe_edge.runtime.expander import Expander
 from qe_edge.student.feedback import MOST_PASSAGES
 from qe_edge.work.folder import DEFAULT_WORKDIR, Workdir
+
+if TYPE_CHECKING:
+    from qe_edge.train.teach.session import Outcome
 
 WorkdirOption = Annotated[
     Path,
@@ -91,6 +96,45 @@ def load_expander(model: str | None, workdir: Path, **settings: Any) -> Expander
         model = min(models, key=lambda path: Path(path).stat().st_size)
         took("model", model)
     return Expander.load(model, **settings)
+
+
+def emit_asked(
+    as_json: bool,
+    command: str,
+    text: str,
+    outcome: Outcome,
+    *,
+    inputs: dict[str, Any],
+    artifacts: dict[str, Any],
+    metrics: dict[str, Any],
+    following: str,
+) -> None:
+    """The result of a session with a teacher; where answers are missing, it is partial and ends so."""
+    bad = ", ".join(f"{count} {what}" for what, count in outcome.problems.items())
+    tokens = outcome.prompt_tokens + outcome.completion_tokens
+    text += (
+        f"\nthis session: {outcome.asked} answers, {tokens:,} tokens"
+        + (f", cost {outcome.cost:.4f}" if outcome.cost else "")
+        + (f"; unusable: {bad}" if bad else "")
+    )
+    missing = []
+    if outcome.done < outcome.candidates:
+        why = f"stopped: {outcome.stopped}" if outcome.stopped else f"{outcome.failed} got no answer"
+        missing.append(f"{why}. Run the same command again for the others")
+    emit(
+        as_json,
+        command,
+        text,
+        inputs=inputs,
+        artifacts=artifacts,
+        metrics=msgspec.to_builtins(outcome) | metrics,
+        status="partial" if missing else "ok",
+        errors=missing,
+        following="" if missing else following,
+    )
+    if missing:
+        note(f"error: {missing[0]}")
+        raise typer.Exit(PartlyDone.exit_code)
 
 
 def emit(

@@ -8,8 +8,12 @@ from typing import Annotated
 import typer
 
 from qe_edge.commands.common import JsonOption, OutOption, emit
+from qe_edge.commands.own_data import data_judge, data_make, data_queries
 
-data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at data sets, and make your own.", no_args_is_help=True)
+data_app.command("make")(data_make)
+data_app.command("queries")(data_queries)
+data_app.command("judge")(data_judge)
 
 
 @data_app.command("list")

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit
+from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, emit_asked
 from qe_edge.commands.flags import Settings, flags_of
-from qe_edge.console import note
-from qe_edge.errors import BadArgument, PartlyDone
+from qe_edge.errors import BadArgument
 from qe_edge.records import configured
 from qe_edge.train.teach.config import TeachConfig
 from qe_edge.work.folder import Workdir
@@ -54,31 +52,16 @@ def teach(
         raise BadArgument("name the queries with --dataset or --queries, and the teacher with --model")
     config = settings.config()
     outcome = verb(data, config, out=out)
-    bad = ", ".join(f"{count} {what}" for what, count in outcome.problems.items())
-    text = (
-        f"{outcome.done} of {outcome.candidates} candidates are in {out / EXPANSIONS}\n"
-        f"this session: {outcome.asked} answers, {outcome.prompt_tokens + outcome.completion_tokens:,} tokens"
-        + (f", cost {outcome.cost:.4f}" if outcome.cost else "")
-        + (f"; unusable: {bad}" if bad else "")
-    )
-    missing = []
-    if outcome.done < outcome.candidates:
-        why = f"stopped: {outcome.stopped}" if outcome.stopped else f"{outcome.failed} got no answer"
-        missing.append(f"{why}. Run the same command again for the others")
-    emit(
+    emit_asked(
         json,
         "teach",
-        text,
+        f"{outcome.done} of {outcome.candidates} candidates are in {out / EXPANSIONS}",
+        outcome,
         inputs={"dataset": str(data), "model": config.model, "endpoint": config.endpoint},
         artifacts={"expansions": out / EXPANSIONS},
-        metrics=msgspec.to_builtins(outcome),
-        status="partial" if missing else "ok",
-        errors=missing,
-        following=f"qe-edge pairs --dataset {dataset}" if dataset and not missing else "",
+        metrics={},
+        following=f"qe-edge pairs --dataset {dataset}" if dataset else "",
     )
-    if missing:
-        note(f"error: {missing[0]}")
-        raise typer.Exit(PartlyDone.exit_code)
 
 
 def _import(

@@ -21,11 +21,15 @@ _TEXT_KEYS = ("text", "contents", "content", "body", "passage")
 
 
 class Text(NamedTuple):
-    """A document's lines with their numbers in the file; 0 where the file has none, as in a PDF."""
+    """A document's lines with their numbers in the file; 0 where the file has none, as in a PDF.
+
+    `record` is the line of a file of JSON Lines, each of which is a document.
+    """
 
     title: str
     lines: list[tuple[int, str]]
     markdown: bool
+    record: int = 0
 
 
 def read_texts(file: Path) -> Iterator[Text]:
@@ -59,9 +63,7 @@ def _records(file: Path) -> Iterator[Text]:
         if text is None:
             raise BadInput(f"has none of the keys {', '.join(_TEXT_KEYS)}", path=file, line=number)
         title = row.get("title")
-        yield Text(
-            title if isinstance(title, str) else "", [(number, part) for part in text.split("\n")], True
-        )
+        yield Text(title if isinstance(title, str) else "", _unnumbered(text), True, number)
 
 
 def _html(file: Path) -> Text:
@@ -89,4 +91,4 @@ def _office(file: Path) -> str:
 
 
 def _unnumbered(text: str) -> list[tuple[int, str]]:
-    return [(0, line) for line in text.replace("\f", "\n\n").splitlines()]
+    return [(0, line) for line in text.replace("\f", "\n\n").split("\n")]

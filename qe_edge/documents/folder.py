@@ -57,7 +57,8 @@ def make_collection(folder: Path, out: Path, *, words: int = WORDS) -> Made:
     """Write `out/corpus.jsonl`: the passages of all files of a folder that can be read, hidden ones left out.
 
     A passage's id is the file's path in the folder and where it stands: `trips/rome.md#L12` begins in line
-    12, `report.pdf#3` is the third. Files whose size and time are as before are not read again.
+    12, `report.pdf#3` is the third, and `mails.jsonl:7#1` is the first of the record in line 7. Files whose
+    size and time are as before are not read again.
 
     Raises:
         NotFound, BadArgument: there is no such folder, or `out` holds another collection.
@@ -137,14 +138,13 @@ def _files(folder: Path, out: Path) -> Iterator[Path]:
 
 
 def _passages(file: Path, name: str, words: int) -> Iterator[Document]:
-    ids: Counter[str] = Counter()
     stem = re.sub(r"[\s%#]", lambda found: quote(found[0]), shown(name))
-    count = 0
     for text in read_texts(file):
-        lines, title = text.lines, text.title
-        for passage in split(lines, title=title or file.stem, markdown=text.markdown, words=words):
-            count += 1
-            place = f"{stem}#L{passage.line}" if passage.line else f"{stem}#{count}"
-            ids[place] += 1
+        source = f"{stem}:{text.record}" if text.record else stem
+        ids: Counter[str] = Counter()
+        found = split(text.lines, title=text.title or file.stem, markdown=text.markdown, words=words)
+        for count, passage in enumerate(found, 1):
+            place = f"{source}#L{passage.line}" if passage.line else f"{source}#{count}"
+            ids[place] += 1  # several passages may begin in one line
             again = f".{ids[place]}" if ids[place] > 1 else ""
             yield Document(id=place + again, text=passage.text, title=passage.title)

@@ -1,7 +1,7 @@
 """Test collections: the two that ship with the package, BEIR folders, and ir_datasets ids.
 
-A data set is written `NAME` or `NAME@SPLIT`, where a split names a file of judgments:
-`demo-en`, `demo-en@train`, `path/to/beir-folder@dl19`, `dl19`, `beir/scifact/test`.
+A data set is written `NAME` or `NAME@SPLIT`, where a split names a file of judgments, also one elsewhere:
+`demo-en`, `demo-en@train`, `path/to/beir-folder@dl19`, `dl19`, `beir/scifact/test`, `dl19@other-qrels.tsv`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ SHORT_NAMES = {
 }
 # Beside imported collections: the hashes of large ones, which take minutes to read.
 _HASHES, _LARGE = ".hashes.json", 50_000_000
+# Beside a collection whose queries and judgments no person made: what made them.
+SYNTHETIC = "synthetic.json"
 _HEADER = ["query-id", "corpus-id", "score"]
 
 
@@ -192,30 +194,40 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
                 f"{folder} has no {needed}; "
                 "a data set folder holds corpus.jsonl, queries.jsonl and qrels/<split>.tsv"
             )
-    found = splits(folder)
+    found, elsewhere = splits(folder), _elsewhere(split)
     if not split:
         if "test" not in found and len(found) != 1:
             raise NotFound(
                 f"{folder} has the splits {', '.join(found) or '(none)'}; name one, as in {name}@SPLIT"
             )
         split = "test" if "test" in found else found[0]
-    if split not in found:
+    if split not in found and not elsewhere:
         raise NotFound(f"{folder} has no split {split!r}; there are: {', '.join(found) or '(none)'}")
     origin = read_origin(folder)
     if origin and origin.pool:
         name = f"{name} pool"
+    if (folder / SYNTHETIC).is_file():  # every figure says so
+        name = f"{name} synthetic"
     queries = _read_queries(folder / "queries.jsonl")
-    qrels = _read_qrels(folder / "qrels" / f"{split}.tsv", queries)
-
-    def documents() -> Iterator[tuple[str, str]]:
-        for document in read_jsonl(folder / "corpus.jsonl", Document):
-            yield document.id, f"{document.title or ''} {document.text}".strip()
-
+    qrels = _read_qrels(elsewhere or folder / "qrels" / f"{split}.tsv", queries)
     corpus = folder / "corpus.jsonl"
     stat = corpus.stat()
     large = stat.st_size > _LARGE
     identity = f"{corpus.resolve()} {stat.st_size} {stat.st_mtime_ns}" if large else ""
-    return Dataset(name, split, queries, qrels, documents, folder, identity)
+    split = elsewhere.stem if elsewhere else split
+    return Dataset(name, split, queries, qrels, lambda: read_corpus(folder), folder, identity)
+
+
+def _elsewhere(split: str) -> Path | None:
+    """The file that a split is, which lies outside of the data set."""
+    path = Path(split)
+    return path if path.suffix == ".tsv" and path.is_file() else None
+
+
+def read_corpus(folder: Path) -> Iterator[tuple[str, str]]:
+    """Id and text of each document of a BEIR folder, the title before the text."""
+    for document in read_jsonl(folder / "corpus.jsonl", Document):
+        yield document.id, f"{document.title or ''} {document.text}".strip()
 
 
 def _read_queries(path: Path) -> dict[str, str]:
@@ -261,15 +273,16 @@ def grouped(judgments: Mapping[tuple[str, str], int]) -> Qrels:
 
 def _load_ir_datasets(name: str, split: str) -> Dataset:
     ir_datasets = require("ir_datasets", "data")
-    dataset_id = SHORT_NAMES.get(name, name) + (f"/{split}" if split else "")
+    elsewhere = _elsewhere(split)
+    dataset_id = SHORT_NAMES.get(name, name) + (f"/{split}" if split and not elsewhere else "")
     try:
         source = ir_datasets.load(dataset_id)
     except KeyError:
         raise NotFound(f"{name!r} is neither a folder nor an ir_datasets id ({dataset_id})") from None
     try:
         queries = {query.query_id: query.default_text() for query in source.queries_iter()}
-        qrels: Qrels = {}
-        for judgment in source.qrels_iter():
+        qrels: Qrels = _read_qrels(elsewhere, queries) if elsewhere else {}
+        for judgment in () if elsewhere else source.qrels_iter():
             if judgment.query_id in queries:
                 grades = qrels.setdefault(judgment.query_id, {})
                 if grades.setdefault(judgment.doc_id, judgment.relevance) != judgment.relevance:
@@ -294,6 +307,7 @@ def _load_ir_datasets(name: str, split: str) -> Dataset:
         check_id(query_id, "query", None)
     version = importlib.metadata.version("ir-datasets")
     identity = f"ir_datasets {version} {dataset_id}"
+    split = elsewhere.stem if elsewhere else split
     return Dataset(name, split, queries, qrels, documents, identity=identity)
 
 

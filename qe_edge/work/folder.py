@@ -3,6 +3,7 @@
 qe-edge-work/
     teach/<data set>/                            one folder a data set, which every `qe-edge teach` adds to
     pairs/001/ sft/001/ dpo/001/ merge/001/ export/001/ bench/001/   one folder a run, newest = highest
+    data/<folder>/ judged/<data set>/                made of notes by `qe-edge data make`; a teacher's grades
     base/ index/ generations/                                       caches; base/ is needed until merged
 """
 
@@ -55,6 +56,14 @@ class Workdir:
     def teach_folder(self, dataset: str) -> Path:
         """Where a data set's candidates are collected."""
         return self.root / "teach" / dataset.replace("/", "-")
+
+    def made_folder(self, notes: Path) -> Path:
+        """Where the collection of a folder of notes goes."""
+        return self.root / "data" / (notes.resolve().name or "notes")
+
+    def judged_folder(self, dataset: str) -> Path:
+        """Where the grades of a data set are collected."""
+        return self.root / "judged" / dataset.replace("/", "-")
 
     def taught(self, dataset: str) -> Path:
         """The candidates that `teach` collected for a data set."""
