@@ -17,7 +17,8 @@ from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.bench.inputs import parse_run
 from qe_edge.bench.result import read_result
 from qe_edge.console import note
-from qe_edge.errors import QeEdgeError
+from qe_edge.documents.folder import make_collection
+from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import export_model
 from qe_edge.recipe import PairsPart, Recipe, SamplesPart, SftPart, check
@@ -31,7 +32,9 @@ from qe_edge.train.dpo import dpo
 from qe_edge.train.merge import merge
 from qe_edge.train.pairs import BEST, PAIRS, pairs
 from qe_edge.train.sft import sft
+from qe_edge.train.synthetic.queries import write_queries
 from qe_edge.train.teach.config import TeachConfig
+from qe_edge.train.teach.session import Outcome
 from qe_edge.train.teach.teach import EXPANSIONS, teach
 from qe_edge.work.files import read_json, sha256, write_bytes, write_json
 from qe_edge.work.folder import Workdir
@@ -50,6 +53,8 @@ def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
     join = Join.parse(recipe.join or (recipe.pairs.join if recipe.pairs else str(DEFAULT_JOIN)))
     stages = _Stages(workdir, join)
     note(f"recipe: {recipe.title}")
+    if recipe.notes:
+        recipe = from_notes(recipe, workdir)
     trainings = [recipe.sft, recipe.dpo or DpoConfig()]
     for name in {training.eval_dataset for training in trainings} & set(recipe.bench.datasets):
         note(f"{name} chooses the checkpoint that is kept, so the student's figure on it is no test")
@@ -72,6 +77,48 @@ def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
         stages.export(trained, config)
     stages.bench(recipe.bench, untrained=str(plain), exported=list(exports))
     return stages.out
+
+
+def from_notes(recipe: Recipe, workdir: Workdir) -> Recipe:
+    """Have queries and expansions written; returns the recipe that goes on with them.
+
+    All of it is taken up where it was left: what was answered is not asked for again.
+    """
+    assert recipe.notes and recipe.queries and recipe.teach
+    notes = Path(recipe.notes.folder)
+    folder = workdir.made_folder(notes)
+    made = make_collection(notes, folder, words=recipe.notes.words)
+    note(f"notes: {made.passages:,} passages of {made.files:,} files in {folder}")
+    outcome, report = write_queries(folder, recipe.queries, workdir=workdir)
+    if report is None:
+        raise QeEdgeError(f"{outcome.stopped or 'queries are missing'}; run the recipe again")
+    if not report.train or not report.test:
+        raise BadInput(
+            f"{report.train} queries to train on and {report.test} to test on are too few", path=folder
+        )
+    note(f"queries: {report.train} to train on, {report.test} to test on; synthetic, as their judgments are")
+    written = {}
+    for split in ("train", "test"):
+        data = load_dataset(f"{folder}@{split}")
+        out = workdir.teach_folder(str(data))
+        _complete(teach(data, recipe.teach, out=out))
+        written[split] = str(out / EXPANSIONS)
+    learnt = (written["train"],)
+    return replace(
+        recipe,
+        notes=None,
+        queries=None,
+        teach=None,
+        pairs=replace(recipe.pairs or PairsPart(), dataset=f"{folder}@train", expansions=learnt),
+        sft=replace(recipe.sft, expansions=learnt),
+        bench=replace(recipe.bench, datasets=(f"{folder}@test",), teachers=(written["test"],)),
+    )
+
+
+def _complete(outcome: Outcome) -> None:
+    """Raises QeEdgeError where answers are missing."""
+    if outcome.done < outcome.candidates:
+        raise QeEdgeError(f"{outcome.stopped or 'texts are missing'}; run the recipe again")
 
 
 def _as(kind: Any, part: Any) -> Any:
@@ -118,9 +165,7 @@ class _Stages:
 
     @staticmethod
     def _sample(data: Dataset, config: TeachConfig, out: Path) -> Path:
-        outcome = teach(data, config, out=out)
-        if outcome.done < outcome.candidates:
-            raise QeEdgeError(f"{outcome.stopped or 'texts are missing'}; run the recipe again")
+        _complete(teach(data, config, out=out))
         return out
 
     def pairs(self, stage: str, part: PairsPart) -> Path:

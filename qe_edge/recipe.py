@@ -8,6 +8,10 @@ texts for each query, retrieval decides which are better, and the best are what 
 
     untrained student → samples → pairs → the best → SFT → DPO → …
 
+With `[notes]` there are no judged queries either: a model writes them, and then their expansions.
+
+    notes → passages → queries → expansions → pairs → SFT → DPO → …
+
 Run again after an interruption, finished stages are skipped and the
 interrupted one goes on.
 """
@@ -25,6 +29,7 @@ import msgspec
 from qe_edge.bench.baselines import parse_baseline
 from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.bench.inputs import parse_run
+from qe_edge.documents.passages import WORDS
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import check_choices
@@ -32,7 +37,10 @@ from qe_edge.records import Count, Positive
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
 from qe_edge.student.models import resolve
 from qe_edge.train.config import DpoConfig, PairsConfig, SftConfig
+from qe_edge.train.synthetic.config import QueriesConfig
+from qe_edge.train.teach.config import TeachConfig
 
+NAME_NOTES = "; name your notes with --dataset, and who writes for them with --model, maybe --endpoint"
 NAME_YOURS = "; name your data with --dataset, --expansions and --test, or write it into the recipe"
 
 
@@ -42,6 +50,13 @@ class SamplesPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     datasets: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     n: Count = 4
     temperature: Positive = 1.0
+
+
+class NotesPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A folder of notes, of which passages of about so many words are made."""
+
+    folder: str
+    words: Annotated[int, msgspec.Meta(ge=20, le=2000)] = WORDS
 
 
 class PairsPart(PairsConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -62,6 +77,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     title: str
     join: str = ""
+    notes: NotesPart | None = None
+    queries: QueriesConfig | None = None
+    teach: TeachConfig | None = None
     samples: SamplesPart | None = None
     pairs: PairsPart | None = None
     sft: SftPart
@@ -71,6 +89,13 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def __post_init__(self) -> None:
         own = self.samples is not None
+        if (self.notes is None) != (self.queries is None) or (self.notes is None) != (self.teach is None):
+            raise ValueError("[notes], [queries] and [teach] go together")
+        if self.notes:
+            named = own or self.sft.expansions or self.bench.datasets or (self.pairs and self.pairs.dataset)
+            if named:
+                raise ValueError("[notes] is all that a student is made of: name no other data")
+            return
         if self.dpo and not (self.pairs or own):
             raise ValueError("DPO needs a [pairs] section with a dataset and expansions")
         pairs = self.pairs or PairsPart()
@@ -131,7 +156,7 @@ def load_recipe(
     except msgspec.ValidationError as error:
         hint = ""
         if "missing required field" in str(error):
-            hint = NAME_YOURS
+            hint = NAME_NOTES if "notes" in content else NAME_YOURS
         raise BadInput(f"not a valid recipe: {error}{hint}", path=path) from None
 
 
@@ -149,7 +174,11 @@ def check(recipe: Recipe) -> None:
             require(module, extra)
     check_choices(recipe.export)
     resolve(recipe.sft.student)
-    judged = recipe.samples.datasets if recipe.samples else (recipe.pairs.dataset,) if recipe.pairs else ()
+    if recipe.notes and not Path(recipe.notes.folder).is_dir():
+        raise NotFound(f"{recipe.notes.folder}: no such folder of notes")
+    judged = recipe.samples.datasets if recipe.samples else ()
+    if recipe.pairs and recipe.pairs.dataset:
+        judged = (recipe.pairs.dataset,)
     dev = {part.eval_dataset for part in (recipe.sft, recipe.dpo) if part and part.eval_dataset}
     for name in (*judged, *recipe.bench.datasets, *sorted(dev)):
         load_dataset(name)

@@ -33,7 +33,7 @@ def data_make(
 
     out = out or Workdir(workdir).made_folder(folder)
     made = make_collection(folder, out, words=words)
-    bad = [f"{name}: {why}" for name, why in made.problems.items()]
+    bad = list(made.problems.values())
     left = ", ".join(f"{count} {suffix}" for suffix, count in sorted(made.unknown.items()))
     for line in bad[:SHOWN]:
         note(f"data make: {line}")

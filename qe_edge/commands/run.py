@@ -25,7 +25,7 @@ def run(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option("--dataset", "-d", help="Judged training queries instead of the recipe's, for DPO."),
+        typer.Option("--dataset", "-d", help="Judged training queries, or a folder of notes, instead."),
     ] = None,
     expansions: Annotated[
         list[Path] | None,
@@ -37,6 +37,13 @@ def run(
     teacher: Annotated[
         list[Path] | None, typer.Option("--teacher", help="A teacher's expansions of the test queries.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Who writes queries and expansions for notes.")
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(envvar="OPENAI_BASE_URL", help="Where it is asked (default: on this machine)."),
+    ] = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
@@ -47,18 +54,28 @@ def run(
     from qe_edge.retrieval.datasets import load_dataset
 
     work = Workdir(workdir)
-    own = "samples" in read_recipe(recipe, data=data)
+    content = read_recipe(recipe, data=data)
+    own, notes = "samples" in content, "notes" in content
+    if notes and (expansions or test or teacher):
+        raise BadArgument(
+            "this recipe makes its own data of a folder of notes: name that with --dataset alone"
+        )
+    if model and not notes:
+        raise BadArgument("this recipe asks no model: leave --model out")
     if own and expansions:
         raise BadArgument("this recipe's student learns from its own texts: leave --expansions out")
-    if dataset and not expansions and not own:
+    if dataset and not (expansions or own or notes):
         expansions = [work.taught(str(load_dataset(dataset)))]
     files = [str(file) for file in expansions or ()]
     given: dict[str, dict[str, Any]] = {
         "samples": {"datasets": [dataset] if own and dataset else None},
-        "pairs": {"dataset": None if own else dataset, "expansions": files},
+        "pairs": {"dataset": None if own or notes else dataset, "expansions": files},
         "sft": {"expansions": files, "student": student},
         "bench": {"datasets": test, "teachers": [str(file) for file in teacher or ()]},
     }
+    if notes:
+        asked = {"model": model, "endpoint": endpoint}
+        given |= {"notes": {"folder": dataset}, "queries": asked, "teach": asked}
     chosen = {name: {key: value for key, value in part.items() if value} for name, part in given.items()}
     out = run_recipe(load_recipe(recipe, data=data, given=chosen), workdir=work)
     html = draw([out["bench"]], out["bench"] / "report.html")

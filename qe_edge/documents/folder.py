@@ -90,9 +90,10 @@ def make_collection(folder: Path, out: Path, *, words: int = WORDS) -> Made:
                 try:
                     part = encode_jsonl(_passages(path, name, words)).splitlines(keepends=True)
                 except (BadInput, NotInstalled, OSError) as error:
-                    problem = str(error).removeprefix(f"{path}: ")
+                    said = str(error).replace(str(path), name)
+                    problem = said if name in said else f"{name}: {said}"
                 if not part:
-                    problem = problem or "holds no text"
+                    problem = problem or f"{name}: holds no text"
                 files[name] = Source(stat.st_size, stat.st_mtime_ns, len(part), problem)
             corpus += part
             advance()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from typing import NamedTuple
 
 from qe_edge.text import count_words
@@ -48,11 +48,12 @@ def split(
         rest = [sentence for sentence in passages.pop() if sentence not in passages[-1]]
         passages[-1] += rest
     for passage in passages:
-        line, text = passage[0].line, passage
-        while len(text) > 1 and text[0].first == "heading":  # which the title says
-            text = text[1:]
-        place = [title, *text[0].headings]
-        yield Passage(line, _SEPARATOR.join(dict.fromkeys(filter(None, place))), _joined(text))
+        first = next((sentence for sentence in passage if sentence.first != "heading"), passage[0])
+        above = first.headings if first.first != "heading" else ()
+        said = [above[: level + 1] for level in range(len(above))]  # headings that the title names
+        text = [s for s in passage if not (s.first == "heading" and s.headings in said)]
+        path = dict.fromkeys(filter(None, [title, *first.headings]))
+        yield Passage(passage[0].line, _SEPARATOR.join(path), _joined(text))
 
 
 def _packed(sentences: Sequence[_Sentence], words: int) -> Iterator[list[_Sentence]]:
@@ -62,12 +63,14 @@ def _packed(sentences: Sequence[_Sentence], words: int) -> Iterator[list[_Senten
         full = size + sentence.words > words
         if sentence.first == "paragraph" and size >= words / 2:
             full = size + _paragraph_words(sentences, i) > words
-        if current and (full or (sentence.first == "heading" and size >= words / 2)):
-            last, inside = current[-1], sentence.first not in ("heading", "paragraph")
-            over = [last] if inside and last.words <= words / 4 else []
-            while len(current) > 1 and current[-1].first == "heading":  # which belongs to what follows
+        if full or (sentence.first == "heading" and size >= words / 2):
+            over = []
+            if current and sentence.first in ("line", "") and current[-1].words <= words / 4:
+                over = current[-1:]
+            while current and current[-1].first == "heading":  # which belongs to what follows
                 over = [current.pop(), *over]
-            yield current
+            if current:
+                yield current
             current = over
         current.append(sentence)
     if current:
@@ -81,8 +84,15 @@ def _paragraph_words(sentences: Sequence[_Sentence], start: int) -> int:
     return size
 
 
-def _words(sentences: Iterable[_Sentence]) -> int:
-    return sum(sentence.words for sentence in sentences)
+def _words(passage: Iterable[_Sentence]) -> int:
+    """Of the passage; the headings that it begins with stand in its title."""
+    text = dropwhile(lambda sentence: sentence.first == "heading", passage)
+    return sum(sentence.words for sentence in text)
+
+
+def _size(text: str) -> int:
+    """Its words; of what has no blanks, pieces of _LONG characters."""
+    return max(count_words(text), -(-len(text) // _LONG))
 
 
 def _joined(passage: Sequence[_Sentence]) -> str:
@@ -107,7 +117,7 @@ def _sentences(lines: Iterable[tuple[int, str]], markdown: bool, words: int) -> 
             level, name = len(found[1]), found[2]
             headings = {other: text for other, text in headings.items() if other < level} | {level: name}
             if name:
-                yield _Sentence(number, name, count_words(name), tuple(headings.values()), "heading")
+                yield _Sentence(number, name, _size(name), tuple(headings.values()), "heading")
         elif line.strip():
             paragraph.append((number, line.strip()))
     yield from _cut(paragraph, tuple(headings.values()), words)
@@ -119,7 +129,7 @@ def _cut(paragraph: Sequence[tuple[int, str]], headings: tuple[str, ...], words:
         start = 0
         for end in [*(match.end() for match in _SENTENCE.finditer(text)), len(text)]:
             for part in _pieces(text[start:end].strip(), words):
-                yield _Sentence(number, part, count_words(part), headings, first)
+                yield _Sentence(number, part, _size(part), headings, first)
                 first = ""
             start = end
         first = "line"
@@ -128,11 +138,11 @@ def _cut(paragraph: Sequence[tuple[int, str]], headings: tuple[str, ...], words:
 def _pieces(sentence: str, words: int) -> Iterator[str]:
     """A sentence; one that is longer than a passage in pieces."""
     longest = _LONG * words
-    while len(sentence) > longest or count_words(sentence) > words:
+    while len(sentence) > longest or _size(sentence) > words:
         low, high = 1, min(len(sentence), longest)
         while low < high:  # the longest beginning that is not too long
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if count_words(sentence[:middle]) <= words else (low, middle - 1)
+            low, high = (middle, high) if _size(sentence[:middle]) <= words else (low, middle - 1)
         blank = sentence.rfind(" ", 1, low + 1)
         end = blank if blank > 0 else low
         yield sentence[:end].strip()

@@ -300,3 +300,20 @@ def test_what_exists_as_typed_wins_over_a_split(folder, tmp_path):
     assert load_dataset(f"{with_at}@test").split == "test"
     with pytest.raises(NotFound, match="has no split 'x'"):
         load_dataset(f"{with_at}@x")
+
+
+def test_judgments_may_lie_elsewhere(folder, tmp_path):
+    elsewhere = tmp_path / "others.tsv"
+    query_id, document = next((q, next(iter(grades))) for q, grades in load_dataset(str(folder)).qrels.items())
+    elsewhere.write_text(f"query-id\tcorpus-id\tscore\n{query_id}\t{document}\t3\n")
+    data = load_dataset(f"{folder}@{elsewhere}")
+    assert (str(data), data.qrels) == (f"{folder.name}@others", {query_id: {document: 3}})
+    assert data.fingerprint() != load_dataset(str(folder)).fingerprint()
+    elsewhere.write_text("query-id\tcorpus-id\tscore\nnobody\td\t3\n")
+    with pytest.raises(BadInput, match=r"others\.tsv:2: query 'nobody' is not in queries\.jsonl"):
+        load_dataset(f"{folder}@{elsewhere}")
+
+
+def test_synthetic_judgments_say_so_in_every_name(folder):
+    (folder / "synthetic.json").write_text("{}")
+    assert str(load_dataset(str(folder))).startswith(f"{folder.name} synthetic@")

@@ -29,9 +29,9 @@ from qe_edge.work.folder import Workdir
 
 JUDGMENTS, AGREEMENT = "judgments.jsonl", "agreement.json"
 _FIRST = re.compile(
-    r"\W*(?:(?:the\s+)?(?:grade|score)(?:\s+is)?|等级|分数)?\W*([0-3])(?![\d.])", re.IGNORECASE
+    r"\W*(?:(?:the\s+)?(?:grade|score)(?:\s+is)?|等级|分数)?\W*([0-3])(?!\.?\d)", re.IGNORECASE
 )
-_NAMED = re.compile(r"(?:grade|score|等级|分数)\D{0,8}([0-3])(?![\d.])", re.IGNORECASE)
+_NAMED = re.compile(r"(?:grade|score|等级|分数)\D{0,8}([0-3])(?!\.?\d)", re.IGNORECASE)
 
 
 class Judgment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -37,7 +37,9 @@ from qe_edge.work.machine import usable_cores
 ASKED = "queries-asked.jsonl"
 SHORTEST, LONGEST = 15, 32  # words: of a passage that can answer anything, and of a query
 NEAR_DUPLICATE = 0.8  # share of index terms in common
-_LABEL = re.compile(r"^\W*(search|query|question|keywords|搜索|查询|问题|关键词)\s*[:：]\s*", re.IGNORECASE)
+_LABEL = re.compile(
+    r"^\W*((search )?query|search|question|keywords|搜索|查询|问题|关键词)\s*[:：]\s*", re.IGNORECASE
+)
 _OF_THE_TEXT = re.compile(r"\b(this|the) (text|passage)\b|这段(文字|话)|(文|段落)中|本文", re.IGNORECASE)
 
 
