@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from endpoint import serve
 
 from qe_edge import Expander
 from qe_edge.bench.result import read_result
@@ -223,3 +224,90 @@ def test_a_recipe_runs_to_a_benchmarked_student_and_skips_what_is_done(tiny_qwen
     (data,) = read_result(alone["bench"]).datasets
     models = [system.name for system in data.systems if system.kind == "model"]
     assert [name for name in models if not name.endswith(" + gate")] == ["untrained", "SFT Q4_K_M"]
+
+
+NOTES = """
+title = "tiny notes"
+[notes]
+words = 20
+[queries]
+[teach]
+modes = ["zero-shot"]
+n = 2
+[pairs]
+min_gap = 0.01
+[sft]
+student = "{student}"
+max_rows = 8
+rank = 4
+[dpo]
+[export]
+kinds = ["Q4_K_M"]
+formats = ["gguf"]
+[bench]
+datasets = []
+"""
+PLANTS = {
+    "tomato": "red, and grown under glass",
+    "leek": "long, and earthed up in autumn",
+    "bean": "climbing on poles",
+    "maize": "tall, and pollinated by wind",
+    "onion": "dried in the sun",
+    "melon": "sweet, and watered at noon",
+}
+
+
+def gardener(body) -> str:
+    """Writes a query of a note, or expansions of one: only the second sample adds what the note says."""
+    message = body["messages"][-1]["content"]
+    plant = next(plant for plant in PLANTS if plant in message)
+    if "Write one short question" in message or "three to six words" in message:
+        return f"what to know of a {plant} in the garden"
+    return f"It is {PLANTS[plant]}." if body["seed"] else "It is what all gardens have: soil, sheds, fences."
+
+
+def test_from_a_folder_of_notes_to_a_student_in_one_command(tiny_qwen3, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("trl")
+    pytest.importorskip("llama_cpp")
+    from qe_edge.cli import app
+
+    notes, file = tmp_path / "notes", tmp_path / "notes.toml"
+    notes.mkdir()
+    for plant, known in PLANTS.items():
+        (notes / f"{plant}.md").write_text(
+            f"# The {plant}\nA {plant} is what everybody has in the garden, "
+            f"to know it is to love it, and it is {known}.\n"
+        )
+        (notes / f"shed {plant}.md").write_text(
+            f"The garden of a {plant} grower has soil, sheds and fences, "
+            "and what to know of a garden has he too.\n"
+        )
+    file.write_text(NOTES.format(student=tiny_qwen3.as_posix()))
+    with serve(text=gardener) as endpoint:
+        argv = ["run", str(file), "--dataset", str(notes), "--endpoint", endpoint.url, "--model", "big"]
+        app([*argv, "--json"], standalone_mode=False)
+        asked = len(endpoint.requests)
+        capsys.readouterr()
+        app(argv, standalone_mode=False)  # nothing is asked or trained again
+        assert len(endpoint.requests) == asked
+    out, err = capsys.readouterr()
+    assert "started" not in err and "synthetic, as their judgments are" in err
+    assert "notes synthetic@test on " in out
+    work = Workdir()
+    (result,) = (read_result(path.parent) for path in work.root.glob("bench/*/result.json"))
+    assert result.datasets[0].info.name == "notes synthetic@test"
+    assert {"BM25", "SFT+DPO Q4_K_M", "big zero-shot"} <= {s.name for s in result.datasets[0].systems}
+
+
+def test_what_a_recipe_of_notes_lacks_is_said(tmp_path):
+    with pytest.raises(
+        BadInput, match="name your notes with --dataset, and who writes for them with --model"
+    ):
+        load_recipe("own-notes", given={"notes": {"folder": "notes"}})
+    given = {"notes": {"folder": str(tmp_path / "none")}, "queries": {"model": "m"}, "teach": {"model": "m"}}
+    with pytest.raises(NotFound, match="no such folder of notes"):
+        run_recipe(load_recipe("own-notes", given=given), workdir=Workdir(tmp_path / "work"))
+    file = tmp_path / "half.toml"
+    file.write_text(NOTES.format(student="s").replace("[queries]\n", ""))
+    with pytest.raises(BadInput, match=r"\[notes\], \[queries\] and \[teach\] go together"):
+        load_recipe(file, given={"notes": {"folder": "x"}, "teach": {"model": "m"}})

@@ -304,7 +304,9 @@ def test_what_exists_as_typed_wins_over_a_split(folder, tmp_path):
 
 def test_judgments_may_lie_elsewhere(folder, tmp_path):
     elsewhere = tmp_path / "others.tsv"
-    query_id, document = next((q, next(iter(grades))) for q, grades in load_dataset(str(folder)).qrels.items())
+    query_id, document = next(
+        (q, next(iter(grades))) for q, grades in load_dataset(str(folder)).qrels.items()
+    )
     elsewhere.write_text(f"query-id\tcorpus-id\tscore\n{query_id}\t{document}\t3\n")
     data = load_dataset(f"{folder}@{elsewhere}")
     assert (str(data), data.qrels) == (f"{folder.name}@others", {query_id: {document: 3}})
