@@ -1,28 +1,31 @@
 """What a user could take instead: an encoder over all documents, over BM25's first ones, or beside BM25.
 
 `dense` ranks all documents by the cosine with the query, `rerank` BM25's first FIRST, `hybrid` adds up the
-reciprocal ranks of BM25 and dense (Cormack et al., SIGIR 2009). The encoder is a GGUF on llama.cpp, as a
-reader's is. What expansion doesn't cost is measured too: all documents are encoded once, the vectors kept.
-Times are the encoder's and its search's; BM25's own, for rerank and hybrid, come on top.
+reciprocal ranks of BM25 and dense (Cormack et al., SIGIR 2009). What expansion doesn't cost is measured too:
+all documents are encoded once, the vectors kept. Times are the encoder's and its search's; BM25's own, for
+rerank and hybrid, come on top.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import quantiles
 from typing import Literal, NamedTuple, get_args
 
+from qe_edge.bench.encoders import open_ranker
 from qe_edge.bench.result import Encoding, Speed
 from qe_edge.bench.speed import peak_memory_mb
 from qe_edge.console import shown
 from qe_edge.errors import BadArgument, NotFound
 from qe_edge.retrieval.datasets import Dataset
-from qe_edge.retrieval.dense import DenseIndex, query_vector
+from qe_edge.retrieval.dense import DenseIndex
 from qe_edge.retrieval.prf import read_texts
 from qe_edge.retrieval.trec import Ranking
-from qe_edge.runtime.reader import Encoder
+from qe_edge.work.files import sha256
 from qe_edge.work.machine import usable_cores
 
 Kind = Literal["dense", "rerank", "hybrid"]
@@ -31,28 +34,43 @@ RANK = 60  # that is added to each rank before its reciprocal
 
 
 class Baseline(NamedTuple):
+    """`model` is a GGUF, a folder or a hub id."""
+
     kind: Kind
-    model: Path
+    model: str
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {shown(self.model.stem)}"
+        return f"{self.kind} {label_of(self.model)}"
+
+
+def label_of(model: str) -> str:
+    """A model's name in tables."""
+    return shown(Path(model).name.removesuffix(".gguf"))
+
+
+def digest_of(model: str) -> str:
+    """SHA-256 of a model's files, or of its hub id, where the library keeps them."""
+    path = Path(model)
+    return sha256(path) if path.exists() else hashlib.sha256(model.encode()).hexdigest()
 
 
 def parse_baseline(text: str) -> Baseline:
-    """`KIND:FILE`.
+    """`KIND:MODEL`.
 
     Raises:
         BadArgument: an unknown kind.
-        NotFound: no such file.
+        NotFound: no such model.
     """
-    kind, _, file = text.partition(":")
+    kind, _, model = text.partition(":")
     known: dict[str, Kind] = {name: name for name in get_args(Kind)}
-    if kind not in known or not file:
-        raise BadArgument(f"can't read the baseline {text!r}: write dense:FILE, rerank:FILE or hybrid:FILE")
-    if not Path(file).is_file():
-        raise NotFound(f"{file}: no such file; an encoder is a .gguf file")
-    return Baseline(known[kind], Path(file))
+    if kind not in known or not model:
+        raise BadArgument(
+            f"can't read the baseline {text!r}: write dense:MODEL, rerank:MODEL or hybrid:MODEL"
+        )
+    if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise NotFound(f"{model}: neither a .gguf file, nor a model folder, nor a hub id (org/name)")
+    return Baseline(known[kind], model)
 
 
 class EncoderSystem:
@@ -62,13 +80,13 @@ class EncoderSystem:
         cache: where vectors are kept, for each collection and encoder.
     """
 
-    def __init__(self, model: Path, data: Dataset, ids: Sequence[str], cache: Path, threads: int | None):
+    def __init__(self, model: str, data: Dataset, ids: Sequence[str], cache: Path, threads: int | None):
         self._data, self._ids, self._threads = data, ids, threads or usable_cores()
         start = time.perf_counter()
-        self._encoder = Encoder(model, threads=self._threads)
+        self._encoder = open_ranker(model, threads=self._threads)
         self._load_s = time.perf_counter() - start
-        self._model = model
-        self._index = DenseIndex(model, self._encoder, data, ids, cache, threads=self._threads)
+        digest = digest_of(model)
+        self._index = DenseIndex(self._encoder, digest, data, ids, cache, threads=self._threads)
         self.encoding: Encoding | None = None
 
     def unknown(self) -> int:
@@ -90,24 +108,25 @@ class EncoderSystem:
         return found, self._speed(times)
 
     def rerank(self, run: Mapping[str, Ranking]) -> tuple[dict[str, Ranking], Speed]:
-        """Each ranking with its FIRST documents by cosine; those below them stay below."""
+        """Each ranking with its FIRST documents by the model; those below them stay below."""
         wanted = {doc_id for ranking in run.values() for doc_id, _ in ranking[:FIRST]}
         texts, found, times = read_texts(self._data, wanted), {}, []
         for query_id, query in self._data.queries.items():
             start = time.perf_counter()
             first = [doc_id for doc_id, _ in run[query_id][:FIRST]]
-            cosines = self._encoder.vectors([texts[i] for i in first]) @ query_vector(self._encoder, query)
-            order = sorted(range(len(first)), key=lambda i: -cosines[i])
-            # Cosines are 1 at most: what was not looked at follows, in its order.
-            below = [(doc_id, -2.0 - rank) for rank, (doc_id, _) in enumerate(run[query_id][FIRST:])]
-            found[query_id] = [(first[i], float(cosines[i])) for i in order] + below
+            scores = self._encoder.scores(query, [texts[i] for i in first])
+            order = sorted(range(len(first)), key=lambda i: -scores[i])
+            # What was not looked at follows, in its order.
+            least = float(min(scores, default=0.0)) - 1
+            below = [(doc_id, least - rank) for rank, (doc_id, _) in enumerate(run[query_id][FIRST:])]
+            found[query_id] = [(first[i], float(scores[i])) for i in order] + below
             times.append(time.perf_counter() - start)
         return found, self._speed(times)
 
     def _speed(self, times: Sequence[float]) -> Speed:
         cuts = quantiles(times, n=20, method="inclusive") if len(times) > 1 else [times[0]] * 19
         return Speed(
-            engine="llama.cpp",
+            engine=self._encoder.engine,
             threads=self._threads,
             load_s=self._load_s,
             prefill_tokens_per_s=None,
@@ -116,7 +135,7 @@ class EncoderSystem:
             ms_per_query_p95=1000 * cuts[18],
             mean_tokens=0.0,
             peak_memory_mb=peak_memory_mb(),
-            file_mb=self._model.stat().st_size / 1e6,
+            file_mb=self._encoder.megabytes,
         )
 
 

@@ -66,8 +66,8 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     baselines: Annotated[
         tuple[str, ...],
         said(
-            "An encoder's GGUF without a student, as dense:FILE (all documents), rerank:FILE (BM25's first "
-            "fifty) or hybrid:FILE (dense beside BM25); dense and hybrid with each model's texts too.",
+            "A ranker without a student: dense:MODEL (all documents), rerank:MODEL (BM25's first fifty, by a "
+            "cross-encoder too) or hybrid:MODEL (dense beside BM25); a GGUF, a folder or a hub id.",
             flag="--baseline",
         ),
     ] = ()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qe_edge.bench.baselines import EncoderSystem, fused, parse_baseline
+from qe_edge.bench.baselines import EncoderSystem, digest_of, fused, label_of, parse_baseline
 from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.bench.generations import generate_once
 from qe_edge.bench.inputs import Model
@@ -174,8 +174,8 @@ class Systems:
             kept = self.workdir.root / "vectors"
             ours = EncoderSystem(model, self.data, index.ids, kept, self.config.threads)
             if lost := ours.unknown():
-                self.warnings.append(f"{model.stem} has no tokens for {lost} queries of {self.data}")
-            more: dict[str, Any] = {"sha256": sha256(model)}
+                self.warnings.append(f"{label_of(model)} has no tokens for {lost} queries of {self.data}")
+            more: dict[str, Any] = {"sha256": digest_of(model)}
             if name := kinds.get("rerank"):
                 run, speed = ours.rerank(self.runs["BM25"])
                 self.add(name, "run", "", run, speed=speed, **more)
@@ -190,7 +190,7 @@ class Systems:
                         both = fused(self.runs[label or "BM25"], run, self.depth)
                         self.add(above + name, "run", "", both, **more)
             if ours.encoding:
-                note(f"bench: {model.stem}: {self.data} was encoded in {ours.encoding.seconds:.0f} s")
+                note(f"bench: {label_of(model)}: {self.data} was encoded in {ours.encoding.seconds:.0f} s")
             ours.close()
 
     def generate(

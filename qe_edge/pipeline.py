@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from qe_edge.bench.baselines import parse_baseline
+from qe_edge.bench.baselines import digest_of, parse_baseline
 from qe_edge.bench.bench import bench
 from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.bench.inputs import parse_run
@@ -216,8 +216,8 @@ class _Stages:
         config = replace(part, models=(*models, *part.models), joins=joins)
         inputs = [load_dataset(name).fingerprint() for name in part.datasets]
         files: list[str | Path] = [*part.teachers, *(reader for reader in part.readers if reader != ITSELF)]
-        files += [parse_baseline(text).model for text in part.baselines]
         files += [parse_run(text)[1] for text in part.runs]
+        inputs += [digest_of(parse_baseline(text).model) for text in part.baselines]
         inputs += [*map(sha256, files), *(sha256(self.out[f"export {name}"]) for name in exported)]
         key = self.run("bench", part, inputs, partial(bench, config, workdir=self.workdir))
         if read_result(self.out["bench"]).failures:  # so that the next run tries the failed models again

@@ -79,6 +79,30 @@ def save_tiny_encoder(path: Path, *, seed: int = 0, pooling: int | None = 1) -> 
     return path
 
 
+def save_tiny_ranker(folder: Path, *, cross: bool, seed: int = 0) -> Path:
+    """The same weights as sentence-transformers' folder, or with random ones above them as a cross-encoder."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    bert = tiny_bert(seed)
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=CONTEXT).save_pretrained(folder)
+    if cross:
+        torch.manual_seed(seed)
+        config = BertConfig.from_dict(bert.config.to_dict() | {"num_labels": 1})
+        model = BertForSequenceClassification(config)
+        model.bert.load_state_dict(bert.state_dict(), strict=False)
+        model.save_pretrained(folder)
+        return folder
+    bert.save_pretrained(folder)
+    words = Transformer(str(folder))
+    SentenceTransformer(modules=[words, Pooling(HIDDEN, "mean")], device="cpu").save(str(folder))
+    return folder
+
+
 def vectors(texts: list[str], *, seed: int = 0, tokens: int = 256) -> np.ndarray:
     """[texts, HIDDEN] of length 1 by transformers: the mean of the tokens' vectors, one text at a time."""
     import torch

@@ -6,18 +6,28 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from qe_edge.console import progress
 from qe_edge.retrieval.datasets import Dataset
 from qe_edge.retrieval.trec import Ranking
-from qe_edge.runtime.reader import Encoder
-from qe_edge.work.files import atomic_path, read_json, sha256, write_json
+from qe_edge.work.files import atomic_path, read_json, write_json
 
 TOGETHER = 256  # texts
 _VECTORS, _META = "vectors.npy", "encoding.json"
+
+
+class TextEncoder(Protocol):
+    """Makes vectors of length 1, such as `qe_edge.runtime.reader.Encoder`."""
+
+    @property
+    def size(self) -> int: ...
+
+    def vectors(self, passages: Sequence[str]) -> np.ndarray: ...
+
+    def query_vector(self, query: str, text: str = "") -> np.ndarray: ...
 
 
 class Cost(NamedTuple):
@@ -31,20 +41,28 @@ class Cost(NamedTuple):
 class DenseIndex:
     """The vectors of a data set's documents, of which `ids` are the ids in their order.
 
-    They are made when they are first searched, and kept under `cache` for each collection and encoder.
+    They are made when they are first searched, and kept under `cache` for each collection and encoder, of
+    which `digest` is the hash.
     """
 
     def __init__(
-        self, model: Path, encoder: Encoder, data: Dataset, ids: Sequence[str], cache: Path, *, threads: int
+        self,
+        encoder: TextEncoder,
+        digest: str,
+        data: Dataset,
+        ids: Sequence[str],
+        cache: Path,
+        *,
+        threads: int,
     ):
-        self._model, self._encoder, self._data, self._ids, self._threads = model, encoder, data, ids, threads
-        self._folder = cache / f"{data.collection_hash()[:16]}-{sha256(model)[:16]}"
+        self._encoder, self._data, self._ids, self._threads = encoder, data, ids, threads
+        self._folder = cache / f"{data.collection_hash()[:16]}-{digest[:16]}"
         self._vectors: np.ndarray | None = None
 
     def search(self, query: str, text: str = "", *, k: int = 10) -> Ranking:
         """The k best documents; with a text, by the mean of its vector and the query's."""
         vectors = self.vectors()
-        scores = vectors @ query_vector(self._encoder, query, text)
+        scores = vectors @ self._encoder.query_vector(query, text)
         best = np.argpartition(-scores, min(k, len(scores)) - 1)[:k]
         best = best[np.lexsort((best, -scores[best]))]
         return [(self._ids[i], float(scores[i])) for i in best]
@@ -69,16 +87,10 @@ class DenseIndex:
         shape = (len(self._ids), self._encoder.size)
         kept = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
         documents, done, start = self._data.documents(), 0, time.perf_counter()
-        with progress(f"encoding with {self._model.stem}", shape[0]) as advance:
+        with progress("encoding", shape[0]) as advance:
             while group := [text for _, text in islice(documents, TOGETHER)]:
                 kept[done : done + len(group)] = self._encoder.vectors(group)
                 done += len(group)
                 advance(len(group))
         kept.flush()
         return time.perf_counter() - start
-
-
-def query_vector(encoder: Encoder, query: str, text: str = "") -> np.ndarray:
-    """What a passage's vector is compared with: that of the query, or the mean with that of a text."""
-    vector = encoder.vectors([query, text] if text else [query]).sum(axis=0)
-    return vector / max(float(np.linalg.norm(vector)), 1e-12)

@@ -139,11 +139,14 @@ class Encoder:
         groups = list(self._encode(passages))
         return np.concatenate(groups) if groups else np.zeros((0, self.size), np.float32)
 
+    def query_vector(self, query: str, text: str = "") -> np.ndarray:
+        """What a passage's vector is compared with: that of the query, or the mean with that of a text."""
+        wanted = self._one(self._query_prefix + query)
+        return _unit(wanted + self._one(self._passage_prefix + text)) if text else wanted
+
     def cosines(self, query: str, text: str, passages: Sequence[Passage]) -> Values:
         """What each passage is worth."""
-        wanted = self._one(self._query_prefix + query)
-        if text:
-            wanted = _unit(wanted + self._one(self._passage_prefix + text))
+        wanted = self.query_vector(query, text)
         unread = [passage.text for passage in passages if passage.vector is None]
         groups = self._encode(unread)
         ready: list[np.ndarray] = []

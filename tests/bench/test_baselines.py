@@ -7,11 +7,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from tiny_encoder import save_tiny_encoder
+from tiny_encoder import save_tiny_encoder, save_tiny_ranker
 
 from qe_edge.bench.baselines import FIRST, fused, parse_baseline
 from qe_edge.bench.bench import bench
 from qe_edge.bench.config import BenchConfig
+from qe_edge.bench.encoders import open_ranker
 from qe_edge.bench.inputs import default_teachers
 from qe_edge.bench.report.table import markdown_table
 from qe_edge.bench.result import BenchResult, System, read_result
@@ -121,12 +122,58 @@ def test_vectors_are_kept_for_the_next_bench(encoder: Path, tmp_path: Path) -> N
 
 
 def test_mistakes_are_found_before_the_work(encoder: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadArgument, match="write dense:FILE, rerank:FILE or hybrid:FILE"):
+    with pytest.raises(BadArgument, match="write dense:MODEL, rerank:MODEL or hybrid:MODEL"):
         parse_baseline(f"colbert:{encoder}")
-    with pytest.raises(NotFound, match=r"an encoder is a \.gguf file"):
+    with pytest.raises(NotFound, match=r"neither a \.gguf file, nor a model folder"):
         parse_baseline(f"dense:{tmp_path / 'none.gguf'}")
     twice = msgspec.structs.replace(config(encoder), baselines=(f"dense:{encoder}",) * 2)
     with pytest.raises(BadArgument, match="two baselines have the same name"):
         bench(twice, workdir=Workdir(tmp_path))
     with pytest.raises(ValueError, match="need our own index"):
         BenchConfig(datasets=("demo-en",), baselines=(f"dense:{encoder}",), retriever="http://x/i")
+
+
+def test_sentence_transformers_rank_as_llama_cpp_does(encoder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    texts = ["the moon causes tides", "bread rises", "yeast", "the sea"]
+    ours = open_ranker(str(encoder), threads=1)
+    theirs = open_ranker(str(save_tiny_ranker(tmp_path / "tiny", cross=False)), threads=1)
+    assert (ours.engine, theirs.engine, theirs.size) == ("llama.cpp", "sentence-transformers", ours.size)
+    np.testing.assert_allclose(theirs.vectors(texts), ours.vectors(texts), atol=1e-4)
+    np.testing.assert_allclose(
+        theirs.scores("what causes tides", texts), ours.scores("what causes tides", texts), atol=1e-4
+    )
+    mixed = [ranker.query_vector("what causes tides", "the moon") for ranker in (ours, theirs)]
+    np.testing.assert_allclose(*mixed, atol=1e-4)
+    assert not theirs.knows("潮汐") and theirs.knows("tides")
+
+
+def test_a_cross_encoder_reranks_and_does_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = save_tiny_ranker(tmp_path / "cross", cross=True)
+    ranker = open_ranker(str(folder), threads=1)
+    texts = ["the moon causes tides", "bread rises", "yeast"]
+    model, tokenizer = (
+        kind.from_pretrained(folder) for kind in (AutoModelForSequenceClassification, AutoTokenizer)
+    )
+    pairs = tokenizer(["what causes tides"] * 3, texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        expected = torch.sigmoid(model(**pairs).logits[:, 0]).numpy()
+    np.testing.assert_allclose(ranker.scores("what causes tides", texts), expected, atol=1e-5)
+    work = Workdir(tmp_path / "work")
+    one = BenchConfig(datasets=("demo-en",), baselines=(f"rerank:{folder}",))
+    result = read_result(bench(one, workdir=work))
+    row = rows(result)["rerank cross"]
+    assert row.speed and row.speed.engine == "sentence-transformers" and row.encoding is None
+    with pytest.raises(BadArgument, match="a cross-encoder makes no vectors"):
+        bench(msgspec.structs.replace(one, baselines=(f"dense:{folder}",)), workdir=work)
+
+
+def test_a_folder_that_holds_no_model_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NotFound, match="empty can't be loaded by sentence-transformers"):
+        open_ranker(str(tmp_path / "empty"), threads=1)

@@ -30,7 +30,7 @@ from qe_edge.train.teach.ledger import Ledger
 from qe_edge.train.teach.problems import problem_of
 from qe_edge.train.teach.session import Outcome, ask_all, open_teacher
 from qe_edge.train.teach.teacher import Answer, Request
-from qe_edge.work.files import remove, write_bytes, write_json
+from qe_edge.work.files import remove, sha256, write_bytes, write_json
 from qe_edge.work.folder import Workdir
 from qe_edge.work.machine import usable_cores
 
@@ -276,7 +276,7 @@ def _found_again(
     if config.reader and missed:
         model, threads = Path(config.reader), usable_cores()
         encoder = Encoder(model, threads=threads)
-        dense = DenseIndex(model, encoder, data, index.ids, workdir.root / "vectors", threads=threads)
+        dense = DenseIndex(encoder, sha256(model), data, index.ids, workdir.root / "vectors", threads=threads)
         with progress("searching again", len(missed)) as advance:
             for query_id, (text, document) in list(missed.items()):
                 if document in dict(dense.search(text, k=config.found_in)):
