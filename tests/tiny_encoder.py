@@ -80,7 +80,7 @@ def save_tiny_encoder(path: Path, *, seed: int = 0, pooling: int | None = 1) -> 
 
 
 def save_tiny_ranker(folder: Path, *, cross: bool, seed: int = 0) -> Path:
-    """The same weights as sentence-transformers' folder, or with random ones above them as a cross-encoder."""
+    """The same weights as a folder of sentence-transformers; or below random ones, as a cross-encoder."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer

@@ -207,7 +207,7 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
     if origin and origin.pool:
         name = f"{name} pool"
     if (folder / SYNTHETIC).is_file():  # every figure says so
-        name = f"{name} synthetic"
+        name = f"{name}-synthetic"
     queries = _read_queries(folder / "queries.jsonl")
     qrels = _read_qrels(elsewhere or folder / "qrels" / f"{split}.tsv", queries)
     corpus = folder / "corpus.jsonl"

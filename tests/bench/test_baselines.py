@@ -139,12 +139,11 @@ def test_sentence_transformers_rank_as_llama_cpp_does(encoder: Path, tmp_path: P
     ours = open_ranker(str(encoder), threads=1)
     theirs = open_ranker(str(save_tiny_ranker(tmp_path / "tiny", cross=False)), threads=1)
     assert (ours.engine, theirs.engine, theirs.size) == ("llama.cpp", "sentence-transformers", ours.size)
-    np.testing.assert_allclose(theirs.vectors(texts), ours.vectors(texts), atol=1e-4)
-    np.testing.assert_allclose(
-        theirs.scores("what causes tides", texts), ours.scores("what causes tides", texts), atol=1e-4
-    )
+    np.testing.assert_allclose(theirs.vectors(texts), ours.vectors(texts), atol=1e-3)
+    scores = [ranker.scores("what causes tides", texts) for ranker in (theirs, ours)]
+    np.testing.assert_allclose(*scores, atol=1e-3)
     mixed = [ranker.query_vector("what causes tides", "the moon") for ranker in (ours, theirs)]
-    np.testing.assert_allclose(*mixed, atol=1e-4)
+    np.testing.assert_allclose(*mixed, atol=1e-3)
     assert not theirs.knows("潮汐") and theirs.knows("tides")
 
 

@@ -292,10 +292,10 @@ def test_from_a_folder_of_notes_to_a_student_in_one_command(tiny_qwen3, tmp_path
         assert len(endpoint.requests) == asked
     out, err = capsys.readouterr()
     assert "started" not in err and "synthetic, as their judgments are" in err
-    assert "notes synthetic@test on " in out
+    assert "notes-synthetic@test on " in out
     work = Workdir()
     (result,) = (read_result(path.parent) for path in work.root.glob("bench/*/result.json"))
-    assert result.datasets[0].info.name == "notes synthetic@test"
+    assert result.datasets[0].info.name == "notes-synthetic@test"
     assert {"BM25", "SFT+DPO Q4_K_M", "big zero-shot"} <= {s.name for s in result.datasets[0].systems}
 
 

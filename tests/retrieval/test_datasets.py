@@ -318,4 +318,4 @@ def test_judgments_may_lie_elsewhere(folder, tmp_path):
 
 def test_synthetic_judgments_say_so_in_every_name(folder):
     (folder / "synthetic.json").write_text("{}")
-    assert str(load_dataset(str(folder))).startswith(f"{folder.name} synthetic@")
+    assert str(load_dataset(str(folder))).startswith(f"{folder.name}-synthetic@")

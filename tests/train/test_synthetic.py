@@ -69,7 +69,7 @@ def test_every_passage_gets_a_query_and_every_file_one_split(folder, tmp_path):
     assert (outcome.candidates, outcome.done, outcome.asked) == (20, 20, 20)
     assert (report.train, report.test, report.dropped) == (14, 6, {})
     train, test = (load_dataset(f"{folder}@{split}") for split in ("train", "test"))
-    assert str(train) == "collection synthetic@train"
+    assert str(train) == "collection-synthetic@train"
     describe(train), describe(test)  # which check that the judgments fit the documents
     files = [{source_of(doc) for grades in data.qrels.values() for doc in grades} for data in (train, test)]
     assert not files[0] & files[1] and len(files[0]) == 7 and len(files[1]) == 3
