@@ -35,9 +35,10 @@ class Limits(NamedTuple):
     divergence: float
 
 
-# By bits per weight. Twice the distance that was measured on a trained SmolLM2-135M (docs/results.md), or
-# more, since its narrow matrices are stored in larger types than their kinds' names say. The worst, without
-# importance matrix: 8 bits .9991 and .004, 6 .997 and .011, 5 .944 (Q5_1) and .32, 4 .936 (Q4_0) and .35,
+# By bits per weight. Twice the distance that was measured on a trained SmolLM2-135M
+# (docs/results-earlier.md), or more, since its narrow matrices are stored in larger types than their kinds'
+# names say. The worst, without importance matrix: 8 bits .9991 and .004, 6 .997 and .011, 5 .944 (Q5_1) and
+# .32, 4 .936 (Q4_0) and .35,
 # 3 .82 (IQ3_S) and 1.3; with one, 2 .89 (IQ2_XXS) and .62, 1 .80 (IQ1_S) and 1.0.
 LIMITS = {
     8: Limits(0.995, 0.02),

@@ -10,12 +10,25 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 from qe_edge.errors import BadArgument, require
 from qe_edge.records import Lang
 
-Analyzer = Callable[[str], list[str]]
+
+@dataclass(frozen=True)
+class Analyzer:
+    """Text -> index terms: its words, and of these the terms, or the words themselves."""
+
+    name: str
+    words: Callable[[str], list[str]]
+    terms: Callable[[list[str]], list[str]] | None = None
+
+    def __call__(self, text: str) -> list[str]:
+        words = self.words(text)
+        return self.terms(words) if self.terms else words
+
 
 # Ideographs (with extensions and the iteration mark), kana and Hangul: the scripts CJKAnalyzer bigrams.
 _CJK = "\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u3040-\u30ff\uac00-\ud7af"
@@ -86,24 +99,27 @@ def _english() -> Analyzer:
 
     stop, stem = stop_words(), Stemmer.Stemmer("english").stemWords
 
-    def analyze(text: str) -> list[str]:
-        return stem([word for word in _WORD.findall(fold(text)) if word not in stop])
+    def words(text: str) -> list[str]:
+        return _WORD.findall(fold(text))
 
-    return analyze
+    def terms(words: list[str]) -> list[str]:
+        return stem([word for word in words if word not in stop])
+
+    return Analyzer("english", words, terms)
 
 
 def _cjk() -> Analyzer:
-    return words_of
+    return Analyzer("cjk", words_of)
 
 
 def _jieba() -> Analyzer:
     jieba = require("jieba", "zh")
     jieba.setLogLevel("WARNING")  # its start-up notes go to stderr
 
-    def analyze(text: str) -> list[str]:
+    def words(text: str) -> list[str]:
         return [word for word in jieba.cut_for_search(fold(text)) if any(c.isalnum() for c in word)]
 
-    return analyze
+    return Analyzer("jieba", words)
 
 
 _ANALYZERS: dict[str, Callable[[], Analyzer]] = {"english": _english, "cjk": _cjk, "jieba": _jieba}

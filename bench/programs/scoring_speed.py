@@ -31,6 +31,7 @@ from qe_edge.retrieval.datasets import load_dataset
 from qe_edge.retrieval.index import K1, B, Index, IndexMeta, save_names
 from qe_edge.retrieval.postings import write_postings
 from qe_edge.student.join import TEACHER_JOIN
+from qe_edge.text import Analyzer
 from qe_edge.train.scoring import CHUNK, NDCG, score
 from qe_edge.work.machine import machine, usable_cores
 
@@ -133,7 +134,8 @@ def measure(collection: Scored, folder: Path, rounds: int) -> None:
     del ids
     folder.mkdir()
     documents = ((str(i), " ".join(terms)) for i, terms in enumerate(collection.documents))
-    found = write_postings(documents, str.split, folder, k1=K1, b=B)  # the terms are analysed already
+    known = Analyzer("split", str.split)  # the terms are analysed already
+    found = write_postings(documents, known, folder, k1=K1, b=B)
     save_names(folder, *found, IndexMeta("english", K1, B, len(collection.documents)))
 
     index = Index.open(folder)

@@ -21,6 +21,7 @@ from qe_edge.retrieval.trec import Ranking
 from qe_edge.student.join import Join
 from qe_edge.text import analyzer_for, get_analyzer
 from qe_edge.work.files import atomic_path
+from qe_edge.work.machine import usable_cores
 
 K1, B = 0.9, 0.4
 # Of an index's files and terms; one of another format is built anew, beside it. 3: texts are folded.
@@ -80,14 +81,22 @@ class Index:
 
     @staticmethod
     def write(
-        documents: Iterable[tuple[str, str]], folder: Path, *, analyzer: str, k1: float = K1, b: float = B
+        documents: Iterable[tuple[str, str]],
+        folder: Path,
+        *,
+        analyzer: str,
+        k1: float = K1,
+        b: float = B,
+        workers: int = 1,
     ) -> None:
         """Index (id, text) documents into an existing folder, in a stream.
+
+        Several `workers`, which are processes, analyse a collection of more than 60,000 documents.
 
         Raises:
             BadInput: no document has a term, or an id is there twice or holds blanks.
         """
-        vocab, ids = write_postings(documents, get_analyzer(analyzer), folder, k1=k1, b=b)
+        vocab, ids = write_postings(documents, get_analyzer(analyzer), folder, k1=k1, b=b, workers=workers)
         save_names(folder, vocab, ids, IndexMeta(analyzer, k1, b, len(ids)))
 
     @classmethod
@@ -99,7 +108,7 @@ class Index:
         if not folder.exists():
             with atomic_path(folder) as partial:
                 partial.mkdir()
-                cls.write(dataset.documents(), partial, analyzer=analyzer)
+                cls.write(dataset.documents(), partial, analyzer=analyzer, workers=usable_cores())
         return cls.open(folder)
 
     @classmethod

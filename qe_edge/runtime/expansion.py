@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from qe_edge.arguments import check_whole
 from qe_edge.runtime import queries
 from qe_edge.student.feedback import RelevanceModel
 from qe_edge.student.join import Join, Part, joined
-from qe_edge.text import Analyzer, analyzer_for, detect_language, get_analyzer, stop_words, words_of
+from qe_edge.text import analyzer_for, detect_language, get_analyzer, stop_words, words_of
 
 FinishReason = Literal["stop", "length", "dry", "deadline", "skipped"]
 """The student ended by itself; the token budget cut it; new tokens brought no new words; time was up; it was
@@ -60,7 +60,7 @@ class ExpandedQuery:
         analyze = get_analyzer(analyzer or analyzer_for(detect_language(self.query)))
         return self._joined(analyze(self.query), analyze)
 
-    def _joined(self, query: list[str], analyze: Analyzer) -> dict[str, float]:
+    def _joined(self, query: list[str], analyze: Callable[[str], list[str]]) -> dict[str, float]:
         """The query's terms with those of text and passages."""
         parts: list[Part] = [(self.join, analyze(self.text))]
         if self.relevance:

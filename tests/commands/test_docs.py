@@ -1,4 +1,4 @@
-"""docs/cli.md is what the commands say."""
+"""The pages that are made of the code are as the code is."""
 
 import os
 import subprocess
@@ -19,4 +19,12 @@ def test_the_page_of_commands_is_as_they_are():
         check=True,
     )
     written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert done.stdout.strip() == written.strip(), "run `make docs`"
+
+
+def test_the_page_of_the_python_api_is_as_its_docstrings():
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "site" / "api.py"], capture_output=True, text=True, check=True
+    )
+    written = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
     assert done.stdout.strip() == written.strip(), "run `make docs`"

@@ -1,13 +1,17 @@
 import json
 import random
+from collections import Counter
 
 import bm25s
 import numpy as np
 import pytest
 
-from qe_edge.errors import BadInput, NotFound
+from qe_edge.errors import BadInput, NotFound, QeEdgeError
+from qe_edge.retrieval.analysis import analysed
+from qe_edge.retrieval.datasets import load_dataset
 from qe_edge.retrieval.index import Index
 from qe_edge.student.join import Join
+from qe_edge.text import Analyzer, get_analyzer
 
 DOCUMENTS = [
     ("d1", "the moon pulls on the oceans and raises tides"),
@@ -90,7 +94,7 @@ def test_chunks_change_nothing_and_every_score_is_bm25ss(tmp_path, monkeypatch, 
     words = [f"w{i}" for i in range(30)]
     texts = [" ".join(draw.choices(words, k=draw.randint(0, 20))) for _ in range(100)]
     monkeypatch.setattr("qe_edge.retrieval.postings.CHUNK", chunk)
-    monkeypatch.setattr("qe_edge.retrieval.postings.FLUSH", flush)
+    monkeypatch.setattr("qe_edge.retrieval.analysis.BLOCK", flush)
     index = Index.build([(f"ü{i}", text) for i, text in enumerate(texts)], analyzer="english")
     assert index.ids[99] == "ü99"
     retriever = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
@@ -133,3 +137,41 @@ def test_an_index_of_another_format_is_refused_by_name(tmp_path):
         meta.write_text(json.dumps(content if made is None else content | {"format": made}))
         with pytest.raises(BadInput, match=f"an index of format {told}, and this qe-edge reads 3"):
             Index.open(tmp_path)
+
+
+@pytest.mark.parametrize("analyzer", ["english", "cjk", "jieba"])
+def test_no_number_of_workers_changes_a_byte(tmp_path, monkeypatch, analyzer):
+    if analyzer == "jieba":
+        pytest.importorskip("jieba")
+    data = load_dataset("demo-zh" if analyzer != "english" else "demo-en")
+    documents = [(f"{doc_id}-{i}", text) for i in range(3) for doc_id, text in data.documents()]
+    documents.insert(7, ("empty", ""))
+    monkeypatch.setattr("qe_edge.retrieval.analysis.BLOCK", 50)
+    for workers in (1, 2, 3):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        Index.write(iter(documents), folder, analyzer=analyzer, workers=workers)
+    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert len(names) == 7
+    for other in ("2", "3"):
+        for name in names:
+            assert (tmp_path / other / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), name
+
+
+def test_terms_and_their_counts_are_the_analyzers(monkeypatch):
+    monkeypatch.setattr("qe_edge.retrieval.analysis.MOST_WORDS", 5)  # what is kept is dropped now and then
+    analyzer = get_analyzer("english")
+    documents = list(load_dataset("demo-en").documents())
+    (block,) = analysed(documents, analyzer, workers=1)
+    ends = np.cumsum(block.sizes)
+    for i, (_, text) in enumerate(documents):
+        part = block.postings[ends[i] - block.sizes[i] : ends[i]]
+        assert {block.terms[place]: count for place, count in part.tolist()} == Counter(analyzer(text))
+        assert block.lengths[i] == len(analyzer(text))
+
+
+def test_a_worker_that_dies_is_told(monkeypatch):
+    monkeypatch.setattr("qe_edge.retrieval.analysis.BLOCK", 1)
+    documents = [(f"d{i}", "moon") for i in range(9)]
+    with pytest.raises(QeEdgeError, match="a process that read documents died"):
+        list(analysed(documents, Analyzer("no such analyzer", str.split), workers=2))
