@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import survival
+from tiny_encoder import save_tiny_encoder
 from training import run_sft, write_task
 
 from qe_edge.retrieval.datasets import builtin_folder
@@ -41,6 +42,17 @@ def test_index_speed_builds_and_searches_each_way() -> None:
     assert [row[0] for row in rows] == ways[1::2]
     assert all(float(cell) >= 0 for row in rows for cell in row[1:])
     assert all(float(row[-1]) > 0 and float(row[2]) > 0.05 for row in rows)
+
+
+def test_query_time_gives_each_part(gguf: Path, tmp_path: Path) -> None:
+    encoder = save_tiny_encoder(tmp_path / "tiny.gguf")
+    title, *rows = run("query_time", gguf, "--reader", encoder, "--queries", 3, "--threads", 1, "--threads", 0)
+    assert title == ["threads", "plain search", "prefill", "decode", "search", "read", "all"]
+    assert [row[0] for row in rows] == ["1", "free cores"]
+    for row in rows:
+        times = [tuple(map(int, cell.split(" / "))) for cell in row[1:]]
+        assert all(0 <= p50 <= p95 for p50, p95 in times)
+        assert max(p50 for p50, _ in times) == times[-1][0] > 0
 
 
 @pytest.mark.slow
