@@ -20,6 +20,8 @@ EXTRAS = {
     "report": ("HTML reports", "altair"),
     "hub": ("load and push models on the Hugging Face hub", "huggingface_hub"),
     "data": ("download public test collections", "ir_datasets"),
+    "documents": ("make collections of PDF and Office files", "markitdown"),
+    "dense": ("bench encoders and cross-encoders of sentence-transformers", "sentence_transformers"),
     "ray": ("score candidates on a Ray cluster", "ray"),
     "serve": ("serve expansions over HTTP", "fastapi"),
     "opensearch": ("score on an OpenSearch or Elasticsearch cluster", "opensearchpy"),
