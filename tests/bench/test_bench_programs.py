@@ -46,7 +46,8 @@ def test_index_speed_builds_and_searches_each_way() -> None:
 
 def test_query_time_gives_each_part(gguf: Path, tmp_path: Path) -> None:
     encoder = save_tiny_encoder(tmp_path / "tiny.gguf")
-    title, *rows = run("query_time", gguf, "--reader", encoder, "--queries", 3, "--threads", 1, "--threads", 0)
+    shared = ("--reader", encoder, "--queries", 3)
+    title, *rows = run("query_time", gguf, *shared, "--threads", 1, "--threads", 0)
     assert title == ["threads", "plain search", "prefill", "decode", "search", "read", "all"]
     assert [row[0] for row in rows] == ["1", "free cores"]
     for row in rows:
