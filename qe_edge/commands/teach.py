@@ -60,8 +60,17 @@ def teach(
         inputs={"dataset": str(data), "model": config.model, "endpoint": config.endpoint},
         artifacts={"expansions": out / EXPANSIONS},
         metrics={},
-        following=f"qe-edge pairs --dataset {dataset}" if dataset else "",
+        following=_following(dataset, data, out / EXPANSIONS),
     )
+
+
+def _following(dataset: str | None, data: Dataset, file: Path) -> str:
+    """What to do with the candidates: those of test queries are to compare with, not to train on."""
+    if not dataset:
+        return ""
+    if data.split == "test":
+        return f"qe-edge bench --dataset {dataset} --teacher {file}"
+    return f"qe-edge pairs --dataset {dataset}"
 
 
 def _import(
