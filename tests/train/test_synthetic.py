@@ -327,3 +327,13 @@ def test_nothing_is_written_before_the_endpoint_answered(folder, tmp_path):
     with pytest.raises(QeEdgeError, match="connection failed"):
         write_queries(folder, config, workdir=Workdir(tmp_path / "work"))
     assert not (folder / "queries.jsonl").exists() and not (folder / "synthetic.json").exists()
+
+
+def test_an_endpoint_that_goes_away_ends_it_partly_done(folder, tmp_path):
+    def gone(number: int, _: object) -> str | None:
+        return "401" if number >= 6 else None
+
+    with serve(gone, lambda body: f"which {subject_of(body)}") as endpoint:
+        config = asked(endpoint, concurrency=1)
+        outcome, report = write_queries(folder, config, workdir=Workdir(tmp_path / "work"))
+    assert report is None and outcome.done == 6 and "401" in outcome.stopped

@@ -22,7 +22,7 @@ from qe_edge.student.join import DEFAULT_JOIN
 from qe_edge.train.synthetic.config import JudgeConfig
 from qe_edge.train.synthetic.prompts import PassagePrompt, load_passage_prompt
 from qe_edge.train.teach.ledger import Ledger
-from qe_edge.train.teach.session import Outcome, ask_all, open_teacher
+from qe_edge.train.teach.session import Outcome, ask_all, check_done, open_teacher
 from qe_edge.train.teach.teacher import Answer, Request
 from qe_edge.work.files import write_bytes, write_json
 from qe_edge.work.folder import Workdir
@@ -147,8 +147,7 @@ def judge(
     file = out / f"{data.split or 'test'}-synthetic.tsv"
     with Ledger(out / JUDGMENTS, Judgment, "data judge", "grades") as ledger:
         outcome, error = ask_all(plan, ledger, config, teacher, max_tokens=config.max_tokens)
-    if error is not None:
-        raise error
+    check_done(outcome, error)
     if outcome.done < outcome.candidates:
         return outcome, None, file
     answers = {row.key: row for row in read_jsonl(out / JUDGMENTS, Judgment)}

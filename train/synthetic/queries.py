@@ -28,7 +28,7 @@ from qe_edge.train.synthetic.config import QueriesConfig
 from qe_edge.train.synthetic.prompts import PassagePrompt, load_passage_prompt
 from qe_edge.train.teach.ledger import Ledger
 from qe_edge.train.teach.problems import problem_of
-from qe_edge.train.teach.session import Outcome, ask_all, open_teacher
+from qe_edge.train.teach.session import Outcome, ask_all, check_done, open_teacher
 from qe_edge.train.teach.teacher import Answer, Request
 from qe_edge.work.files import remove, sha256, write_bytes, write_json
 from qe_edge.work.folder import Workdir
@@ -140,8 +140,7 @@ def write_queries(folder: Path, config: QueriesConfig, *, workdir: Workdir) -> t
     plan = PassageQueries(documents, config, prompt)
     with Ledger(folder / ASKED, AskedQuery, "data queries", "queries") as ledger:
         outcome, error = ask_all(plan, ledger, config, teacher, max_tokens=config.max_tokens)
-    if error is not None:
-        raise error
+    check_done(outcome, error)
     if outcome.done < outcome.candidates:
         return outcome, None
     answers = {row.key: row for row in read_jsonl(folder / ASKED, AskedQuery)}

@@ -102,6 +102,12 @@ def ask_all(
     return outcome, asyncio.run(_Session(plan, ledger, teacher, outcome, ask).run(pending))
 
 
+def check_done(outcome: Outcome, error: Exception | None) -> None:
+    """Raise what stopped a session, unless it got something first: then the outcome tells."""
+    if error is not None and (not outcome.done or not isinstance(error, QeEdgeError)):
+        raise error
+
+
 class _Session(Generic[J, R]):
     def __init__(
         self, plan: Plan[J, R], ledger: Ledger[R], teacher: Teacher, outcome: Outcome, ask: AskConfig

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import msgspec
 
-from qe_edge.errors import QeEdgeError
 from qe_edge.records import Expansion
 from qe_edge.retrieval.datasets import Dataset
 from qe_edge.train.teach.config import TeachConfig
 from qe_edge.train.teach.ledger import Ledger
 from qe_edge.train.teach.plan import Candidates
-from qe_edge.train.teach.session import Outcome, ask_all, open_local, open_teacher
+from qe_edge.train.teach.session import Outcome, ask_all, check_done, open_local, open_teacher
 from qe_edge.train.teach.teacher import Teacher
 from qe_edge.work.files import MANIFEST, write_json
 from qe_edge.work.runs import check_output, read_record, run_record
@@ -45,6 +44,5 @@ def teach(data: Dataset, config: TeachConfig, *, out: Path) -> Outcome:
         outcome, error = ask_all(plan, ledger, config, teacher, max_tokens=config.max_tokens)
         record["sessions"].append(msgspec.to_builtins(outcome))
         write_json(out / MANIFEST, record)
-    if error is not None and (not outcome.done or not isinstance(error, QeEdgeError)):
-        raise error
+    check_done(outcome, error)
     return outcome
