@@ -65,7 +65,7 @@ class Systems:
             texts = found_texts(self.data, plain)
             self.add("BM25 + RM3", "feedback", "", rm3(self.data, self.index, plain, texts, self.depth))
         elif self.config.feedback or self.config.refine:
-            self.warnings.append(f"nothing was read on {self.data}: that needs our own index")
+            self.warn(f"nothing was read on {self.data}: that needs our own index")
         for name, run in (runs or {}).items():
             self.add_run(name, run)
         for model in models:
@@ -78,7 +78,7 @@ class Systems:
         for name, expansions in self.teachers():
             missing = len(self.data.queries) - len(expansions)
             if missing:
-                self.warnings.append(
+                self.warn(
                     f"{name} has no expansion of {missing} queries of {self.data}, searched as they are"
                 )
             run = self.retrieve(expansions, Join.parse(self.config.teacher_join))
@@ -125,6 +125,11 @@ class Systems:
     def depth(self) -> int:
         return max(DEPTH, depth(self.config.measures)) if self.config.measures else DEPTH
 
+    def warn(self, message: str) -> None:
+        """Tell it at once, and in the result."""
+        note(f"bench: {message}")
+        self.warnings.append(message)
+
     def retrieve(self, expansions: dict[str, str], join: Join) -> dict[str, Ranking]:
         return retrieve(self.data, self.index, expansions, join, depth=self.depth)
 
@@ -153,12 +158,10 @@ class Systems:
         known = {query_id: list(run.get(query_id, [])) for query_id in self.data.queries}
         missing = sum(not ranking for ranking in known.values())
         if missing == len(known):
-            self.warnings.append(f"{name} holds no query of {self.data}")
+            self.warn(f"{name} holds no query of {self.data}")
             return
         if missing:
-            self.warnings.append(
-                f"{name} lacks {missing} queries of {self.data}, which count as nothing found"
-            )
+            self.warn(f"{name} lacks {missing} queries of {self.data}, which count as nothing found")
         self.add(name, "run", "", known)
 
     def add_baselines(self, index: Index) -> None:
@@ -174,7 +177,7 @@ class Systems:
             kept = self.workdir.root / "vectors"
             ours = EncoderSystem(model, self.data, index.ids, kept, self.config.threads)
             if lost := ours.unknown():
-                self.warnings.append(f"{label_of(model)} has no tokens for {lost} queries of {self.data}")
+                self.warn(f"{label_of(model)} has no tokens for {lost} queries of {self.data}")
             more: dict[str, Any] = {"sha256": digest_of(model)}
             if name := kinds.get("rerank"):
                 run, speed = ours.rerank(self.runs["BM25"])
@@ -253,8 +256,7 @@ class Systems:
         try:
             rows, speed, spec = self.generate(label, model)
         except WrongLanguage as error:
-            self.warnings.append(f"{label} was not run on {self.data}: {error}")
-            note(f"bench: {self.warnings[-1]}")
+            self.warn(f"{label} was not run on {self.data}: {error}")
             return []
         failed = sum(row.finish_reason == "failed" or not row.text for row in rows)
         expansions = {row.query_id: row.text for row in rows if row.text}
@@ -268,9 +270,7 @@ class Systems:
                 run = self.retrieve(let_through, join)
                 self.add(f"{label} + gate", "model", str(join), run, expansions=let_through, **more)
         if speed.engine == "mlx" and sys.platform == "linux":
-            self.warnings.append(
-                f"{label} ran on MLX's CPU build for Linux: its speed says nothing about MLX"
-            )
+            self.warn(f"{label} ran on MLX's CPU build for Linux: its speed says nothing about MLX")
         cut = sum(row.finish_reason == "length" for row in rows)
         note(
             f"bench: {label} on {self.data}: {speed.decode_tokens_per_s:.0f} tokens/s, "

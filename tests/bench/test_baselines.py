@@ -176,3 +176,11 @@ def test_a_folder_that_holds_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(NotFound, match="empty can't be loaded by sentence-transformers"):
         open_ranker(str(tmp_path / "empty"), threads=1)
+
+
+def test_an_encoder_without_the_language_is_warned_of(encoder: Path, tmp_path: Path, capsys) -> None:
+    config = BenchConfig(datasets=("demo-zh",), baselines=(f"dense:{encoder}",))
+    result = read_result(bench(config, workdir=Workdir(tmp_path)))
+    (warning,) = [text for text in result.warnings if "no tokens" in text]
+    assert warning == f"tiny has no tokens for {len(result.datasets[0].queries)} queries of demo-zh@test"
+    assert f"bench: {warning}\n" in capsys.readouterr().err
