@@ -114,7 +114,7 @@ def test_it_finds_at_once_and_better_when_the_student_has_written(
 
 def test_it_speaks_chinese_and_finds_chinese_notes(chromium: Any, address: str) -> None:
     context, shown, errors = opened(chromium, address, "zh-CN")
-    assert shown.title() == "笔记"
+    shown.wait_for_function("document.title === '笔记'")  # after the page's module ran
     shown.fill("#query", "水龙头滴水")
     said(shown, "按你的词找到")
     assert first_result(shown).startswith("家里.md")
