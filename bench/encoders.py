@@ -55,10 +55,10 @@ def open_ranker(model: str, *, threads: int) -> Ranker:
     quiet_transformers()
     torch.set_num_threads(threads)
     try:
-        kinds = transformers.AutoConfig.from_pretrained(model).architectures or ()
+        kinds = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False).architectures or ()
         if any(kind.endswith("ForSequenceClassification") for kind in kinds):
-            return CrossRanker(library.CrossEncoder(model))
-        return SentenceRanker(library.SentenceTransformer(model))
+            return CrossRanker(library.CrossEncoder(model, trust_remote_code=False))
+        return SentenceRanker(library.SentenceTransformer(model, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise NotFound(f"{model} can't be loaded by sentence-transformers: {error}") from None
 
