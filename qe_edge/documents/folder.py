@@ -44,7 +44,7 @@ class Sources(msgspec.Struct):
 
 
 class Made(msgspec.Struct, frozen=True):
-    """What came of a folder; `skipped` is the number of files by reason."""
+    """What came of a folder: `problems` by file, and how many files of each `unknown` kind were left out."""
 
     files: int
     unchanged: int

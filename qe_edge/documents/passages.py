@@ -37,7 +37,7 @@ class _Sentence(NamedTuple):
 def split(
     lines: Iterable[tuple[int, str]], *, title: str, markdown: bool, words: int = WORDS
 ) -> Iterator[Passage]:
-    """Passages of about `words` words, at most a quarter more.
+    """Passages of about `words` words.
 
     Where one ends inside a paragraph, its last sentence stands in the next one too, if it is short. A section
     of fewer words than half goes on into the next section, and what is left at the end goes to the last.
