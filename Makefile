@@ -47,7 +47,7 @@ format: $(READY)  ## Format the code
 	$(BIN)/ruff format .
 
 docs: $(READY)  ## Write the generated pages, and build the site into build/site
-	TYPER_USE_RICH=0 $(BIN)/typer qe_edge.cli utils docs --name qe-edge --title "Commands" --output docs/cli.md
+	$(BIN)/python docs/site/cli.py > docs/cli.md
 	$(BIN)/python docs/site/api.py > docs/python-api.md
 	$(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 

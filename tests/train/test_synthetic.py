@@ -18,12 +18,11 @@ from qe_edge.records import Document
 from qe_edge.retrieval.datasets import describe, load_dataset
 from qe_edge.train.synthetic import queries
 from qe_edge.train.synthetic.config import JudgeConfig, QueriesConfig
+from qe_edge.train.synthetic.filters import KnownItem, clean_answer, distinct
 from qe_edge.train.synthetic.judge import agreement, cohens_kappa, judge, read_grade
 from qe_edge.train.synthetic.prompts import load_passage_prompt
 from qe_edge.train.synthetic.queries import (
     choose_passages,
-    clean_answer,
-    near_duplicates,
     source_of,
     write_queries,
 )
@@ -185,7 +184,7 @@ def test_an_answer_is_read_as_the_query_that_was_meant(answer, query):
 
 
 def test_near_duplicates_are_those_that_share_most_terms_with_an_earlier_one():
-    queries = {
+    texts = {
         "a": "how do tides work",
         "b": "how do the tides work",
         "c": "tides and the moon",
@@ -193,8 +192,9 @@ def test_near_duplicates_are_those_that_share_most_terms_with_an_earlier_one():
         "e": "面团要醒多久？",
         "f": "",
     }
-    assert near_duplicates(queries) == ["b", "e"]
-    assert near_duplicates({}) == []
+    items = [KnownItem(query_id, text, "passage") for query_id, text in texts.items()]
+    assert [item.query_id for item in distinct(items)] == ["a", "c", "d", "f"]
+    assert distinct([]) == []
 
 
 @given(st.sets(st.text(alphabet="abc#", min_size=1, max_size=4), min_size=2), st.floats(0.05, 0.95))

@@ -4,43 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 
-from qe_edge.console import progress
 from qe_edge.documents.folder import CORPUS
 from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.records import Document, Problem, Query, encode_jsonl, read_jsonl
-from qe_edge.retrieval.datasets import SYNTHETIC, Dataset, read_corpus
-from qe_edge.retrieval.dense import DenseIndex
-from qe_edge.retrieval.index import Index
+from qe_edge.retrieval.datasets import SYNTHETIC
 from qe_edge.retrieval.official import QRELS_HEADER
-from qe_edge.runtime.reader import Encoder
-from qe_edge.student.join import DEFAULT_JOIN
-from qe_edge.text import analyzer_for, count_words, detect_language, get_analyzer
+from qe_edge.text import count_words
 from qe_edge.train.synthetic.config import QueriesConfig
+from qe_edge.train.synthetic.filters import KnownItem, clean_answer, distinct, fault_of, found_again
 from qe_edge.train.synthetic.prompts import PassagePrompt, load_passage_prompt
 from qe_edge.train.teach.ledger import Ledger
 from qe_edge.train.teach.problems import problem_of
 from qe_edge.train.teach.session import Outcome, ask_all, check_done, open_teacher
 from qe_edge.train.teach.teacher import Answer, Request
-from qe_edge.work.files import remove, sha256, write_bytes, write_json
+from qe_edge.work.files import remove, write_bytes, write_json
 from qe_edge.work.folder import Workdir
-from qe_edge.work.machine import usable_cores
 
 ASKED = "queries-asked.jsonl"
-SHORTEST, LONGEST = 15, 32  # words: of a passage that can answer anything, and of a query
-NEAR_DUPLICATE = 0.8  # share of index terms in common
-_LABEL = re.compile(
-    r"^\W*((search )?query|search|question|keywords|搜索|查询|问题|关键词)\s*[:：]\s*", re.IGNORECASE
-)
-_OF_THE_TEXT = re.compile(r"\b(this|the) (text|passage)\b|这段(文字|话)|(文|段落)中|本文", re.IGNORECASE)
+SHORTEST = 15  # words of a passage that can answer anything
 
 
 class AskedQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -145,40 +133,32 @@ def write_queries(folder: Path, config: QueriesConfig, *, workdir: Workdir) -> t
         return outcome, None
     answers = {row.key: row for row in read_jsonl(folder / ASKED, AskedQuery)}
     dropped: Counter[str] = Counter()
-    written: dict[str, tuple[str, str]] = {}  # query id -> text, document
+    written: dict[str, KnownItem] = {}  # by its id: passages with the same text have the same answer
     for job in plan:
         row = answers[plan.key(job)]
-        if row.problem or not row.text:
-            dropped[row.problem or "empty"] += 1
-        elif count_words(row.text) > LONGEST:
-            dropped["too long"] += 1
-        elif _OF_THE_TEXT.search(row.text):
-            dropped["about the text"] += 1
+        if fault := row.problem or fault_of(row.text):
+            dropped[fault] += 1
         else:
-            written[f"q-{row.key}"] = row.text, job.document.id
-    kept = _found_again(folder, written, config, workdir, dropped)
-    for query_id in near_duplicates({query_id: text for query_id, (text, _) in kept.items()}):
-        dropped["like another one"] += 1
-        del kept[query_id]
+            query_id = f"q-{row.key}"
+            written[query_id] = KnownItem(query_id, row.text, job.document.id)
+    reader = Path(config.reader) if config.reader else None
+    found = found_again(folder, list(written.values()), first=config.found_in, reader=reader, workdir=workdir)
+    kept = distinct(found)
+    dropped["not found again"] += len(written) - len(found)
+    dropped["like another one"] += len(found) - len(kept)
+    dropped = +dropped
     if not kept:
         what = ", ".join(f"{count} {why}" for why, count in dropped.items())
         raise BadInput(f"no query is left of {len(plan)}: {what}; take another model", path=folder / ASKED)
-    test = test_sources({document for _, document in kept.values()}, config.test_share, seed=config.seed)
-    splits: dict[str, list[str]] = {"train": [], "test": []}
-    for query_id, (_, document) in kept.items():
-        splits["test" if source_of(document) in test else "train"].append(f"{query_id}\t{document}\t1\n")
+    test = test_sources({item.document for item in kept}, config.test_share, seed=config.seed)
+    splits: dict[str, list[KnownItem]] = {"train": [], "test": []}
+    for item in kept:
+        splits["test" if source_of(item.document) in test else "train"].append(item)
     report = Report(len(splits["train"]), len(splits["test"]), dict(dropped))
     # What says that they are synthetic comes first: no moment may show them as others.
     about = {"model": config.model, "prompt": config.prompt, **msgspec.to_builtins(report)}
     write_json(folder / SYNTHETIC, about)
-    rows = [Query(id=query_id, text=text) for query_id, (text, _) in kept.items()]
-    write_bytes(folder / "queries.jsonl", encode_jsonl(rows))
-    for split, lines in splits.items():
-        file = folder / "qrels" / f"{split}.tsv"
-        if lines:
-            write_bytes(file, (QRELS_HEADER + "".join(lines)).encode())
-        else:
-            remove(file)
+    _write_judged(folder, splits)
     return outcome, report
 
 
@@ -220,71 +200,16 @@ def test_sources(documents: set[str], share: float, *, seed: int) -> set[str]:
     return set(sources[: min(max(1, round(share * len(sources))), max(1, len(sources) - 1))])
 
 
-def clean_answer(text: str) -> str:
-    """A query as it was meant: its first line, without quotation marks, list marks and labels around it."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    if not lines:
-        return ""
-    line = _LABEL.sub("", lines[0])
-    line = re.sub(r"^(\d+[.)]|[-*•])\s+", "", line)
-    return line.strip(" \t*_`\"'“”‘’「」《》")
-
-
-def near_duplicates(queries: dict[str, str]) -> list[str]:
-    """Those that share NEAR_DUPLICATE of their index terms (Jaccard) with one that stands before them."""
-    from scipy.sparse import csr_array
-
-    names = list(queries)
-    vocabulary: dict[str, int] = {}
-    terms = []
-    for text in queries.values():
-        analyze = get_analyzer(analyzer_for(detect_language(text)))
-        terms.append({vocabulary.setdefault(term, len(vocabulary)) for term in analyze(text)})
-    sizes = np.array([len(found) for found in terms])
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    columns = np.array([column for found in terms for column in found], np.int64)
-    shape = (len(names), max(1, len(vocabulary)))
-    rows = csr_array((np.ones(len(columns), np.float32), columns, starts), shape=shape)
-    shared = (rows @ rows.T).tocoo()
-    out: set[int] = set()
-    pairs = sorted(zip(shared.row.tolist(), shared.col.tolist(), shared.data.tolist(), strict=True))
-    for later, earlier, common in pairs:
-        either = sizes[later] + sizes[earlier] - common
-        if earlier < later and earlier not in out and common >= NEAR_DUPLICATE * either:
-            out.add(later)
-    return [names[i] for i in sorted(out)]
-
-
-def _found_again(
-    folder: Path,
-    written: dict[str, tuple[str, str]],
-    config: QueriesConfig,
-    workdir: Workdir,
-    dropped: Counter[str],
-) -> dict[str, tuple[str, str]]:
-    """The queries by which BM25 or the reader finds their passage."""
-    data = Dataset(folder.name, "", {}, {}, lambda: read_corpus(folder), folder)
-    languages = Counter(detect_language(text) for text, _ in written.values())
-    lang = languages.most_common(1)[0][0] if languages else "en"
-    index = Index.for_dataset(data, workdir.root / "index", analyzer=analyzer_for(lang))
-    missed: dict[str, tuple[str, str]] = {}
-    kept: dict[str, tuple[str, str]] = {}
-    for query_id, (text, document) in written.items():
-        found = index.search_text(text, join=DEFAULT_JOIN, k=config.found_in)
-        (kept if document in dict(found) else missed)[query_id] = text, document
-    if config.reader and missed:
-        model, threads = Path(config.reader), usable_cores()
-        encoder = Encoder(model, threads=threads)
-        dense = DenseIndex(encoder, sha256(model), data, index.ids, workdir.root / "vectors", threads=threads)
-        with progress("searching again", len(missed)) as advance:
-            for query_id, (text, document) in list(missed.items()):
-                if document in dict(dense.search(text, k=config.found_in)):
-                    kept[query_id] = missed.pop(query_id)
-                advance()
-        encoder.close()
-    if missed:
-        dropped["not found again"] += len(missed)
-    return {query_id: kept[query_id] for query_id in written if query_id in kept}
+def _write_judged(folder: Path, splits: dict[str, list[KnownItem]]) -> None:
+    queries = [Query(id=item.query_id, text=item.text) for items in splits.values() for item in items]
+    write_bytes(folder / "queries.jsonl", encode_jsonl(queries))
+    for split, items in splits.items():
+        file = folder / "qrels" / f"{split}.tsv"
+        if items:
+            lines = [f"{item.query_id}\t{item.document}\t1\n" for item in items]
+            write_bytes(file, (QRELS_HEADER + "".join(lines)).encode())
+        else:
+            remove(file)
 
 
 def _digest(content: str | bytes) -> bytes:
