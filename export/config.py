@@ -10,7 +10,19 @@ from msgspec import Meta
 from qe_edge.records import said
 
 
-class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class PruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which tokens of a model's vocabulary stay: those of these texts, or the most frequent ones of them."""
+
+    vocab_of: Annotated[
+        tuple[str, ...],
+        said("Keep the tokens of these: expansions, data sets (default: the expansions it was trained on)."),
+    ] = ()
+    vocab_size: Annotated[
+        Annotated[int, Meta(ge=1)] | None, said("Keep about so many, the most frequent (default: all).")
+    ] = None
+
+
+class ExportConfig(PruneConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Which files a student becomes.
 
     With `budget_mb` or `target_bpw` comes a mixed GGUF of at most so much, whose tensors have the types that
@@ -34,6 +46,7 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         Annotated[float, Meta(ge=1, le=32)] | None,
         said("The same, by the file's bits per weight instead of its MB."),
     ] = None
+    prune_vocab: Annotated[bool, said("First leave out the tokens that the student doesn't need.")] = False
     adapter: Annotated[bool, said("Add the LoRA adapter alone, for a GGUF of the base model.")] = False
     calibrate: Annotated[
         tuple[str, ...], said("Expansions for the importance matrix (default: those it was trained on).")
@@ -47,6 +60,10 @@ class ExportConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     def __post_init__(self) -> None:
         if self.calibrate and self.no_calibrate:
             raise ValueError("give either --calibrate or --no-calibrate")
+        if (self.vocab_of or self.vocab_size) and not self.prune_vocab:
+            raise ValueError("--vocab-of and --vocab-size need --prune-vocab")
+        if self.prune_vocab and self.adapter:
+            raise ValueError("give either --prune-vocab or --adapter, which fits the whole vocabulary alone")
         if self.budget_mb is not None and self.target_bpw is not None:
             raise ValueError("give either --budget-mb or --target-bpw")
         if self.mlx_recipe is not None and self.mlx_bits is not None:

@@ -19,9 +19,10 @@ def training_records(model: Path) -> list[dict[str, Any]]:
     """The records of the trainings behind a merged model, in order, as far as they are still there."""
     records: list[dict[str, Any]] = []
     record = read_record(model)
-    while record.get("command") in ("merge", "train dpo"):
-        record = read_record(Path(record["inputs"]["adapter"]["path"]))
-        if record:
+    while record.get("command") in ("merge", "train dpo", "prune"):
+        made_from = "model" if record["command"] == "prune" else "adapter"
+        record = read_record(Path(record["inputs"][made_from]["path"]))
+        if str(record.get("command")).startswith("train"):
             records.insert(0, record)
     return records
 

@@ -19,6 +19,7 @@ from qe_edge.commands.export import export
 from qe_edge.commands.mcp import mcp
 from qe_edge.commands.merge import merge
 from qe_edge.commands.pairs import pairs
+from qe_edge.commands.prune import prune
 from qe_edge.commands.push import push
 from qe_edge.commands.report import report
 from qe_edge.commands.run import demo, run
@@ -59,7 +60,7 @@ def _root(
     """Holds the options that need no command."""
 
 
-_FIRST = (demo, doctor, teach, pairs, merge, export, verify, push, report)
+_FIRST = (demo, doctor, teach, pairs, merge, prune, export, verify, push, report)
 for command in (*_FIRST, expand, search, serve, mcp, run):
     app.command()(command)
 app.add_typer(train_app, name="train")

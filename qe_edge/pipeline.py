@@ -21,6 +21,7 @@ from qe_edge.documents.folder import make_collection
 from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import export_model
+from qe_edge.export.prune import fingerprint_of, prune
 from qe_edge.recipe import PairsPart, Recipe, SamplesPart, SftPart, check
 from qe_edge.retrieval.datasets import Dataset, load_dataset
 from qe_edge.student.join import DEFAULT_JOIN, Join
@@ -199,9 +200,12 @@ class _Stages:
         make = partial(merge, adapter, join=self.join, workdir=self.workdir)
         self.run(f"merge {trained}", self.join, [sha256(adapter)], make)
         model = self.out[f"merge {trained}"]
-        self.run(f"export {trained}", config, [sha256(model)], partial(self._export, model, config))
+        inputs = [sha256(model), *map(fingerprint_of, config.vocab_of)]
+        self.run(f"export {trained}", config, inputs, partial(self._export, model, config))
 
     def _export(self, model: Path, config: ExportConfig) -> Path:
+        if config.prune_vocab:
+            model = prune(model, config, workdir=self.workdir)
         out = self.workdir.new("export")
         export_model(model, out, config, progress=note)
         return out

@@ -38,6 +38,10 @@ def export(
     check_choices(config)
     if model is None:
         model = _newest_model(work)
+    if config.prune_vocab:
+        from qe_edge.export.prune import prune
+
+        model = prune(model, config, workdir=work)
     out = out or work.new("export")
     report = export_model(model, out, config, progress=note)
     lines = [f"{out / name}  {size / 1e6:.1f} MB" for name, size in report["files"].items()]

@@ -2,7 +2,7 @@
 
 qe-edge-work/
     teach/<data set>/                            one folder a data set, which every `qe-edge teach` adds to
-    pairs/001/ sft/001/ dpo/001/ merge/001/ export/001/ bench/001/   one folder a run, newest = highest
+    pairs/001/ sft/ dpo/ merge/ prune/ export/ bench/     one numbered folder a run, newest = highest
     data/<folder>/ judged/<data set>/                made of notes by `qe-edge data make`; a teacher's grades
     base/ index/ generations/                                       caches; base/ is needed until merged
 """
@@ -21,6 +21,7 @@ _COMMAND = {
     "sft": "qe-edge train sft",
     "dpo": "qe-edge train dpo",
     "merge": "qe-edge merge",
+    "prune": "qe-edge prune",
     "export": "qe-edge export",
     "bench": "qe-edge bench",
 }
