@@ -6,6 +6,10 @@ READY  := $(VENV)/.ready
 # llama.cpp is compiled once; its build takes all cores.
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# GCC 12 drops what Intel's AMX needs (qe_edge/backends/amx.py), unless it is told to keep what looks unused.
+ifeq ($(shell uname -sm),Linux x86_64)
+export CMAKE_ARGS ?= -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'
+endif
 # setuptools warns of every editable installation.
 $(READY): export PYTHONWARNINGS = ignore
 

@@ -57,6 +57,25 @@ def prune(model: Path, config: PruneConfig, *, out: Path | None = None, workdir:
     return out
 
 
+def verify_pruned(folder: Path, source: Path) -> dict[str, Any]:
+    """Compare a model that `prune` wrote with the one it was made from, in float32.
+
+    Returns:
+        `probes` (prompts whose tokens stay, asked of both) and `max_logit_difference` over all that stay.
+
+    Raises:
+        BadInput: one of them has no spec.
+        QeEdgeError: a text is cut otherwise, or logits differ.
+    """
+    specs = [read_spec(path) for path in (folder, source)]
+    if specs[0] is None or specs[0] != specs[1]:
+        raise BadInput(f"carries another qe-edge spec than {source}; prune it again", path=folder)
+    names = [load_tokenizer(str(path)) for path in (folder, source)]
+    tokens: Any = names[0].convert_ids_to_tokens(list(range(len(names[0]))))
+    kept: Any = names[1].convert_tokens_to_ids(tokens)
+    return _check(Source(source), Source(folder), specs[0], kept, QUERIES)
+
+
 def _texts_of(source: str) -> Iterator[str]:
     """Queries and expansions of a file, or the passages of a data set."""
     if Path(source).is_file():
@@ -194,7 +213,7 @@ def _save(model: Path, spec: ModelSpec, described: dict[str, Any], kept: list[in
     new = {old: number for number, old in enumerate(kept)}
     for config in (network.config, network.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            old = getattr(config, name, None)
+            old: Any = getattr(config, name, None)
             setattr(config, name, [new[i] for i in old] if isinstance(old, list) else new.get(old))
     with TemporaryDirectory() as scratch:
         settings = read_json(model / "tokenizer_config.json")

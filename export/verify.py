@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qe_edge.backends.llama_model import FileName, kept_off_amx
+from qe_edge.backends.amx import kept_off_amx
+from qe_edge.backends.llama_model import FileName
 from qe_edge.backends.mlx import NO_CODE
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.metadata import check_metadata, read_keys
@@ -76,8 +77,11 @@ def source_of(exported: Path) -> Path:
     """
     if not exported.exists():
         raise NotFound(f"{exported}: no such GGUF file or MLX folder")
+    record = read_record(exported) if exported.is_dir() else {}
+    if record.get("command") == "prune":
+        return Path(record["inputs"]["model"]["path"])
     if (exported / MANIFEST).is_file():
-        names = ", ".join(read_record(exported).get("files", {}))
+        names = ", ".join(record.get("files", {}))
         raise BadArgument(f"{exported} is a whole export; verify one of its files: {names}")
     made_from = read_record(exported.parent).get("inputs", {}).get("model", {}).get("path")
     if not made_from:

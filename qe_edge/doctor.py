@@ -7,7 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qe_edge.student.models import BUILTIN
+from qe_edge.backends.amx import Verdict, has_amx, verdict
+from qe_edge.backends.gguf_check import check_gguf
+from qe_edge.backends.llama_model import load_library
+from qe_edge.errors import NotFound, NotInstalled
+from qe_edge.student.models import BUILTIN, DEFAULT_STUDENT, resolve
 from qe_edge.work.machine import machine, versions
 
 # extra -> (what it is for, a module it brings)
@@ -30,6 +34,16 @@ EXTRAS = {
 }
 
 
+# GCC 12 leaves out what it takes for unused; see qe_edge.backends.amx.
+AMX = {
+    "agrees": "used by llama.cpp",
+    "differs": "used by llama.cpp, but not for the built-in model: it multiplies Q4_1 wrongly",
+    "dies": "not used, since this build of llama.cpp dies of it. One that doesn't: pip install "
+    "--force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python, with "
+    "CMAKE_ARGS=\"-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'\"",
+}
+
+
 def look(workdir: Path) -> dict[str, Any]:
     """Look the installation over; nothing heavy is imported but torch, for the GPU's name."""
     extras = {
@@ -41,6 +55,7 @@ def look(workdir: Path) -> dict[str, Any]:
         "machine": {
             **machine(),
             "gpu": _gpu(),
+            "amx": _amx(),
             "free_disk_gb": round(shutil.disk_usage(existing).free / 2**30, 1),
         },
         "versions": versions(),
@@ -60,12 +75,23 @@ def _gpu() -> str | None:
     return "Metal" if torch.backends.mps.is_available() else None
 
 
+def _amx() -> Verdict | None:
+    """How a trial of Intel's AMX with the built-in model ended; None without either."""
+    try:
+        model = resolve(DEFAULT_STUDENT).path
+        lib = load_library()
+    except (NotInstalled, NotFound):
+        return None
+    return verdict(lib, model, check_gguf(model).types) if model and has_amx(lib) else None
+
+
 def describe(found: dict[str, Any]) -> str:
     """The findings as text, with a command for everything that is missing."""
     host = found["machine"]
     lines = [
         f"machine   {host['cpu']}, {host['cores']} cores, {host['memory_gb']} GB, {host['system']}",
         f"gpu       {host['gpu'] or 'none'}",
+        *([f"AMX       {AMX[host['amx']]}"] if host["amx"] is not None else []),
         f"disk      {host['free_disk_gb']} GB free at {found['workdir']}",
         "versions  " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
         "",

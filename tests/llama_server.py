@@ -16,7 +16,7 @@ import pytest
 SERVER = """
 import runpy
 import llama_cpp
-from qe_edge.backends.llama_model import kept_off_amx
+from qe_edge.backends.amx import kept_off_amx
 with kept_off_amx(llama_cpp):
     runpy.run_module("llama_cpp.server", run_name="__main__", alter_sys=True)
 """

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qe_edge.backends.llama_model import THREAD, kept_off_amx
+from qe_edge.backends.amx import kept_off_amx
+from qe_edge.backends.llama_model import THREAD
 from qe_edge.console import note
 from qe_edge.errors import require
 from qe_edge.retrieval.datasets import load_dataset

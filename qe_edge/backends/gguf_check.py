@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,12 +66,19 @@ LAYER: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+class Checked(NamedTuple):
+    """What a file is: its architecture, and ggml's numbers of its tensors' types."""
+
+    architecture: str | None
+    types: frozenset[int]
+
+
 class _Unusable(Exception):
     """It can be read, but not run."""
 
 
-def check_gguf(path: Path) -> str | None:
-    """Refuse a file on which llama.cpp may end the process; returns its architecture.
+def check_gguf(path: Path) -> Checked:
+    """Refuse a file on which llama.cpp may end the process.
 
     Files of LAYER's architectures are checked as a whole, of others only what holds for all of them.
 
@@ -84,7 +91,7 @@ def check_gguf(path: Path) -> str | None:
             _check_places(keys, tensors, start, len(data))
         header = _Header(keys, tensors)
         header.check()
-        return header.architecture
+        return Checked(header.architecture, frozenset(tensor.kind for tensor in tensors.values()))
     except (Damaged, ValueError) as found:  # the latter for an empty file
         raise BadInput(
             f"the file is damaged or truncated ({found}); download or export it again", path=path

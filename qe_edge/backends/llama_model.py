@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qe_edge.backends.amx import may_repack
 from qe_edge.backends.free_cores import FreeCores
 from qe_edge.backends.gguf_check import check_gguf
 from qe_edge.backends.lifetime import Lifetime
@@ -31,24 +30,26 @@ class LlamaModel:
     """The model's own memory, which is freed when nothing refers to this object any more, or by `lifetime`.
 
     `context` is the most tokens of a sequence that a cache is made for, `longest` at most. Without a number
-    of `threads` each step takes as many as find a core free.
+    of `threads` each step takes as many as find a core free. `repack` lays out the weights anew for the
+    processor, by default where that is safe.
 
     Raises:
         BadInput: the file is damaged, or of an architecture that llama.cpp doesn't know.
     """
 
-    def __init__(self, path: Path, *, threads: int | None, longest: int):
+    def __init__(self, path: Path, *, threads: int | None, longest: int, repack: bool | None = None):
         self.lib = lib = load_library()
         self.threads = threads or usable_cores()  # llama.cpp's own default is half of them
         self._free = FreeCores(self.threads) if threads is None and self.threads > 1 else None
-        architecture = check_gguf(path)
+        architecture, types = check_gguf(path)
         # llama.cpp tells what it does, and how a load failed; we say it in our own words.
         logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = -1  # all of them where llama.cpp was built for a GPU; ignored elsewhere
-        params.use_extra_bufts = not has_amx(lib)
-        self.pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
+        params.use_extra_bufts = may_repack(lib, path, types) if repack is None else repack
+        # Here too, since laying out weights anew takes all cores.
+        self.pointer = THREAD.submit(lib.llama_model_load_from_file, os.fsencode(path), params).result()
         if not self.pointer:
             raise BadInput(
                 f"llama.cpp can't load it (architecture {architecture!r}); qe-edge exports qwen3, qwen2 and "
@@ -128,34 +129,6 @@ def load_library() -> Any:
         return require("llama_cpp", "llama")
     finally:
         del os.environ["GOMP_SPINCOUNT"]
-
-
-def has_amx(lib: Any) -> bool:
-    """Whether this build of llama.cpp multiplies on Intel's AMX, which ends the process.
-
-    A compiler whose `_tile_loadconfig` doesn't say that it reads all of its argument (GCC 12) leaves most of
-    the tiles' shapes out of the program: https://github.com/ggml-org/llama.cpp/pull/26954. Whether a build
-    was spared isn't told, so it keeps to the kernels that need no weights in another layout. (Without them,
-    Q4_0 reads at .7 of the speed of a build that knows no AMX; other kinds and writing don't change.)
-    """
-    return b"AMX_INT8 = 1" in lib.llama_print_system_info()
-
-
-@contextmanager
-def kept_off_amx(lib: Any) -> Iterator[None]:
-    """The same for a `llama_cpp.Llama` that is made within, which takes no such setting."""
-    functions, defaults = lib.llama_cpp, lib.llama_cpp.llama_model_default_params
-
-    def without() -> Any:
-        params = defaults()
-        params.use_extra_bufts = not has_amx(lib)
-        return params
-
-    functions.llama_model_default_params = without
-    try:
-        yield
-    finally:
-        functions.llama_model_default_params = defaults
 
 
 class FileName(str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,10 +12,12 @@ from qe_edge.work.folder import Workdir
 
 
 def verify(
-    exported: Annotated[Path, typer.Argument(help="A GGUF file or an MLX folder of `qe-edge export`.")],
+    exported: Annotated[
+        Path, typer.Argument(help="A GGUF or an MLX folder of `export`, or what `prune` made.")
+    ],
     source: Annotated[
         Path | None,
-        typer.Option(help="The merged model it was made from (default: the one its run.json names)."),
+        typer.Option(help="The model it was made from (default: the one its run.json names)."),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option("--dataset", "-d", help="Compare nDCG@10 on it too: NAME or NAME@SPLIT.")
@@ -25,20 +27,23 @@ def verify(
 ) -> None:
     """Check an export against its source: checksums, token ids, spec, logits, and nDCG@10 if asked."""
     from qe_edge.export.compare import compare_retrieval
+    from qe_edge.export.prune import verify_pruned
     from qe_edge.export.verify import source_of, verify_export
     from qe_edge.retrieval.datasets import load_dataset
+    from qe_edge.work.runs import read_record
 
     if dataset:
         load_dataset(dataset)  # a name that is wrong is found before the work
     source = source or source_of(exported)
-    found = verify_export(exported, source)
-    text = (
-        f"{exported} answers as its source does: {found['checksums']} checksums right, token ids of "
-        f"{found['probes']} texts identical, logit cosine {found['logit_cosine']:.4f}, "
-        f"KL divergence {found['kl_divergence']:.4f} ({found['answer_divergence']:.4f} of answers), "
-        f"top-1 agreement {found['top1_agreement']:.0%}, "
-        f"greedy agreement {found['greedy_agreement']:.0%}"
-    )
+    if read_record(exported).get("command") == "prune":
+        found = verify_pruned(exported, source)
+        text = (
+            f"{exported} answers as its source does: logits of {found['probes']} prompts differ by at most "
+            f"{found['max_logit_difference']:.0e} where a token stayed"
+        )
+    else:
+        found = verify_export(exported, source)
+        text = _closeness(exported, found)
     if dataset:
         retrieval = compare_retrieval(exported, source, dataset, workdir=Workdir(workdir))
         found["retrieval"] = retrieval
@@ -50,3 +55,13 @@ def verify(
         )
     following = f"qe-edge bench --dataset NAME@SPLIT --model {exported}"
     emit(json, "verify", text, inputs={"export": exported}, metrics=found, following=following)
+
+
+def _closeness(exported: Path, found: dict[str, Any]) -> str:
+    return (
+        f"{exported} answers as its source does: {found['checksums']} checksums right, token ids of "
+        f"{found['probes']} texts identical, logit cosine {found['logit_cosine']:.4f}, "
+        f"KL divergence {found['kl_divergence']:.4f} ({found['answer_divergence']:.4f} of answers), "
+        f"top-1 agreement {found['top1_agreement']:.0%}, "
+        f"greedy agreement {found['greedy_agreement']:.0%}"
+    )

@@ -27,6 +27,7 @@ from qe_edge.retrieval.official import ORIGIN, read_origin
 from qe_edge.retrieval.trec import Qrels
 from qe_edge.text import detect_language
 from qe_edge.work.files import read_json, write_json
+from qe_edge.work.folder import user_folder
 
 BUILTIN = ("demo-en", "demo-zh")
 # Short names of the collections this field reports on -> their ir_datasets ids.
@@ -160,9 +161,7 @@ def load_folder(folder: Path, split: str = "") -> Dataset:
 
 def data_home() -> Path:
     """Where imported collections lie: QE_EDGE_DATA, or a folder of the user's."""
-    import typer
-
-    return Path(os.environ.get("QE_EDGE_DATA") or Path(typer.get_app_dir("qe-edge")) / "data")
+    return Path(os.environ.get("QE_EDGE_DATA") or user_folder() / "data")
 
 
 def load_queries(path: Path) -> Dataset:

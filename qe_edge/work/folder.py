@@ -27,6 +27,13 @@ _COMMAND = {
 }
 
 
+def user_folder() -> Path:
+    """Where what belongs to a user, not to a work folder, lies."""
+    import typer
+
+    return Path(typer.get_app_dir("qe-edge"))
+
+
 class Workdir:
     """The work folder. Nothing is created until something is written."""
 

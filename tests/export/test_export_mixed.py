@@ -10,7 +10,7 @@ import pytest
 from tiny import save_tiny_qwen3
 from training import SMALL_DPO, run_sft, write_task
 
-from qe_edge.backends.llama_model import kept_off_amx
+from qe_edge.backends.amx import kept_off_amx
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.export.adapter import convert_adapter
 from qe_edge.export.config import ExportConfig

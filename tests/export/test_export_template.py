@@ -73,7 +73,7 @@ def file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(file: Path) -> Iterator[Any]:
     """llama-cpp-python's own class, which knows nothing of us."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    from qe_edge.backends.llama_model import kept_off_amx
+    from qe_edge.backends.amx import kept_off_amx
 
     with kept_off_amx(llama_cpp):
         model = llama_cpp.Llama(str(file), n_ctx=512, verbose=False)
@@ -127,7 +127,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_chat_programs_write_our_greedy_text_and_end_where_we_do(real: Path, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    from qe_edge.backends.llama_model import kept_off_amx
+    from qe_edge.backends.amx import kept_off_amx
 
     file = convert_gguf(real, tmp_path / "student-F16.gguf", dtype="f16", spec=read_spec(real))
     expected = greedy(open_backend(resolve(file)))

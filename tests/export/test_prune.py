@@ -16,8 +16,8 @@ from qe_edge.cli import app
 from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.export.config import ExportConfig, PruneConfig
 from qe_edge.export.export import export_model
-from qe_edge.export.prune import closed, prune, prune_vocabulary, pruned_tokenizer
-from qe_edge.export.verify import verify_gguf
+from qe_edge.export.prune import closed, prune, prune_vocabulary, pruned_tokenizer, verify_pruned
+from qe_edge.export.verify import source_of, verify_gguf
 from qe_edge.records import Expansion, encode_jsonl
 from qe_edge.train.base_model import load_tokenizer
 from qe_edge.train.config import SftConfig
@@ -110,6 +110,8 @@ def test_it_is_trained_merged_and_exported_as_a_base(tiny_qwen3, tmp_path):
     rows.write_bytes(encode_jsonl(ROWS))
     small = prune(tiny_qwen3, PruneConfig(vocab_of=(str(rows),)), workdir=work)
     assert small == work.root / "prune" / "001"
+    assert source_of(small) == tiny_qwen3
+    assert verify_pruned(small, tiny_qwen3)["max_logit_difference"] < 1e-4
     trained = sft([rows], SftConfig(student=str(small), max_steps=1), workdir=work)
     from qe_edge.train.merge import merge
 
@@ -128,6 +130,10 @@ def test_one_command_prunes_and_exports(tiny_qwen3, tmp_path):
     done = CliRunner().invoke(app, [*command, "--vocab-of", str(rows), "--vocab-of", "demo-zh", "--json"])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
+    small = report["inputs"]["model"]
+    checked = CliRunner().invoke(app, ["verify", small, "--dataset", "demo-zh@test", "--json"])
+    assert checked.exit_code == 0, checked.output
+    assert json.loads(checked.stdout)["metrics"].keys() == {"probes", "max_logit_difference", "retrieval"}
     assert Path(report["inputs"]["model"]).parent.name == "prune"
     whole = export_model(tiny_qwen3, tmp_path / "whole", ExportConfig(kinds=("F16",), formats=("gguf",)))
     assert report["metrics"]["files"]["student-F16.gguf"] < whole["files"]["student-F16.gguf"]
