@@ -7,7 +7,7 @@ is still cut into them, since the merges that make them stay too; any other text
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -90,7 +90,7 @@ def fingerprint_of(source: str) -> str:
 
 
 def prune_vocabulary(
-    model: Path, out: Path, texts: Iterable[str], *, size: int | None = None, inputs: dict[str, Path | str]
+    model: Path, out: Path, texts: Iterable[str], *, size: int | None = None, inputs: Mapping[str, Path | str]
 ) -> dict[str, Any]:
     """Write `model` to `out` with the tokens of `texts` and of its prompt, all bytes and all markup.
 
