@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.config import PruneConfig
 from qe_edge.export.lineage import training_data
@@ -111,7 +110,6 @@ def prune_vocabulary(
     if spec is None:
         raise BadInput("has no qe_edge.json, which holds its prompt; `qe-edge merge` writes it", path=model)
     check_output(out, "prune")
-    quiet_transformers()
     tokenizer = load_tokenizer(str(model))
     texts = iter(texts)
     first = list(islice(texts, PROBES))

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qe_edge.backends.pretrained import load_pretrained
-from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, require
 from qe_edge.export.source import EMBEDDING, HEAD, Source
 
@@ -38,7 +37,6 @@ class Streamed:
         accelerate = require("accelerate", "train")
         from accelerate.hooks import attach_align_device_hook
 
-        quiet_transformers()
         _give_back_what_is_freed()
         self.source = source
         try:

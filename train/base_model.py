@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from qe_edge.backends.pretrained import load_pretrained
-from qe_edge.console import note, quiet_transformers
+from qe_edge.console import note
 from qe_edge.errors import BadArgument, BadInput, NotFound, require
 from qe_edge.student.models import ModelRef, default_spec, resolve
 from qe_edge.student.spec import ModelSpec, read_spec, write_spec
@@ -35,7 +35,6 @@ def prepare_student(student: str, workdir: Workdir) -> tuple[str, ModelSpec]:
         BadArgument: the model is an MLX folder, is quantized, or doesn't speak ChatML.
     """
     require("transformers", "train")
-    quiet_transformers()
     ref = resolve(student)
     if ref.engine == "mlx":
         raise BadArgument(f"{student} is a quantized MLX folder; train the model it was made from")
@@ -165,7 +164,6 @@ def load_model(source: str, *, dtype: Any, attention: str | None = None) -> PreT
     """The weights of a folder or a hub id in `dtype`; `attention` is one of transformers' implementations."""
     from transformers import AutoModelForCausalLM
 
-    quiet_transformers()
     try:
         return load_pretrained(AutoModelForCausalLM, source, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError, KeyError) as error:

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qe_edge.backends.amx import kept_off_amx
+from qe_edge.backends.amx import kept_off_amx, may_repack
+from qe_edge.backends.gguf_check import check_gguf
 from qe_edge.backends.llama_model import THREAD
 from qe_edge.console import note
 from qe_edge.errors import require
@@ -91,7 +92,7 @@ def _first_tokens(expander: Expander, queries: list[str]) -> tuple[float, float]
 def _llama(model: Path, threads: int, expander: Expander) -> Way:
     """Its high-level call on our prompts' token ids, with its own prefix cache."""
     llama_cpp = require("llama_cpp", "llama")
-    with kept_off_amx(llama_cpp):
+    with kept_off_amx(llama_cpp, unless=may_repack(llama_cpp, model, check_gguf(model).types)):
         llama = llama_cpp.Llama(
             str(model), n_ctx=2048, n_gpu_layers=-1, n_threads=threads, n_threads_batch=threads, verbose=False
         )

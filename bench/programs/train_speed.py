@@ -1,6 +1,7 @@
 """How fast is training, and how much memory does it take? Ours beside TRL's defaults, in one run.
 
-    python -m qe_edge.bench.programs.train_speed --shape qwen3-4b --sft-batch 16 --dpo-batch 8     # on a GPU
+    python -m qe_edge.bench.programs.train_speed --shape qwen3-0.6b --shape qwen3-1.7b --shape qwen3-4b \\
+        --sft-batch 16 --dpo-batch 8 --rounds 2 --out gpu.json                                     # on a GPU
     python -m qe_edge.bench.programs.train_speed --shape smollm2-135m --steps 6                    # on a CPU
 
 Random weights of a real shape; rows of about 60 + 128 tokens, whose lengths vary as ours do. Both ways get
@@ -39,6 +40,7 @@ from qe_edge.work.machine import usable_cores
 
 Way = Literal["ours", "trl"]
 Method = Literal["sft", "dpo"]
+WAYS: tuple[Way, ...] = get_args(Way)
 PROMPT, EXPANSION, SPREAD = 60, 128, 32
 RANK = 16
 WARM_UP = 2  # steps
@@ -71,7 +73,10 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 def main(
-    shape: Annotated[str, typer.Option(help=f"One of {', '.join(synthetic.SHAPES)}.")] = "qwen3-0.6b",
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join(synthetic.SHAPES)}; repeat it (default: qwen3-0.6b)."),
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
     steps: Annotated[int, typer.Option(min=WARM_UP + 1, help="Steps of a turn; two warm up.")] = 12,
     sft_batch: Annotated[int, typer.Option(min=1, help="Our rows at a time; TRL's default is 8.")] = 8,
@@ -81,25 +86,33 @@ def main(
 ) -> None:
     """Print a table of tokens per second, peak memory and share of the device's peak."""
     on = hardware(SftConfig())
-    ways: tuple[Way, ...] = get_args(Way)
-    what = f"{shape}, {layers} layers" if layers else shape
-    print(f"{what}; {on.name} ({usable_cores()} cores) in {on.precision}; {rounds} rounds of {steps} steps\n")
-    print("| method | way | tokens/s | times TRL | of the peak | memory GB | estimated GB |")
-    print("| :-- | :-- | --: | --: | --: | --: | --: |")
-    found: dict[str, list[Measured | None]] = {}
-    batches: dict[Method, int] = {"sft": sft_batch, "dpo": dpo_batch}
-    for method, batch in batches.items():
-        if not batch:
-            continue
-        turns: dict[Way, list[Measured | None]] = {way: [] for way in ways}
-        for _ in range(rounds):
-            for way in ways:
-                turns[way].append(_run(Task(way, method, shape, layers, steps, batch)))
-        for way in ways:
-            print(_row(method, way, turns), flush=True)
-            found[f"{method} {way}"] = turns[way]
-    if out:
-        write_json(out, {"shape": shape, "layers": layers, "steps": steps, "measured": found})
+    found: dict[str, dict[str, list[Measured | None]]] = {}
+    for name in shape or ["qwen3-0.6b"]:
+        what = f"{name}, {layers} layers" if layers else name
+        print(f"\n{what}; {on.name} ({usable_cores()} cores) in {on.precision}")
+        print(f"{rounds} rounds of {steps} steps\n")
+        print("| method | way | tokens/s | times TRL | of the peak | memory GB | estimated GB |")
+        print("| :-- | :-- | --: | --: | --: | --: | --: |")
+        found[name] = {}
+        batches: dict[Method, int] = {"sft": sft_batch, "dpo": dpo_batch}
+        for method, batch in batches.items():
+            if batch:
+                turns = _in_turns(method, name, layers, steps, batch, rounds)
+                for way in WAYS:
+                    print(_row(method, way, turns), flush=True)
+                    found[name][f"{method} {way}"] = turns[way]
+        if out:  # after each shape: a run that is cut keeps what it has
+            write_json(out, {"layers": layers, "steps": steps, "measured": found})
+
+
+def _in_turns(
+    method: Method, shape: str, layers: int | None, steps: int, batch: int, rounds: int
+) -> dict[Way, list[Measured | None]]:
+    turns: dict[Way, list[Measured | None]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way in WAYS:
+            turns[way].append(_run(Task(way, method, shape, layers, steps, batch)))
+    return turns
 
 
 def _row(method: str, way: Way, turns: dict[Way, list[Measured | None]]) -> str:

@@ -59,13 +59,13 @@ def has_amx(lib: Any) -> bool:
 
 
 @contextmanager
-def kept_off_amx(lib: Any) -> Iterator[None]:
-    """Keep a `llama_cpp.Llama` that is made within off AMX; it takes no such setting."""
+def kept_off_amx(lib: Any, *, unless: bool = False) -> Iterator[None]:
+    """Keep a `llama_cpp.Llama` that is made within off AMX, `unless` it is safe: it has no such setting."""
     functions, defaults = lib.llama_cpp, lib.llama_cpp.llama_model_default_params
 
     def without() -> Any:
         params = defaults()
-        params.use_extra_bufts = not has_amx(lib)
+        params.use_extra_bufts = unless or not has_amx(lib)
         return params
 
     functions.llama_model_default_params = without

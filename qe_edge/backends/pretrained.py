@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, NotFound
 
 HUB_SECONDS = 10.0
@@ -20,6 +21,7 @@ def load_pretrained(kind: Any, source: Path | str, **settings: Any) -> Any:
         BadInput: the checkpoint wants code of its own to be run. (Unless told not to, transformers asks for
             that on stdin.)
     """
+    quiet_transformers()
     if not Path(source).exists():
         find_on_hub(str(source))
     try:

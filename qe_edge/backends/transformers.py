@@ -10,7 +10,6 @@ from typing import Any
 from qe_edge.backends.lifetime import Lifetime
 from qe_edge.backends.pretrained import load_pretrained
 from qe_edge.backends.protocol import Batch, OneByOne, groups, whole
-from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.student.models import Engine, ModelRef, default_spec
 from qe_edge.student.prompt import hugging_face
@@ -24,7 +23,6 @@ class TransformersBackend:
     def __init__(self, ref: ModelRef, *, threads: int):
         self._torch = torch = require("torch", "train")
         transformers = require("transformers", "train")
-        quiet_transformers()
         torch.set_num_threads(threads)
         try:
             self._tokenizer = load_pretrained(transformers.AutoTokenizer, ref.source)
