@@ -102,6 +102,8 @@ def write_postings(
     Raises:
         BadInput: no document has a term, or an id is there twice or holds blanks.
     """
+    from scipy.sparse import csr_array
+
     spool = folder / "spool"
     with spool.open("wb") as file:
         found = _collect(analysed(documents, analyzer, workers=workers), file)
@@ -114,16 +116,21 @@ def write_postings(
     rows = _reserve(folder / ROWS, np.int32, int(starts[-1]))
     idf = _idf(found.frequencies, len(found.ids))
     cursors = starts[:-1].copy()
-    for documents_of, terms, counts in _chunks(spool, found.sizes):
-        scores = idf[terms] * _tfc(counts, found.lengths[documents_of], found.lengths.mean(), k1, b)
-        order = np.argsort(terms, kind="stable")  # of one term, documents stay in order
-        terms = terms[order]
-        first = np.flatnonzero(np.concatenate([[True], terms[1:] != terms[:-1]]))
-        runs = np.diff(np.append(first, len(terms)))
-        places = np.repeat(cursors[terms[first]] - first, runs) + np.arange(len(terms))
-        data[places] = scores[order]
-        rows[places] = documents_of[order]
-        cursors[terms[first]] += runs
+    mean = found.lengths.mean()
+    for first, sizes, terms, counts in _chunks(spool, found.sizes):
+        lengths = np.repeat(found.lengths[first : first + len(sizes)], sizes)
+        scores = idf[terms] * _tfc(counts, lengths, mean, k1, b)
+        by_document = csr_array(
+            (scores, terms, np.concatenate([[0], np.cumsum(sizes)])), shape=(len(sizes), len(idf))
+        )
+        by_term = by_document.tocsc()  # counts, and sorts nothing; of one term, documents stay in order
+        runs = np.diff(by_term.indptr)
+        there = np.flatnonzero(runs)
+        shifts = cursors[there] - by_term.indptr[there]
+        places = np.repeat(shifts, runs[there]) + np.arange(len(terms))
+        data[places] = by_term.data
+        rows[places] = by_term.indices + first
+        cursors += runs
     spool.unlink()
     return found.vocab, found.ids
 
@@ -155,8 +162,11 @@ def _collect(blocks: Iterable[Block], spool: BinaryIO) -> Collected:
     return Collected(vocab, ids, frequencies, np.concatenate(lengths), np.concatenate(sizes))
 
 
-def _chunks(spool: Path, sizes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Document, term and count of each posting, of as many whole documents at a time as CHUNK allows."""
+def _chunks(spool: Path, sizes: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """As many whole documents at a time as CHUNK allows.
+
+    Yields the first one's place, their sizes, and the term and the count of each posting.
+    """
     ends = np.cumsum(sizes, dtype=np.int64)
     first = done = 0
     with spool.open("rb") as file:
@@ -165,7 +175,7 @@ def _chunks(spool: Path, sizes: np.ndarray) -> Iterator[tuple[np.ndarray, np.nda
             size = int(ends[last - 1]) - done
             pairs = np.fromfile(file, np.int32, 2 * size).reshape(-1, 2)
             if size:
-                yield np.repeat(np.arange(first, last, dtype=np.int32), sizes[first:last]), *pairs.T
+                yield first, sizes[first:last], pairs[:, 0].copy(), pairs[:, 1]
             first, done = last, int(ends[last - 1])
 
 
