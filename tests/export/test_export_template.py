@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from llama_server import llama_cpp_server
+from chat_servers import llama_cpp_server, mlx_lm_server
 
 from qe_edge import OPEN, Expander
 from qe_edge.backends.open import open_backend
@@ -52,6 +52,14 @@ def greedy(backend: Any) -> dict[str, str]:
     writing = ("what causes tides", "how does bread rise")
     with Expander(backend, gate=OPEN, budget_tokens=16) as expander:
         return {query: expander.expand(query).text for query in writing}
+
+
+def answered(url: str, query: str, **settings: Any) -> str:
+    """What a server answers to a query alone, its blanks made single ones."""
+    body = json.dumps({"messages": asked(query), **settings}).encode()
+    request = urllib.request.Request(f"{url}/chat/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        return " ".join(json.load(response)["choices"][0]["message"]["content"].split())
 
 
 def asked(query: str) -> list[dict[str, str]]:
@@ -143,12 +151,7 @@ def test_chat_programs_write_our_greedy_text_and_end_where_we_do(real: Path, tmp
     with llama_cpp_server(file) as url:
         for query, text in expected.items():
             # Without that, this server takes something off what was written before.
-            body = json.dumps({"messages": asked(query), "repeat_penalty": 1, **limits}).encode()
-            headers = {"Content-Type": "application/json"}
-            request = urllib.request.Request(f"{url}/chat/completions", body, headers)
-            with urllib.request.urlopen(request) as response:
-                content = json.load(response)["choices"][0]["message"]["content"]
-            assert " ".join(content.split()) == text
+            assert answered(url, query, **limits, repeat_penalty=1) == text
 
 
 @pytest.mark.slow
@@ -160,6 +163,9 @@ def test_mlx_lm_writes_our_greedy_text(real: Path, tmp_path: Path) -> None:
     for query, text in expected.items():
         prompt = tokenizer.apply_chat_template(asked(query), add_generation_prompt=True)
         assert " ".join(mlx_lm.generate(model, tokenizer, prompt, max_tokens=16).split()) == text
+    with mlx_lm_server(folder) as url:
+        for query, text in expected.items():
+            assert answered(url, query, temperature=0, max_tokens=16) == text
 
 
 def test_markup_in_a_query_stays_text(model: Path, llama: Any) -> None:

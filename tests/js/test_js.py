@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import msgspec
-from llama_server import llama_cpp_server
+from chat_servers import llama_cpp_server
 from node import JS, program
 from vectors.make import ROOT, lines, stop_words_module, vectors
 

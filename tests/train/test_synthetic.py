@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_servers import llama_cpp_server
 from endpoint import one_in_three, serve
 from hypothesis import given
 from hypothesis import strategies as st
-from llama_server import llama_cpp_server
 
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.records import Document

@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
+from chat_servers import llama_cpp_server
 from endpoint import FAULTS, serve
-from llama_server import llama_cpp_server
 from teaching import many, rows, zero_shot
 
 from qe_edge import Expander

@@ -1,4 +1,4 @@
-"""llama-cpp-python's own server on loopback: a chat program that knows nothing of us."""
+"""Servers of others on loopback: chat programs that know nothing of us."""
 
 from __future__ import annotations
 
@@ -26,12 +26,25 @@ with kept_off_amx(llama_cpp):
 def llama_cpp_server(model: Path) -> Iterator[str]:
     """Its URL, as an OpenAI client wants it."""
     pytest.importorskip("llama_cpp.server.app", reason="needs llama-cpp-python[server]")
+    # One thread: several that wait for each other take a minute a token beside other work.
+    with _running("-c", SERVER, "--model", str(model), "--n_threads", "1") as url:
+        yield url
+
+
+@contextmanager
+def mlx_lm_server(model: Path) -> Iterator[str]:
+    """The URL of mlx-lm's own server."""
+    with _running("-m", "mlx_lm", "server", "--model", str(model)) as url:
+        yield url
+
+
+@contextmanager
+def _running(*arguments: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = subprocess.Popen(
-        # One thread: several that wait for each other take a minute a token beside other work.
-        [sys.executable, "-c", SERVER, "--model", str(model), "--port", str(port), "--n_threads", "1"],
+        [sys.executable, *arguments, "--port", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
