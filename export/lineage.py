@@ -50,11 +50,21 @@ def training_selection(model: Path) -> SftConfig:
     return SftConfig()
 
 
+def _vocabulary(model: Path) -> dict[str, Any]:
+    """How many tokens a pruned model, or one whose base was pruned, has of how many; else nothing."""
+    bases = [Path(record["base"]) for record in training_records(model) if record.get("base")]
+    for record in map(read_record, [model, *bases]):
+        if record.get("command") == "prune":
+            return {"vocabulary": [record["tokens"], record["of_tokens"]]}
+    return {}
+
+
 def provenance(model: Path, spec: ModelSpec) -> dict[str, Any]:
-    """What an export says of its origin: base model, licence, and each training's settings, data and loss."""
+    """What an export says of its origin: base model, licence, pruning, trainings."""
     return {
         "base_model": spec.base_model,
         "license": spec.license,
+        **_vocabulary(model),
         "trainings": [
             {
                 "command": record["command"],

@@ -16,9 +16,11 @@ from qe_edge.cli import app
 from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.export.config import ExportConfig, PruneConfig
 from qe_edge.export.export import export_model
+from qe_edge.export.lineage import provenance
 from qe_edge.export.prune import closed, prune, prune_vocabulary, pruned_tokenizer, verify_pruned
 from qe_edge.export.verify import source_of, verify_gguf
 from qe_edge.records import Expansion, encode_jsonl
+from qe_edge.student.spec import read_spec
 from qe_edge.train.base_model import load_tokenizer
 from qe_edge.train.config import SftConfig
 from qe_edge.train.sft import sft
@@ -116,6 +118,8 @@ def test_it_is_trained_merged_and_exported_as_a_base(tiny_qwen3, tmp_path):
     from qe_edge.train.merge import merge
 
     model = merge(trained, workdir=work)
+    tokens = [read_record(small)[key] for key in ("tokens", "of_tokens")]
+    assert provenance(model, read_spec(model))["vocabulary"] == tokens
     # Trained on these expansions, it knows of them: nothing need be named.
     again = prune(model, PruneConfig(), workdir=work)
     assert read_record(again)["tokens"] <= read_record(small)["tokens"]
