@@ -53,7 +53,7 @@ format: $(READY)  ## Format the code
 docs: $(READY)  ## Write the generated pages, and build the site into build/site
 	$(BIN)/python docs/site/cli.py > docs/cli.md
 	$(BIN)/python docs/site/api.py > docs/python-api.md
-	$(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 
 clean:  ## Delete the environment and build files; trained models in qe-edge-work stay
 	rm -rf $(VENV) build *.egg-info

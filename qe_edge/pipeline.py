@@ -92,7 +92,7 @@ def from_notes(recipe: Recipe, workdir: Workdir) -> Recipe:
     note(f"notes: {made.passages:,} passages of {made.files:,} files in {folder}")
     outcome, report = write_queries(folder, recipe.queries, workdir=workdir)
     if report is None:
-        raise QeEdgeError(f"{outcome.stopped or 'queries are missing'}; run the recipe again")
+        raise QeEdgeError(f"{outcome.stopped or 'queries are missing'}; run it again: it goes on")
     if not report.train or not report.test:
         raise BadInput(
             f"{report.train} queries to train on and {report.test} to test on are too few", path=folder
@@ -119,7 +119,7 @@ def from_notes(recipe: Recipe, workdir: Workdir) -> Recipe:
 def _complete(outcome: Outcome) -> None:
     """Raises QeEdgeError where answers are missing."""
     if outcome.done < outcome.candidates:
-        raise QeEdgeError(f"{outcome.stopped or 'texts are missing'}; run the recipe again")
+        raise QeEdgeError(f"{outcome.stopped or 'texts are missing'}; run it again: it goes on")
 
 
 def _as(kind: Any, part: Any) -> Any:

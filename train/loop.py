@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOG = "log.jsonl"
+# What ends a training after its step, with its state saved; a second one ends it at once.
+STOPS = (signal.SIGINT, signal.SIGTERM)
 TENSORBOARD = "tensorboard"
 
 
@@ -200,7 +202,7 @@ def _callback_class() -> type:
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
-        """Draws progress and writes the log; turns the first Ctrl-C into: finish the step, save, stop.
+        """Draws progress and writes the log; turns the first of STOPS into: finish the step, save, stop.
 
         Of several processes, one that stopped by itself would leave the others waiting: they stop at once.
         """
@@ -214,19 +216,24 @@ def _callback_class() -> type:
             self._info = ""
 
         def __enter__(self) -> None:
-            self._before = signal.getsignal(signal.SIGINT)
+            self._before = {number: signal.getsignal(number) for number in STOPS}
             if self.processes == 1:
-                signal.signal(signal.SIGINT, self._interrupt)
+                for number in STOPS:
+                    signal.signal(number, self._interrupt)
 
         def __exit__(self, *error: object) -> None:
-            signal.signal(signal.SIGINT, self._before)
+            self._restore()
             if self._bar:
                 self._bar.__exit__(None, None, None)
 
         def _interrupt(self, *_: object) -> None:
             note(f"{self.label}: stopping after this step (Ctrl-C again to stop at once)")
             self.stopped = True
-            signal.signal(signal.SIGINT, self._before)
+            self._restore()
+
+        def _restore(self) -> None:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self._bar = progress(self.label, state.max_steps, done=state.global_step)

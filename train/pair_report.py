@@ -126,8 +126,8 @@ def describe(report: dict[str, Any]) -> str:
         _line(each["best"], "each query's best candidate"),
         _line(each["worst"], "each query's worst candidate"),
         f"candidates {report['candidates']}: {report['candidates_better_than_plain']} better than the plain "
-        f"query, {report['candidates_worse_than_plain']} worse; for "
-        f"{report['queries_where_every_candidate_hurts']} queries all are worse",
+        f"query, {report['candidates_worse_than_plain']} worse; queries for which all are worse: "
+        f"{report['queries_where_every_candidate_hurts']}",
         "gaps between a query's best and worst reward, and how many queries have them: "
         + ", ".join(f"{label} ({count})" for label, count in report["gaps"].items() if count),
         f"queries without a pair: {report['queries_without_usable_pair']}",

@@ -91,6 +91,12 @@ def pairs(
     made, why_not = make_pairs(scored, config, index.analyze)
     best = best_of(scored, {candidate.query_id: candidate.reward for candidate in candidates[: len(queries)]})
     report = summarize(candidates, made, dropped + why_not, queries=len(data.queries))
+    if not made:
+        raise BadInput(
+            f"no two candidates of one query differ by {config.min_gap} {config.reward}; "
+            f"{listed(report['dropped']) or 'no query has two candidates'}. Ask for more of each query "
+            "(`qe-edge teach --n 4`), or take a smaller --min-gap"
+        )
     with atomic_path(out) as partial:
         partial.mkdir()
         (partial / PAIRS).write_bytes(encode_jsonl(made))
@@ -100,12 +106,6 @@ def pairs(
         inputs = {f"expansions[{i}]": path for i, path in enumerate(expansions)}
         settings = {"dataset": dataset, **msgspec.to_builtins(config)}
         write_json(partial / MANIFEST, run_record("pairs", settings, inputs))
-    if not made:
-        raise BadInput(
-            f"no two candidates of one query differ by {config.min_gap} {config.reward}; "
-            f"{listed(report['dropped']) or 'no query has two candidates'}. "
-            f"All scores are in {out / CANDIDATES}"
-        )
     return out
 
 

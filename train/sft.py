@@ -54,6 +54,9 @@ def sft(
         raise BadArgument("--eval-dataset measures what a student writes; train it to --task write, too")
     on = hardware(config)
     rows = select_rows(expansions, config)
+    if marked := _marked(expansions, config):
+        kinds = ", ".join(f"{count} {problem}" for problem, count in marked.items())
+        note(f"sft: left out, as `teach` marked them: {kinds} (--accept takes such rows)")
     out = out or workdir.new("sft")
     inputs = {f"expansions[{i}]": path for i, path in enumerate(expansions)}
     with on.main_process_first():
@@ -167,6 +170,12 @@ def select_rows(paths: Iterable[Path | str], config: SftConfig) -> list[Expansio
     if 0 < config.max_rows < len(selected):
         return random.Random(config.seed).sample(selected, config.max_rows)
     return selected
+
+
+def _marked(paths: Iterable[Path | str], config: SftConfig) -> Counter[str]:
+    """How many rows have a problem that isn't accepted, by problem."""
+    problems = (row.problem for path in paths for row in read_jsonl(path, Expansion))
+    return Counter(problem for problem in problems if problem and problem not in config.accept)
 
 
 def encode_rows(

@@ -52,7 +52,7 @@ def data_info(
         "data info",
         "\n".join(f"{key:<12} {value}" for key, value in info.items()),
         metrics=info,
-        following=f"qe-edge teach --dataset {name} --model MODEL",
+        following=f"qe-edge teach --dataset {name} --endpoint URL --model MODEL",
     )
 
 

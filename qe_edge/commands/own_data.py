@@ -50,7 +50,7 @@ def data_make(
         artifacts={"folder": out, "corpus": out / CORPUS},
         metrics=msgspec.to_builtins(made),
         warnings=bad,
-        following=f"qe-edge data queries {out} --model MODEL",
+        following=f"qe-edge data queries {out} --endpoint URL --model MODEL",
     )
 
 
@@ -69,6 +69,7 @@ def data_queries(
         raise BadArgument("name the model that writes them with --model")
     config = settings.config()
     outcome, report = write_queries(folder, config, workdir=Workdir(workdir))
+    at = f" --endpoint {config.endpoint}" if config.endpoint else ""
     text = f"{outcome.done} of {outcome.candidates} queries were written"
     if report:
         dropped = ", ".join(f"{count} {why}" for why, count in report.dropped.items())
@@ -83,7 +84,7 @@ def data_queries(
         inputs={"folder": folder, "model": config.model, "endpoint": config.endpoint},
         artifacts={"folder": folder},
         metrics=msgspec.to_builtins(report) if report else {},
-        following=f"qe-edge teach --dataset {folder}@train --model MODEL",
+        following=f"qe-edge teach --dataset {folder}@train{at} --model {config.model}",
     )
 
 

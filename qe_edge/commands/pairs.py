@@ -48,6 +48,7 @@ def pairs(
         took("expansions", files[0], "what `teach` collected")
     folder = verb(dataset, files, config, out=out, workdir=work)
     report = read_json(folder / REPORT)
+    accept = "".join(f" --accept {problem}" for problem in config.accept)
     text = (
         f"{report['pairs']} pairs of {report['queries_with_pairs']} queries in {folder}\n{describe(report)}"
     )
@@ -58,5 +59,5 @@ def pairs(
         inputs={"dataset": dataset},
         artifacts={"folder": folder},
         metrics=report,
-        following="qe-edge train sft, then qe-edge train dpo",
+        following=f"qe-edge train sft{accept}, then qe-edge train dpo",
     )

@@ -50,7 +50,9 @@ def train_sft(
     if show_example:
         print(example(files, config, workdir=work), end="")
         return
-    _end_training(json, "train sft", sft(files, config, out=out, workdir=work))
+    folder = sft(files, config, out=out, workdir=work)
+    has_pairs = any((work.root / "pairs").glob("[0-9]*"))
+    _end_training(json, "train sft", folder, "qe-edge train dpo" if has_pairs else "")
 
 
 @train_app.command("dpo")
@@ -85,7 +87,7 @@ def train_dpo(
     _end_training(json, "train dpo", dpo(pairs, adapter, config, out=out, workdir=work))
 
 
-def _end_training(json: bool, command: str, folder: Path) -> None:
+def _end_training(json: bool, command: str, folder: Path, following: str = "") -> None:
     from qe_edge.train.hardware import leave_group
     from qe_edge.work.runs import read_record
 
@@ -102,5 +104,5 @@ def _end_training(json: bool, command: str, folder: Path) -> None:
         inputs=record["inputs"],
         artifacts={"adapter": folder},
         metrics=metrics,
-        following=f"qe-edge merge {folder}",
+        following=following or f"qe-edge merge {folder}",
     )

@@ -59,7 +59,7 @@ def verify(
 
 def _closeness(exported: Path, found: dict[str, Any]) -> str:
     return (
-        f"{exported} answers as its source does: {found['checksums']} checksums right, token ids of "
+        f"{exported} answers as its source does: checksums right, token ids of "
         f"{found['probes']} texts identical, logit cosine {found['logit_cosine']:.4f}, "
         f"KL divergence {found['kl_divergence']:.4f} ({found['answer_divergence']:.4f} of answers), "
         f"top-1 agreement {found['top1_agreement']:.0%}, "

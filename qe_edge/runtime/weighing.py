@@ -87,7 +87,12 @@ class Weighing(Pending):
         read = list(reading.values) if reading else []
         self._worth |= dict(zip(self._unread, read, strict=False))
         if not (reading and self._worth):
-            return self._plain("the deadline passed before the first passage was read")
+            late = replace(self._written, finish_reason="deadline")
+            return (
+                late
+                if late.text
+                else replace(late, fallback="the deadline passed before the first passage was read")
+            )
         relevance = RelevanceModel(
             tuple(self._worth), settings.weigh(list(self._worth.values())), settings.terms, settings.join
         )

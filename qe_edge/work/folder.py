@@ -116,7 +116,8 @@ class Workdir:
         if last:
             return max(last, key=lambda folder: folder.stat().st_mtime)
         wanted = " or ".join(f"`{_COMMAND[stage]}`" for stage in stages)
-        raise NotFound(f"{self.root} holds no output of {wanted}; run it first, or name the input")
+        named = "--model builtin:smollm2-135m, or a file" if stages == ("export",) else "the input"
+        raise NotFound(f"{self.root} holds no output of {wanted}; run it first, or name {named}")
 
 
 def _refuse_several(made: str, datasets: list[str], flag: str) -> None:
