@@ -116,7 +116,7 @@ class Workdir:
         if last:
             return max(last, key=lambda folder: folder.stat().st_mtime)
         wanted = " or ".join(f"`{_COMMAND[stage]}`" for stage in stages)
-        named = "--model builtin:smollm2-135m, or a file" if stages == ("export",) else "the input"
+        named = "the input, such as --model builtin:smollm2-135m" if stages == ("export",) else "the input"
         raise NotFound(f"{self.root} holds no output of {wanted}; run it first, or name {named}")
 
 
