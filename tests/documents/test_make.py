@@ -235,7 +235,7 @@ def test_the_command_says_what_it_left_out(notes, tmp_path):
     assert "data make: latin.txt:1: not UTF-8 text" in done.stderr
     assert f"5 passages of 5 files in {tmp_path / 'out'}\n" in done.stdout
     assert "left out, since no text is known in them: 1 .jpg\n" in done.stdout
-    assert f"next:   qe-edge data queries {tmp_path / 'out'} --model MODEL" in done.stdout
+    assert f"next:   qe-edge data queries {tmp_path / 'out'} --endpoint URL --model MODEL" in done.stdout
     done = subprocess.run([*argv, "--json"], capture_output=True, text=True, check=True)
     metrics = json.loads(done.stdout)["metrics"]
     assert (metrics["unchanged"], list(metrics["problems"])) == (4, ["latin.txt"])
