@@ -198,11 +198,19 @@ def test_the_built_in_student_is_tokenized_as_llama_cpp_tokenizes_it(built_in):
 
 
 @pytest.mark.parametrize(
-    ("features", "layouts"), [(b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", False), (b"CPU : AVX2 = 1 | ", True)]
+    ("features", "verdict", "layouts"),
+    [
+        (b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", "dies", False),
+        (b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", "agrees", True),
+        (b"CPU : AVX2 = 1 | ", "not asked", True),
+    ],
 )
-def test_weights_stay_as_they_are_where_llama_cpp_would_multiply_on_amx(gguf, monkeypatch, features, layouts):
+def test_weights_stay_as_they_are_where_amx_is_not_safe(gguf, monkeypatch, features, verdict, layouts):
     import llama_cpp
 
+    from qe_edge.backends import amx
+
+    monkeypatch.setattr(amx, "verdict", lambda *_: verdict)
     chosen = []
     load = llama_cpp.llama_model_load_from_file
     monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: features)
