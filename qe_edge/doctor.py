@@ -45,7 +45,7 @@ AMX = {
 
 
 def look(workdir: Path) -> dict[str, Any]:
-    """Look the installation over; nothing heavy is imported but torch, for the GPU's name."""
+    """Look the installation over: torch tells the GPU's name, llama.cpp whether it knows AMX."""
     extras = {
         name: {"purpose": purpose, "installed": importlib.util.find_spec(module) is not None}
         for name, (purpose, module) in EXTRAS.items()

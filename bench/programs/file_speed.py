@@ -9,8 +9,6 @@ llama.cpp would lay them out anew for the processor.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -19,11 +17,19 @@ from typing import Annotated
 import msgspec
 import typer
 
+from qe_edge.bench.child import in_child
 from qe_edge.console import progress
-from qe_edge.errors import QeEdgeError
 from qe_edge.work.machine import usable_cores
 
 PROMPT, ANSWER = 96, 64
+
+
+class Task(msgspec.Struct, frozen=True):
+    """What a child process measures; `repack` is `LlamaModel`'s."""
+
+    file: str
+    threads: int
+    repack: bool | None
 
 
 def main(
@@ -31,12 +37,8 @@ def main(
     threads: Annotated[list[int] | None, typer.Option(help="Repeat it (default: all cores).")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Also without another layout of weights.")] = False,
     turns: Annotated[int, typer.Option(min=1)] = 3,
-    child: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Print a table."""
-    if child:
-        print(msgspec.json.encode(measure(files[0], *msgspec.json.decode(child))).decode())
-        return
     ways = [(file, repack) for file in files for repack in ((False, None) if plain else (None,))]
     counts = threads or [usable_cores()]
     speeds: dict[tuple[Path, bool | None, int], list[tuple[float, float]]] = {}
@@ -44,14 +46,15 @@ def main(
         for _ in range(turns):
             for count in counts:
                 for file, repack in ways:
-                    speeds.setdefault((file, repack, count), []).append(_apart(file, count, repack))
+                    found = in_child(measure, Task(str(file), count, repack), what=f"of {file.name}")
+                    speeds.setdefault((file, repack, count), []).append(found)
                     advance()
     print("| file | MB | threads | reads, tokens/s | writes | reads, of the first | writes |")
     print("| :-- | --: | --: | --: | --: | --: | --: |")
-    for (file, repack, count), found in speeds.items():
+    for (file, repack, count), turn in speeds.items():
         first = speeds[ways[0][0], ways[0][1], count]
-        reads, writes = (median(turn[i] for turn in found) for i in (0, 1))
-        shares = [median(a[i] / b[i] for a, b in zip(found, first, strict=True)) for i in (0, 1)]
+        reads, writes = (median(speed[i] for speed in turn) for i in (0, 1))
+        shares = [median(a[i] / b[i] for a, b in zip(turn, first, strict=True)) for i in (0, 1)]
         name = f"{file.parent.name}/{file.name}{' as it lies' if repack is False else ''}"
         print(
             f"| {name} | {file.stat().st_size / 1e6:.0f} | {count} | {reads:.0f} | {writes:.1f} "
@@ -59,21 +62,12 @@ def main(
         )
 
 
-def _apart(file: Path, threads: int, repack: bool | None) -> tuple[float, float]:
-    settings = msgspec.json.encode([threads, repack]).decode()
-    command = [sys.executable, "-m", __spec__.name, str(file), "--child", settings]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise QeEdgeError(f"{file}: {done.stderr.strip()[-500:]}")
-    return msgspec.json.decode(done.stdout, type=tuple[float, float])
-
-
-def measure(file: Path, threads: int, repack: bool | None) -> tuple[float, float]:
+def measure(task: Task) -> tuple[float, float]:
     """Tokens per second that are read and written, after one round that doesn't count."""
     from qe_edge.backends.llama_batch import LlamaBatch
     from qe_edge.backends.llama_model import LlamaModel
 
-    model = LlamaModel(file, threads=threads, longest=512, repack=repack)
+    model = LlamaModel(Path(task.file), threads=task.threads, longest=512, repack=task.repack)
     batch = LlamaBatch(model, 1)
     prompt = [7919 * i % 900 + 50 for i in range(PROMPT)]
     for _ in range(2):

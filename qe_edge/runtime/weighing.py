@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from qe_edge.arguments import check_scores
 from qe_edge.errors import BadInput
@@ -87,12 +88,8 @@ class Weighing(Pending):
         read = list(reading.values) if reading else []
         self._worth |= dict(zip(self._unread, read, strict=False))
         if not (reading and self._worth):
-            late = replace(self._written, finish_reason="deadline")
-            return (
-                late
-                if late.text
-                else replace(late, fallback="the deadline passed before the first passage was read")
-            )
+            reason = "the deadline passed before the first passage was read"
+            return self._plain(reason, finish_reason="deadline")
         relevance = RelevanceModel(
             tuple(self._worth), settings.weigh(list(self._worth.values())), settings.terms, settings.join
         )
@@ -106,6 +103,7 @@ class Weighing(Pending):
             relevance=relevance,
         )
 
-    def _plain(self, reason: str) -> ExpandedQuery:
+    def _plain(self, reason: str, **changed: Any) -> ExpandedQuery:
         """What was written; the plain query where nothing was."""
-        return self._written if self._written.text else replace(self._written, fallback=reason)
+        written = replace(self._written, **changed)
+        return written if written.text else replace(written, fallback=reason)
