@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qe_edge.backends.pretrained import load_pretrained
+from qe_edge.console import progress
 from qe_edge.errors import BadInput, require
 from qe_edge.export.source import EMBEDDING, HEAD, Source
 
@@ -87,10 +88,13 @@ class Streamed:
         padded = [[end] * (width - len(ids)) + list(ids) for ids in prompts]
         real = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
         config = transformers.GenerationConfig(max_new_tokens=most, eos_token_id=end, pad_token_id=end)
-        with torch.inference_mode():
-            whole = self.network.generate(
-                torch.tensor(padded), attention_mask=torch.tensor(real), generation_config=config
-            )
+        asked = {"attention_mask": torch.tensor(real), "generation_config": config}
+        with (
+            torch.inference_mode(),
+            progress("asking the source model", most) as advance,
+            self.network.register_forward_hook(lambda *_: advance()),
+        ):
+            whole = self.network.generate(torch.tensor(padded), **asked)
         answers = whole[:, width:].tolist()
         return [answer[: answer.index(end) + 1] if end in answer else answer for answer in answers]
 

@@ -16,6 +16,7 @@ import numpy as np
 from qe_edge.backends.amx import kept_off_amx
 from qe_edge.backends.llama_model import FileName
 from qe_edge.backends.mlx import NO_CODE
+from qe_edge.console import progress
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.metadata import check_metadata, read_keys
 from qe_edge.export.probes import QUERIES, Reference, load_reference
@@ -189,11 +190,13 @@ def verify_gguf(file: Path, source: Path | Reference, *, adapter: Path | None = 
             file,
         )
         closeness = Closeness(reference)
-        for query in range(len(QUERIES)):
-            ids = reference.sequence(query)
-            llama.reset()
-            llama.eval(ids)
-            closeness.add(llama.scores[: len(ids)])
+        with progress(f"checking {file.name}", len(QUERIES)) as advance:
+            for query in range(len(QUERIES)):
+                ids = reference.sequence(query)
+                llama.reset()
+                llama.eval(ids)
+                closeness.add(llama.scores[: len(ids)])
+                advance()
         kind = _kind_of(llama.metadata, file)
     return closeness.check(ADAPTER_LIMITS if adapter else limits_of(kind), file)
 
@@ -215,8 +218,10 @@ def verify_mlx(folder: Path, source: Path | Reference) -> dict[str, Any]:
     # Without Metal, MLX multiplies matrices at about 1.5 GFLOP/s: a minute for a prompt to Qwen3-0.6B.
     queries = len(QUERIES) if mx.metal.is_available() else 1
     closeness = Closeness(reference)
-    for query in range(queries):
-        closeness.add(np.array(model(mx.array([reference.sequence(query)]))[0]))
+    with progress(f"checking {folder.name}", queries) as advance:
+        for query in range(queries):
+            closeness.add(np.array(model(mx.array([reference.sequence(query)]))[0]))
+            advance()
     bits = config["quantization"]["bits"] if "quantization" in config else 16
     if bits not in MLX_LIMITS:
         raise QeEdgeError(f"{folder} has {bits} bits per weight, which no export writes: don't use it")

@@ -14,7 +14,7 @@ import msgspec
 
 from qe_edge.redact import redact
 
-SILENCE = 60  # seconds without a word, at most, where no bar is drawn
+FIRST, SILENCE = 10, 60  # seconds until the first word, and without another one, where no bar is drawn
 
 
 def prepare_streams() -> None:
@@ -88,24 +88,24 @@ def quiet_transformers() -> None:
 
 @contextmanager
 def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar with rate and time left; where there is no terminal, a line a minute.
+    """A progress bar with rate and time left; where there is no terminal, a line soon, and then one a minute.
 
     Yields `advance(steps=1, info="")`; `done` steps count as already made and not into the rate.
     """
     from tqdm import tqdm
 
     shown = sys.stderr.isatty() and is_main_process()
-    start = told = time.monotonic()
-    made = 0
+    start = time.monotonic()
+    tell, made = start + FIRST, 0
     with tqdm(desc=description, total=total, initial=done, leave=False, disable=not shown) as bar:
 
         def advance(steps: int = 1, info: str = "") -> None:
-            nonlocal told, made
+            nonlocal tell, made
             bar.set_postfix_str(info, refresh=False)
             bar.update(steps)
             made, now = made + steps, time.monotonic()
-            if not shown and now - told >= SILENCE:
-                told = now
+            if not shown and now >= tell:
+                tell = now + SILENCE
                 left = tqdm.format_interval((total - done - made) * (now - start) / made)
                 note(f"{description}: {done + made} of {total}, {left} left{info and f', {info}'}")
 

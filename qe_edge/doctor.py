@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ EXTRAS = {
 AMX = {
     "agrees": "used by llama.cpp",
     "differs": "used by llama.cpp, but not for the built-in model: it multiplies Q4_1 wrongly",
-    "dies": "not used, since this build of llama.cpp dies of it. One that doesn't: pip install "
-    "--force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python, with "
-    "CMAKE_ARGS=\"-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'\"",
+    "dies": "not used, since this build of llama.cpp dies of it; to build one that doesn't:",
 }
+REBUILD = r"""
+          CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" \
+          pip install --force-reinstall --no-deps --no-cache-dir \
+            --no-binary llama-cpp-python llama-cpp-python"""
 
 
 def look(workdir: Path) -> dict[str, Any]:
@@ -89,14 +92,31 @@ def describe(found: dict[str, Any]) -> str:
     """The findings as text, with a command for everything that is missing."""
     host = found["machine"]
     lines = [
-        f"machine   {host['cpu']}, {host['cores']} cores, {host['memory_gb']} GB, {host['system']}",
-        f"gpu       {host['gpu'] or 'none'}",
-        *([f"AMX       {AMX[host['amx']]}"] if host["amx"] is not None else []),
-        f"disk      {host['free_disk_gb']} GB free at {found['workdir']}",
-        "versions  " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+        _line("machine", f"{host['cpu']}, {host['cores']} cores, {host['memory_gb']} GB, {host['system']}"),
+        _line("gpu", host["gpu"] or "none"),
+    ]
+    if amx := host["amx"]:
+        lines.append(_line("AMX", AMX[amx]) + (REBUILD if amx == "dies" else ""))
+    libraries = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    lines += [
+        _line("disk", f"{host['free_disk_gb']} GB free at {found['workdir']}"),
+        _line("versions", libraries),
         "",
     ]
     for name, extra in found["extras"].items():
         state = "ok" if extra["installed"] else f"missing: pip install 'qe-edge[{name}]'"
-        lines.append(f"{name:<9} {extra['purpose']}: {state}")
+        lines.append(_line(name, f"{extra['purpose']}: {state}"))
     return "\n".join(lines)
+
+
+def _line(name: str, text: str) -> str:
+    """A name and its text in 80 columns, where the text can be broken."""
+    first = f"{name:<9} "
+    return textwrap.fill(
+        text,
+        80,
+        initial_indent=first,
+        subsequent_indent=" " * 10,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

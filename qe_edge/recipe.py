@@ -107,21 +107,30 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ValueError(f"[sft] needs expansions{NAME_YOURS}")
 
 
+def recipe_file(path: Path | str) -> Path:
+    """A recipe's file: the one named, or that of this name which ships with the package.
+
+    Raises:
+        NotFound: there is none.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    shipped = resources.files("qe_edge") / "recipes"
+    file = Path(str(shipped / f"{path}.toml"))
+    if not file.is_file():
+        names = sorted(entry.name.removesuffix(".toml") for entry in shipped.iterdir())
+        raise NotFound(f"no recipe {path}: neither a file nor one that ships, which are {', '.join(names)}")
+    return file
+
+
 def read_recipe(path: Path | str, *, data: Path | None = None) -> dict[str, Any]:
-    """A recipe file, or the one of that name that ships with the package, as it is written.
+    """A recipe, as it is written.
 
     Raises:
         NotFound, BadInput: there is none, or it is no TOML; `{data}` is used and no folder was given.
     """
-    file = Path(path)
-    if not file.is_file():
-        shipped = resources.files("qe_edge") / "recipes"
-        file = Path(str(shipped / f"{path}.toml"))
-        if not file.is_file():
-            names = sorted(entry.name.removesuffix(".toml") for entry in shipped.iterdir())
-            raise NotFound(
-                f"no recipe {path}: neither a file nor one that ships, which are {', '.join(names)}"
-            )
+    file = recipe_file(path)
     try:
         text = file.read_text(encoding="utf-8-sig").replace("{builtin}", builtin_folder("").as_posix())
     except UnicodeDecodeError as error:

@@ -103,10 +103,6 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     logging_steps: Annotated[int, Size, said("Steps between entries of the log.", rare=True)] = 5
     tensorboard: Annotated[bool, said("Also log for TensorBoard.", rare=True)] = False
 
-    def passes(self, rows: int, processes: int) -> float:
-        """How often each of so many rows is trained on."""
-        return self.max_steps * self.batch_size * self.accumulate * processes / rows or self.epochs
-
 
 class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """SFT settings.

@@ -61,17 +61,15 @@ def dpo(
     encoded, dropped = encode_pairs(rows, spec, hugging_face(tokenizer), config.max_length)
     note(f"dpo: {len(encoded)} pairs from {len({r.query for r in rows})} queries{counted(dropped)}")
     sides = [row for pair in encoded for row in _rows(pair)]
-    lengths, answer = [len(row.ids) for row in sides], max(len(row.ids) - row.answer for row in sides)
+    longest, answer = max(len(row.ids) for row in sides), max(len(row.ids) - row.answer for row in sides)
     rank = 0 if trained.full else rank_of(adapter)
     needs = estimate(
         shape,
         config,
         on,
         rank=rank,
-        longest=max(lengths),
+        longest=longest,
         answer=answer,
-        tokens=sum(lengths),
-        epochs=config.passes(len(encoded), on.processes),
     )
     dev = load_dev(config, spec, tokenizer, on, workdir)
 

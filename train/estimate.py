@@ -1,8 +1,7 @@
-"""What a training will need, before its weights are loaded: memory and time."""
+"""What memory a training will need, before its weights are loaded."""
 
 from __future__ import annotations
 
-import time
 from typing import Any, NamedTuple
 
 import psutil
@@ -13,9 +12,6 @@ from qe_edge.train.config import DpoConfig, SftConfig
 from qe_edge.train.hardware import Hardware
 from qe_edge.train.lora import lora_config
 
-# The share of the device's matrix product rate that training reaches at best, as measured on a CPU with AVX2.
-# On one with AMX, where matrix products are many times as fast and nothing else is, it was about .06.
-EFFICIENCY = 0.35
 # TRL computes the output layer in tiles of so many tokens by so many vocabulary entries, of which a fused
 # kernel holds two in float32 at a time. On a CPU we hold so many bytes for each token of an answer and each
 # entry of the vocabulary: `compute_answers_alone` keeps logits and log-probabilities, and computes with both.
@@ -27,7 +23,7 @@ SURPLUS = {"cuda": 1.0, "cpu": 1.3}
 
 
 class Estimate(NamedTuple):
-    """Bytes of weights, of gradients and optimizer, and of activations; floating point operations in all.
+    """Bytes of weights, of gradients and optimizer, and of activations.
 
     On a CPU, weights include what the process holds already.
     """
@@ -35,7 +31,6 @@ class Estimate(NamedTuple):
     weights: int
     training: int
     activations: int
-    flops: float
 
     @property
     def memory_gb(self) -> float:
@@ -50,14 +45,11 @@ def estimate(
     rank: int,
     longest: int,
     answer: int,
-    tokens: int,
-    epochs: float = 1.0,
 ) -> Estimate:
-    """What training on rows of `tokens` tokens in all, `epochs` times, takes on one process.
+    """What a process needs for training.
 
-    The longest row has `longest` tokens, the longest answer `answer`.
-
-    `rank` is the adapter's, 0 for full fine-tuning.
+    The longest row has `longest` tokens, the longest answer `answer`. `rank` is the adapter's, 0 for full
+    fine-tuning.
     """
     rows = config.batch_size * (2 if isinstance(config, DpoConfig) else 1)
     width = config.max_length if isinstance(config, SftConfig) and config.packing else longest
@@ -79,15 +71,10 @@ def estimate(
     weights = (parameters - trained) * frozen_bytes + trained * 4
     training = trained * 12  # the gradient and Adam's two moments, in float32
     process = 0 if on.device == "cuda" else psutil.Process().memory_info().rss
-    passes = 4 if rank else 6  # 2 forward, 2 backward through the activations, 2 more to the weights
-    if config.checkpointing:
-        passes += 2
-    flops = passes * parameters * tokens * epochs
-    if isinstance(config, DpoConfig):
-        # TRL always copies an adapter for the reference; whole weights need no copy when they ran before.
-        weights += trained * 4 if rank or not config.precompute else 0
-        flops += 2 * parameters * tokens * (1 if config.precompute else epochs)
-    return Estimate(process + weights, training, int(activations * SURPLUS[on.device]), flops / on.processes)
+    # TRL always copies an adapter for the reference; whole weights need no copy when they ran before.
+    if isinstance(config, DpoConfig) and (rank or not config.precompute):
+        weights += trained * 4
+    return Estimate(process + weights, training, int(activations * SURPLUS[on.device]))
 
 
 def _parameters(model_config: Any, rank: int, on: Hardware) -> tuple[int, int]:
@@ -123,27 +110,10 @@ def _kept_by_layer(model_config: Any, rank: int, on: Hardware) -> int:
     return size * products + 4 * norms
 
 
-def matmul_rate(on: Hardware) -> float:
-    """Operations per second of one matrix product in the training's precision, measured now."""
-    torch = require("torch", "train")
-    dtype = getattr(torch, on.precision)
-    a, b = (torch.randn(2048, 2048, device=on.device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(times)
-
-
 def announce(label: str, needs: Estimate, on: Hardware) -> None:
     """Say what a training will need, and warn where the device hasn't got it."""
-    minutes, has = needs.flops / matmul_rate(on) / EFFICIENCY / 60, on.memory_gb()
-    how_long = f"{max(minutes, 1):.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-    note(
-        f"{label}: about {max(needs.memory_gb, 0.1):.1f} GB of memory and {how_long} or more "
-        f"on {on.name} in {on.precision}"
-    )
+    has = on.memory_gb()
+    note(f"{label}: about {max(needs.memory_gb, 0.1):.1f} GB of memory on {on.name} in {on.precision}")
     if needs.memory_gb > has:
         note(
             f"{label}: that is more than the {has:.1f} GB there are; if it fails, lower --batch-size and "

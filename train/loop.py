@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,6 +215,8 @@ def _callback_class() -> type:
             self.stopped = False
             self._bar: Any = None
             self._info = ""
+            self._began = 0.0
+            self._took: float | None = None  # seconds of the last step
 
         def __enter__(self) -> None:
             self._before = {number: signal.getsignal(number) for number in STOPS}
@@ -227,7 +230,8 @@ def _callback_class() -> type:
                 self._bar.__exit__(None, None, None)
 
         def _interrupt(self, *_: object) -> None:
-            note(f"{self.label}: stopping after this step (Ctrl-C again to stop at once)")
+            within = f", within about {self._took:.0f} s" if self._took and self._took >= 1 else ""
+            note(f"{self.label}: stopping after this step{within} (Ctrl-C again to stop at once)")
             self.stopped = True
             self._restore()
 
@@ -245,7 +249,11 @@ def _callback_class() -> type:
             if state.is_world_process_zero:
                 write_log(self.log, state.log_history)
 
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._began = time.monotonic()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._took = time.monotonic() - self._began
             self._advance(1, info=self._info)
             if self.stopped and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True

@@ -126,10 +126,10 @@ def describe(report: dict[str, Any]) -> str:
         _line(each["best"], "each query's best candidate"),
         _line(each["worst"], "each query's worst candidate"),
         f"candidates {report['candidates']}: {report['candidates_better_than_plain']} better than the plain "
-        f"query, {report['candidates_worse_than_plain']} worse; queries for which all are worse: "
-        f"{report['queries_where_every_candidate_hurts']}",
-        "gaps between a query's best and worst reward, and how many queries have them: "
-        + ", ".join(f"{label} ({count})" for label, count in report["gaps"].items() if count),
+        f"query, {report['candidates_worse_than_plain']} worse",
+        f"queries for which all are worse: {report['queries_where_every_candidate_hurts']}",
+        "gaps between a query's best and worst reward:",
+        *(f"  {label}: {count} queries" for label, count in report["gaps"].items() if count),
         f"queries without a pair: {report['queries_without_usable_pair']}",
     ]
     if report["dropped"]:

@@ -67,7 +67,7 @@ def sft(
     check_texts(spec, tokenizer, [(r.query, r.text) for r in rows if r.query.strip()][:CHECKED])
     encoded, dropped = encode_rows(rows, spec, hugging_face(tokenizer), config.max_length, config.tasks)
     note(f"sft: {len(encoded)} rows from {len({r.query for r in rows})} queries{counted(dropped)}")
-    lengths = [len(row["input_ids"]) for row in encoded]
+    longest = max(len(row["input_ids"]) for row in encoded)
     answer = max(len(row.ids) - row.answer for row in map(_row, encoded))
     full = config.tuning == "full"
     needs = estimate(
@@ -75,10 +75,8 @@ def sft(
         config,
         on,
         rank=0 if full else config.rank,
-        longest=max(lengths),
+        longest=longest,
         answer=answer,
-        tokens=sum(lengths),
-        epochs=config.passes(len(encoded), on.processes),
     )
     dev = load_dev(config, spec, tokenizer, on, workdir)
 

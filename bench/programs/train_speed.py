@@ -32,8 +32,8 @@ from qe_edge.bench.speed import peak_memory_mb
 from qe_edge.console import note
 from qe_edge.errors import QeEdgeError, require
 from qe_edge.train.config import DpoConfig, SftConfig
-from qe_edge.train.estimate import estimate, matmul_rate
-from qe_edge.train.hardware import hardware
+from qe_edge.train.estimate import estimate
+from qe_edge.train.hardware import Hardware, hardware
 from qe_edge.train.lora import lora_config
 from qe_edge.work.files import write_json
 from qe_edge.work.machine import usable_cores
@@ -190,7 +190,6 @@ def measure(task: Task) -> Measured:
         rank=RANK,
         longest=max(tokens) if task.method == "sft" else max(tokens) // 2,
         answer=EXPANSION + SPREAD,
-        tokens=sum(tokens),
     )
     with TemporaryDirectory() as folder:
         if task.way == "ours":
@@ -214,6 +213,19 @@ def measure(task: Task) -> Measured:
         device=on.name,
         precision=on.precision,
     )
+
+
+def matmul_rate(on: Hardware) -> float:
+    """Operations per second of one matrix product in the training's precision, measured now."""
+    torch = require("torch", "train")
+    dtype = getattr(torch, on.precision)
+    a, b = (torch.randn(2048, 2048, device=on.device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times)
 
 
 def _model(task: Task, dtype: Any, device: str) -> Any:

@@ -44,15 +44,24 @@ def run(
         str | None,
         typer.Option(envvar="OPENAI_BASE_URL", help="Where it is asked (default: on this machine)."),
     ] = None,
+    passages: Annotated[
+        int | None, typer.Option(min=1, help="Passages of the notes that get a query; 60 are a small try.")
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the recipe file, to make your own of it.")
+    ] = False,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
     """Run a recipe: pairs, SFT, DPO, merge, export, bench and report. Run again, it goes on."""
     from qe_edge.bench.report.report import report as draw
     from qe_edge.pipeline import run_recipe
-    from qe_edge.recipe import load_recipe, read_recipe
+    from qe_edge.recipe import load_recipe, read_recipe, recipe_file
     from qe_edge.retrieval.datasets import load_dataset
 
+    if show:
+        print(recipe_file(recipe).read_text(encoding="utf-8"), end="")
+        return
     work = Workdir(workdir)
     content = read_recipe(recipe, data=data)
     own, notes = "samples" in content, "notes" in content
@@ -60,8 +69,9 @@ def run(
         raise BadArgument(
             "this recipe makes its own data of a folder of notes: name that with --dataset alone"
         )
-    if model and not notes:
-        raise BadArgument("this recipe asks no model: leave --model out")
+    for name, value in {"model": model, "passages": passages}.items():
+        if value and not notes:
+            raise BadArgument(f"this recipe takes no notes and asks no model: leave --{name} out")
     if own and expansions:
         raise BadArgument("this recipe's student learns from its own texts: leave --expansions out")
     if dataset and not (expansions or own or notes):
@@ -75,7 +85,7 @@ def run(
     }
     if notes:
         asked = {"model": model, "endpoint": endpoint}
-        given |= {"notes": {"folder": dataset}, "queries": asked, "teach": asked}
+        given |= {"notes": {"folder": dataset}, "queries": asked | {"passages": passages}, "teach": asked}
     chosen = {name: {key: value for key, value in part.items() if value} for name, part in given.items()}
     out = run_recipe(load_recipe(recipe, data=data, given=chosen), workdir=work)
     html = draw([out["bench"]], out["bench"] / "report.html")

@@ -38,8 +38,9 @@ def verify(
     if read_record(exported).get("command") == "prune":
         found = verify_pruned(exported, source)
         text = (
-            f"{exported} answers as its source does: logits of {found['probes']} prompts differ by at most "
-            f"{found['max_logit_difference']:.0e} where a token stayed"
+            f"{exported} answers as its source does\n"
+            f"  logits of {found['probes']} prompts differ by at most {found['max_logit_difference']:.0e} "
+            "where a token stayed"
         )
     else:
         found = verify_export(exported, source)
@@ -59,9 +60,12 @@ def verify(
 
 def _closeness(exported: Path, found: dict[str, Any]) -> str:
     return (
-        f"{exported} answers as its source does: checksums right, token ids of "
-        f"{found['probes']} texts identical, logit cosine {found['logit_cosine']:.4f}, "
-        f"KL divergence {found['kl_divergence']:.4f} ({found['answer_divergence']:.4f} of answers), "
-        f"top-1 agreement {found['top1_agreement']:.0%}, "
-        f"greedy agreement {found['greedy_agreement']:.0%}"
+        f"{exported} answers as its source does\n"
+        f"  checksums      right\n"
+        f"  token ids      identical for {found['probes']} texts\n"
+        f"  logit cosine   {found['logit_cosine']:.4f}\n"
+        f"  KL divergence  {found['kl_divergence']:.4f} nats, {found['answer_divergence']:.4f} of answers\n"
+        f"  next token     the likeliest is the same at {found['top1_agreement']:.0%} of all places\n"
+        f"  greedy answer  the same for {found['greedy_agreement']:.0%} of its length, then another\n"
+        f"compared at {found['positions']} places of {found['queries']} queries' prompts and answers"
     )

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from results import bench
 
-from qe_edge import __version__
+from qe_edge import __version__, doctor
 from qe_edge.cli import app, main
 from qe_edge.errors import QeEdgeError, require
 from qe_edge.retrieval.datasets import builtin_folder
@@ -42,6 +42,16 @@ def test_doctor_names_machine_and_extras(qe_edge):
     assert code == 0
     assert "cores" in out
     assert "train     train students: ok" in out
+
+
+@pytest.mark.parametrize("amx", [None, "agrees", "differs", "dies"])
+def test_doctor_keeps_to_80_columns(amx, tmp_path):
+    found = doctor.look(tmp_path)
+    found["machine"]["amx"] = amx
+    lines = doctor.describe(found).splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert any(line.startswith("AMX") for line in lines) == (amx is not None)
+    assert any("--no-binary llama-cpp-python" in line for line in lines) == (amx == "dies")
 
 
 def test_json_is_exactly_one_object(qe_edge):

@@ -258,6 +258,7 @@ def test_a_cut_answer_ends_in_whole_characters(gguf, tiny_qwen3, engine):
 def test_without_a_terminal_long_work_says_where_it_is(monkeypatch, capsys):
     from qe_edge import console
 
+    monkeypatch.setattr(console, "FIRST", 0)
     monkeypatch.setattr(console, "SILENCE", 0)
     with console.progress("train sft", 10, done=4) as advance:
         advance(1, info="loss 1.234")
@@ -266,6 +267,11 @@ def test_without_a_terminal_long_work_says_where_it_is(monkeypatch, capsys):
     assert re.fullmatch(r"train sft: 5 of 10, 00:00 left, loss 1\.234", first)
     assert re.fullmatch(r"train sft: 7 of 10, 00:00 left", second)
     monkeypatch.setattr(console, "SILENCE", 60)
+    with console.progress("train sft", 10) as advance:
+        advance()
+        advance()
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(console, "FIRST", 60)
     with console.progress("train sft", 10) as advance:
         advance()
     assert capsys.readouterr().err == ""

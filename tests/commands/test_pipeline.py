@@ -8,9 +8,9 @@ from endpoint import serve
 
 from qe_edge import Expander
 from qe_edge.bench.result import read_result
-from qe_edge.errors import BadInput, NotFound, QeEdgeError
+from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.pipeline import run_recipe
-from qe_edge.recipe import load_recipe
+from qe_edge.recipe import load_recipe, recipe_file
 from qe_edge.records import Expansion, Pair, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import builtin_folder
 from qe_edge.student.spec import read_spec
@@ -257,11 +257,16 @@ PLANTS = {
 }
 
 
+def for_query(body) -> bool:
+    message = body["messages"][-1]["content"]
+    return "Write one short question" in message or "three to six words" in message
+
+
 def gardener(body) -> str:
     """Writes a query of a note, or expansions of one: only the second sample adds what the note says."""
     message = body["messages"][-1]["content"]
     plant = next(plant for plant in PLANTS if plant in message)
-    if "Write one short question" in message or "three to six words" in message:
+    if for_query(body):
         return f"what to know of a {plant} in the garden"
     return f"It is {PLANTS[plant]}." if body["seed"] else "It is what all gardens have: soil, sheds, fences."
 
@@ -285,8 +290,10 @@ def test_from_a_folder_of_notes_to_a_student_in_one_command(tiny_qwen3, tmp_path
     file.write_text(NOTES.format(student=tiny_qwen3.as_posix()))
     with serve(text=gardener) as endpoint:
         argv = ["run", str(file), "--dataset", str(notes), "--endpoint", endpoint.url, "--model", "big"]
+        argv += ["--passages", "11"]  # of 12
         app([*argv, "--json"], standalone_mode=False)
         asked = len(endpoint.requests)
+        assert sum(for_query(request) for request in endpoint.requests) == 11
         capsys.readouterr()
         app(argv, standalone_mode=False)  # nothing is asked or trained again
         assert len(endpoint.requests) == asked
@@ -297,6 +304,16 @@ def test_from_a_folder_of_notes_to_a_student_in_one_command(tiny_qwen3, tmp_path
     (result,) = (read_result(path.parent) for path in work.root.glob("bench/*/result.json"))
     assert result.datasets[0].info.name == "notes-synthetic@test"
     assert {"BM25", "SFT+DPO Q4_K_M", "big zero-shot"} <= {s.name for s in result.datasets[0].systems}
+
+
+def test_a_recipe_is_shown_as_it_is_written(capsys):
+    from qe_edge.cli import app
+
+    app(["run", "own-notes", "--show"], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert printed == recipe_file("own-notes").read_text() and "passages = 500" in printed
+    with pytest.raises(BadArgument, match="takes no notes and asks no model: leave --passages out"):
+        app(["run", "demo", "--passages", "5"], standalone_mode=False)
 
 
 def test_what_a_recipe_of_notes_lacks_is_said(tmp_path):

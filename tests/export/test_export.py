@@ -211,7 +211,9 @@ def test_verify_prints_what_it_found(
         main()
     assert end.value.code == 0
     printed = capsys.readouterr().out
-    assert "answers as its source does: checksums right, token ids of 14 texts identical" in printed
+    assert printed.startswith(f"{file} answers as its source does\n  checksums      right\n")
+    assert "\n  token ids      identical for 14 texts\n" in printed
+    assert max(map(len, printed.splitlines()[1:])) <= 80
     assert "nDCG@10 on 26 queries of demo-en@test: " in printed
 
 

@@ -141,7 +141,6 @@ def test_the_recipes_fit_their_gpu_by_the_estimate_and_train_alike(name, size):
             rank=of_sft.rank,
             longest=config.max_length,
             answer=128,
-            tokens=1,
         )
         assert 0.2 * size < needs.memory_gb < 0.8 * size
         assert config.batch_size * config.accumulate == rows
@@ -158,7 +157,7 @@ def test_the_estimate_counts_what_autograd_really_keeps(tiny_qwen3, precision, r
     shape = load_config(str(tiny_qwen3))
     shape.num_hidden_layers, shape.layer_types = 4, ["full_attention"] * 4
     on = CPU._replace(precision=precision)
-    needs = estimate(shape, SftConfig(batch_size=4), on, rank=rank, longest=100, answer=40, tokens=1000)
+    needs = estimate(shape, SftConfig(batch_size=4), on, rank=rank, longest=100, answer=40)
     model = AutoModelForCausalLM.from_config(shape, dtype=on.weights(full=not rank))
     if rank:
         model = peft.get_peft_model(model, lora_config(rank, rank))
@@ -183,7 +182,6 @@ def test_the_estimate_counts_what_autograd_really_keeps(tiny_qwen3, precision, r
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert needs.weights > 4 * parameters  # and what the process holds
     assert needs.training == 12 * trained
-    assert needs.flops == (4 if rank else 6) * parameters * 1000
     assert output.last_hidden_state.shape == (4, 100, 256)
 
 

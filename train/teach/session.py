@@ -97,8 +97,8 @@ def ask_all(
     if not pending:
         return outcome, None
     where = ask.endpoint or "this machine"
-    note(f"{ledger.command}: {len(pending)} of {len(plan)} {ledger.what} to ask of {ask.model} at {where}")
     teacher = teacher or open_teacher(ask, max_tokens=max_tokens)
+    note(f"{ledger.command}: {len(pending)} of {len(plan)} {ledger.what} to ask of {ask.model} at {where}")
     return outcome, asyncio.run(_Session(plan, ledger, teacher, outcome, ask).run(pending))
 
 
