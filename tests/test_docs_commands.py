@@ -31,7 +31,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         text = page.read_text(encoding="utf-8")
         for block in re.findall(r"^```(?:sh|console)\n(.*?)^```", text, re.M | re.S):
             for line in block.replace("\\\n", " ").splitlines():
-                line = re.sub(r"^(\$ )?(\w+=\S* )*", "", line)
+                line = re.sub(r"^(\$ )?(\w+=\S* )*| > \S+", "", line)
                 if re.match(r"qe-edge |python -m qe_edge", line):
                     yield f"{page.name}: {line.strip()[:70]}", shlex.split(line, comments=True)
 
