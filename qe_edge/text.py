@@ -8,10 +8,13 @@ as in Lucene's CJKAnalyzer, or jieba's words.
 from __future__ import annotations
 
 import re
+import runpy
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 from qe_edge.errors import BadArgument, require
 from qe_edge.records import Lang
@@ -89,9 +92,11 @@ def words_of(text: str, *, cjk: int = 2) -> list[str]:
 @cache
 def stop_words(*, more: bool = False) -> frozenset[str]:
     """English function words: Lucene's 33, or `more`."""
-    from bm25s.stopwords import STOPWORDS_EN, STOPWORDS_EN_PLUS
-
-    return frozenset(STOPWORDS_EN_PLUS if more else STOPWORDS_EN)
+    # bm25s's file of them alone: to import all of bm25s takes an app's first query half a second.
+    found = find_spec("bm25s")
+    assert found and found.origin
+    lists = runpy.run_path(str(Path(found.origin).with_name("stopwords.py")))
+    return frozenset(lists["STOPWORDS_EN_PLUS" if more else "STOPWORDS_EN"])
 
 
 def _english() -> Analyzer:

@@ -7,8 +7,6 @@ Each number of threads has a process of its own; queries come one at a time, the
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from typing import Annotated
@@ -17,6 +15,7 @@ import msgspec
 import numpy as np
 import typer
 
+from qe_edge.bench.child import in_child
 from qe_edge.retrieval.datasets import load_dataset
 from qe_edge.retrieval.index import Index
 from qe_edge.retrieval.prf import read_texts
@@ -28,6 +27,18 @@ from qe_edge.work.folder import Workdir
 PARTS = ("plain search", "prefill", "decode", "search", "read", "all")
 
 
+class Task(msgspec.Struct, frozen=True):
+    """What a child process measures; 0 threads stand for the default."""
+
+    model: str
+    reader: str
+    dataset: str
+    queries: int
+    budget: int
+    passages: int
+    threads: int
+
+
 def main(
     model: Annotated[str, typer.Argument(help="A student's GGUF.")],
     reader: Annotated[str, typer.Option(help="An encoder's GGUF.")],
@@ -36,41 +47,21 @@ def main(
     budget: Annotated[int, typer.Option(help="Tokens that are written at most.")] = 32,
     passages: Annotated[int, typer.Option()] = 10,
     threads: Annotated[list[int] | None, typer.Option(help="Repeat it; 0 is the default.")] = None,
-    child: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Print a table: milliseconds at the median and the 95th percentile."""
-    if child:
-        count = (threads or [0])[0]
-        print(msgspec.json.encode(measure(model, reader, dataset, queries, budget, passages, count)).decode())
-        return
     print(f"{model}, {reader}, {dataset}: {budget} tokens at most, {passages} passages; ms, p50 / p95\n")
     print("| threads |" + "".join(f" {part} |" for part in PARTS))
     print("| --: |" + " --: |" * len(PARTS))
     for count in threads or [0]:
-        command = [
-            sys.executable,
-            "-m",
-            __spec__.name,
-            model,
-            "--reader",
-            reader,
-            "--dataset",
-            dataset,
-            "--child",
-        ]
-        settings = {"queries": queries, "budget": budget, "passages": passages, "threads": count}
-        command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        found = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
-        times = msgspec.json.decode(found, type=dict[str, list[float]])
+        task = Task(model, reader, dataset, queries, budget, passages, count)
+        times = in_child(measure, task, what=f"of {count or 'free'} threads")
         cells = [np.percentile(times[part], [50, 95]) * 1000 for part in PARTS]
         print(f"| {count or 'free cores'} |" + "".join(f" {p50:.0f} / {p95:.0f} |" for p50, p95 in cells))
 
 
-def measure(
-    model: str, reader: str, dataset: str, queries: int, budget: int, passages: int, threads: int
-) -> dict[str, list[float]]:
+def measure(task: Task) -> dict[str, list[float]]:
     """Seconds of each part, by query."""
-    data = load_dataset(dataset)
+    data = load_dataset(task.dataset)
     index = Index.for_dataset(data, Workdir().root / "index")
     texts = read_texts(data, set(index.ids))
     searching = 0.0
@@ -78,16 +69,20 @@ def measure(
     def search(query: ExpandedQuery) -> list[str]:
         nonlocal searching
         start = time.perf_counter()
-        found = [texts[doc_id] for doc_id, _ in index.search(query.terms(index.meta.analyzer), passages)]
+        found = [texts[doc_id] for doc_id, _ in index.search(query.terms(index.meta.analyzer), task.passages)]
         searching += time.perf_counter() - start
         return found
 
     times: dict[str, list[float]] = defaultdict(list)
     expander = Expander.load(
-        model, reader=reader, threads=threads or None, budget_tokens=budget, passages=passages
+        task.model,
+        reader=task.reader,
+        threads=task.threads or None,
+        budget_tokens=task.budget,
+        passages=task.passages,
     )
     with expander:
-        for query in list(data.queries.values())[: queries + 1]:
+        for query in list(data.queries.values())[: task.queries + 1]:
             start, searching = time.perf_counter(), 0.0
             index.search_text(query, join=DEFAULT_JOIN)
             plain = time.perf_counter() - start
