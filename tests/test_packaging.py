@@ -18,7 +18,7 @@ HEAVY = ("torch", "transformers", "mlx", "mlx_lm", "llama_cpp", "trl", "datasets
         "import qe_edge, qe_edge.cli",
         "import qe_edge.train, qe_edge.export, qe_edge.bench, qe_edge.train.sft, qe_edge.bench.bench",
         "from typer.testing import CliRunner as R; from qe_edge.cli import app; R().invoke(app, ['--help'])",
-        "import qe_edge; qe_edge.ExpandedQuery('tides', 'moon', qe_edge.Join.parse('mass:1')).to_fts5()",  # of an app
+        "import qe_edge; qe_edge.ExpandedQuery('tides', 'moon', qe_edge.Join.parse('mass:1')).to_fts5()",
     ],
 )
 def test_starting_loads_nothing_heavy(code):
