@@ -147,11 +147,16 @@ def _load(name: str) -> Dataset:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """`NAME[@SPLIT]` -> name and split, or an empty one; a folder that exists is a name as it is."""
+    """`NAME[@SPLIT]` -> name and split, or an empty one; a folder that exists is a name as it is.
+
+    Folders and a split's file may hold an @, too: the last one behind a folder counts.
+    """
     if "@" not in name or Path(name).is_dir():
         return name, ""
-    base, _, split = name.rpartition("@")
-    return base, split
+    places = [at for at, letter in enumerate(name) if letter == "@"]
+    folders = [at for at in places if Path(name[:at]).is_dir()]
+    at = folders[-1] if folders else places[0] if name.endswith(".tsv") else places[-1]
+    return name[:at], name[at + 1 :]
 
 
 def load_folder(folder: Path, split: str = "") -> Dataset:

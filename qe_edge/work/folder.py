@@ -34,6 +34,11 @@ def user_folder() -> Path:
     return Path(typer.get_app_dir("qe-edge"))
 
 
+def is_numbered(out: Path) -> bool:
+    """Whether a path is one of a work folder's numbered runs, such as `…/sft/001`."""
+    return out.parent.name in _COMMAND and len(out.name) >= 3 and out.name.isdecimal()
+
+
 class Workdir:
     """The work folder. Nothing is created until something is written."""
 

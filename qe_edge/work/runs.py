@@ -10,13 +10,16 @@ from typing import Any
 
 import msgspec
 
-from qe_edge.console import is_main_process, json_bytes
+from qe_edge.console import is_main_process, json_bytes, note
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.redact import redact
 from qe_edge.work.files import MANIFEST, claim, publish, read_json, recover, remove, sha256, write_json
+from qe_edge.work.folder import is_numbered
 from qe_edge.work.machine import machine, versions
 
 SCHEMA_VERSION = 1
+# What must be the same for an interrupted run to be resumed.
+COMPARED = ("command", "settings", "inputs", "versions")
 
 
 def now() -> str:
@@ -79,41 +82,82 @@ def check_output(out: Path, command: str) -> None:
         raise BadArgument(f"{out} holds something other than `qe-edge {command}` made; choose a new folder")
 
 
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _mine(out: Path) -> bool:
+    """Whether this process has the folder, or gets it; of several of one training, the main one asks."""
+    return not is_main_process() or claim(out)
+
+
 class RunFolder:
     """The output folder of work that can be resumed: `<out>.partial` until it is whole, then `out`.
 
-    `work` matches the files that are worth resuming; a partial folder without any is simply replaced.
+    `work` matches the files that are worth resuming; a partial folder without any is simply replaced. Where
+    another run's work lies, a number that the work folder gave makes way: an interrupted run that was the
+    same is resumed under its own number, and any other one takes the next.
 
     Raises:
-        BadArgument: an interrupted run with other settings, inputs or versions lies there, or another process
-            is at work there.
+        BadArgument: `out` was named, and an interrupted run with other settings, inputs or versions lies
+            there; or another process is at work there.
     """
 
     work = "generated/*/*"
 
     def __init__(self, command: str, settings: dict[str, Any], inputs: dict[str, Path | str], out: Path):
-        check_output(out, command)
-        if is_main_process() and not claim(out):
-            raise BadArgument(f"another command is writing {out}; wait for it, or choose another folder")
-        self.out = out
-        self.partial = out.with_name(out.name + ".partial")
         # Through JSON, so that it compares equal with the record of an earlier, interrupted run.
         self.record = msgspec.json.decode(json_bytes(run_record(command, settings, inputs)))
         self.record["state"] = "running"
-        before = read_record(self.partial)
-        if before.get("state") == "finished":  # an old output, which a killed process had just replaced
-            remove(self.partial)
-            before = {}
-        compared = ("command", "settings", "inputs", "versions")
-        if before and (other := [key for key in compared if before.get(key) != self.record[key]]):
-            if any(self.partial.glob(self.work)):
-                raise BadArgument(
-                    f"{self.partial} holds an interrupted run with other {' and '.join(other)}; "
-                    "run it again as it was to finish it, or delete that folder"
-                )
+        if is_numbered(out):
+            out = self._place(out)
+        check_output(out, command)
+        if not _mine(out):
+            raise BadArgument(f"another command is writing {out}; wait for it, or choose another folder")
+        self.out, self.partial = out, _partial(out)
+        if other := self._other_work(out):
+            raise BadArgument(
+                f"{self.partial} holds an interrupted run with other {other}; "
+                "run it again as it was to finish it, or delete that folder"
+            )
+        if not self._is_same(self.partial):
             remove(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
         write_json(self.partial / MANIFEST, self.record)
+
+    def _place(self, out: Path) -> Path:
+        """A work folder's number, `out` or the next one that no other run holds.
+
+        To it comes what there is of the same run, interrupted before others took its number.
+        """
+        while out.exists() or not _mine(out) or self._other_work(out):
+            if other := self._other_work(out):
+                note(f"{_partial(out)} holds an interrupted run with other {other}; it stays there")
+            out = out.with_name(f"{int(out.name) + 1:03d}")
+        if is_main_process() and not self._is_same(_partial(out)):
+            for partial in sorted(out.parent.glob("*.partial")):
+                if (
+                    is_numbered(partial.with_suffix(""))
+                    and self._is_same(partial)
+                    and _mine(partial.with_suffix(""))
+                ):
+                    remove(_partial(out))
+                    partial.rename(_partial(out))
+                    break
+        return out
+
+    def _other_work(self, out: Path) -> str:
+        """In what an interrupted run there differs from this one, if it has work that is worth keeping."""
+        before = read_record(_partial(out))
+        # An old output, which a killed process had just replaced, is finished.
+        if not before or before.get("state") == "finished" or not any(_partial(out).glob(self.work)):
+            return ""
+        return " and ".join(key for key in COMPARED if before.get(key) != self.record[key])
+
+    def _is_same(self, partial: Path) -> bool:
+        """Whether the folder holds this run, interrupted."""
+        before = read_record(partial)
+        return all(before.get(key) == self.record[key] for key in (*COMPARED, "state"))
 
     def finish(self, **extra: Any) -> Path:
         """Complete the record and give the folder its name."""

@@ -298,6 +298,35 @@ def test_numbers_count_up_and_the_newest_is_the_highest(tmp_path):
     assert work.new("sft") == tmp_path / "sft" / "011"
 
 
+def test_a_numbered_run_makes_way_for_interrupted_work_and_resumes_its_own(tmp_path, capsys):
+    work, source = Workdir(tmp_path / "work"), tmp_path / "in.jsonl"
+    source.write_text("{}")
+
+    def begin(seed):
+        return RunFolder("train sft", {"seed": seed}, {"in": source}, work.new("sft"))
+
+    def leave_work(run):
+        (run.partial / "generated" / "x").mkdir(parents=True)
+        (run.partial / "generated" / "x" / f"{run.out.name}.jsonl").touch()
+
+    first = begin(1)
+    assert begin(1).partial == first.partial
+    leave_work(first)
+    source.write_text("{} ")
+    second = begin(1)
+    assert second.out == tmp_path / "work" / "sft" / "002"
+    told = capsys.readouterr().err
+    assert f"{first.partial} holds an interrupted run with other inputs; it stays there" in told
+    leave_work(second)
+    assert begin(2).finish() == tmp_path / "work" / "sft" / "003"
+    assert first.partial.is_dir() and second.partial.is_dir()
+    source.write_text("{}")
+    again = begin(1)  # as it was: its work comes to the newest number
+    assert again.out == tmp_path / "work" / "sft" / "004"
+    assert (again.partial / "generated" / "x" / "001.jsonl").is_file()
+    assert not first.partial.exists() and second.partial.is_dir()
+
+
 def test_a_run_folder_is_resumed_by_the_same_run_alone(tmp_path, monkeypatch):
     source = tmp_path / "in.jsonl"
     source.write_text("{}")
