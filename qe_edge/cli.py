@@ -78,7 +78,10 @@ def main() -> None:
     # As after Ctrl-C: children are ended, and what is half-written is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == 130:  # as Typer returns Ctrl-C
+            print("interrupted", file=sys.stderr)
+        sys.exit(code)
     except UsageError as error:  # it shows the usage, and the options that are like it
         error.show()
         if "--json" in sys.argv:

@@ -31,7 +31,7 @@ from qe_edge.train.base_model import untrained
 from qe_edge.train.config import DpoConfig, PairsConfig, SftConfig, TrainConfig
 from qe_edge.train.dpo import dpo
 from qe_edge.train.merge import merge
-from qe_edge.train.pairs import BEST, PAIRS, pairs
+from qe_edge.train.pairs import BEST, PAIRS, REPORT, pairs
 from qe_edge.train.sft import sft
 from qe_edge.train.synthetic.queries import write_queries
 from qe_edge.train.teach.config import TeachConfig
@@ -91,13 +91,14 @@ def from_notes(recipe: Recipe, workdir: Workdir) -> Recipe:
     made = make_collection(notes, folder, words=recipe.notes.words)
     note(f"notes: {made.passages:,} passages of {made.files:,} files in {folder}")
     outcome, report = write_queries(folder, recipe.queries, workdir=workdir)
-    if report is None:
-        raise QeEdgeError(f"{outcome.stopped or 'queries are missing'}; run it again: it goes on")
-    if not report.train or not report.test:
-        raise BadInput(
-            f"{report.train} queries to train on and {report.test} to test on are too few", path=folder
-        )
+    _complete(outcome)
+    assert report
+    dropped = ", ".join(f"{count} {why}" for why, count in report.dropped.items())
     note(f"queries: {report.train} to train on, {report.test} to test on; synthetic, as their judgments are")
+    if dropped:
+        note(f"queries: dropped {dropped}")
+    if not report.train or not report.test:
+        raise BadInput("has too few queries; ask about more passages, with --passages", path=folder)
     written = {}
     for split in ("train", "test"):
         data = load_dataset(f"{folder}@{split}")
@@ -117,9 +118,10 @@ def from_notes(recipe: Recipe, workdir: Workdir) -> Recipe:
 
 
 def _complete(outcome: Outcome) -> None:
-    """Raises QeEdgeError where answers are missing."""
-    if outcome.done < outcome.candidates:
-        raise QeEdgeError(f"{outcome.stopped or 'texts are missing'}; run it again: it goes on")
+    """Raises QeEdgeError where answers are missing, or Ctrl-C was meant for all that follows."""
+    if outcome.stopped or outcome.done < outcome.candidates:
+        why = outcome.stopped or f"{outcome.failed} requests got no answer"
+        raise QeEdgeError(f"{why}; run it again: it goes on")
 
 
 def _as(kind: Any, part: Any) -> Any:
@@ -174,6 +176,8 @@ class _Stages:
         config = _as(PairsConfig, part)
         make = partial(pairs, part.dataset, part.expansions, config, workdir=self.workdir)
         self.run(stage, part, inputs, make)
+        report = read_json(self.out[stage] / REPORT)
+        note(f"{stage}: {report['pairs']} pairs of {report['queries_with_pairs']} queries")
         return self.out[stage]
 
     def sft(self, part: SftPart) -> None:
@@ -238,7 +242,11 @@ class _Stages:
             note(f"{stage}: done before, in {before}")
             return key
         note(f"{stage}: started")
-        self.out[stage] = make()
+        try:
+            self.out[stage] = make()
+        except KeyboardInterrupt:
+            note(f"{stage}: interrupted; run it again: finished stages are kept, and this one goes on")
+            raise
         self.done[key] = str(self.out[stage])
         write_json(self.file, self.done)
         return key

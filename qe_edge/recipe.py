@@ -40,8 +40,10 @@ from qe_edge.train.config import DpoConfig, PairsConfig, SftConfig
 from qe_edge.train.synthetic.config import QueriesConfig
 from qe_edge.train.teach.config import TeachConfig
 
-NAME_NOTES = "; name your notes with --dataset, and who writes for them with --model, maybe --endpoint"
-NAME_YOURS = "; name your data with --dataset, --expansions and --test, or write it into the recipe"
+NAME_NOTES = (
+    "name your notes with --dataset, who writes for them with --model, and its server with --endpoint"
+)
+NAME_YOURS = "name your data with --dataset, --expansions and --test, or write it into the recipe"
 
 
 class SamplesPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -102,9 +104,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if own and (self.sft.expansions or pairs.expansions or pairs.dataset):
             raise ValueError("[samples] has datasets and makes expansions: [pairs] and [sft] name none then")
         if self.pairs and not own and not (pairs.dataset and pairs.expansions):
-            raise ValueError(f"[pairs] needs a dataset and expansions{NAME_YOURS}")
+            raise ValueError(f"[pairs] needs a dataset and expansions; {NAME_YOURS}")
         if not own and not self.sft.expansions:
-            raise ValueError(f"[sft] needs expansions{NAME_YOURS}")
+            raise ValueError(f"[sft] needs expansions; {NAME_YOURS}")
 
 
 def recipe_file(path: Path | str) -> Path:
@@ -163,10 +165,10 @@ def load_recipe(
     try:
         return msgspec.convert(content, Recipe)
     except msgspec.ValidationError as error:
-        hint = ""
         if "missing required field" in str(error):
             hint = NAME_NOTES if "notes" in content else NAME_YOURS
-        raise BadInput(f"not a valid recipe: {error}{hint}", path=path) from None
+            raise BadInput(f"{hint} ({error})", path=path) from None
+        raise BadInput(f"not a valid recipe: {error}", path=path) from None
 
 
 def check(recipe: Recipe) -> None:

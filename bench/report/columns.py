@@ -111,7 +111,7 @@ def narrow(dataset: DatasetResult) -> list[Column]:
 def notes(dataset: DatasetResult, columns: Sequence[Column]) -> list[str]:
     """What a reader of a table must know: its size, its teacher, its failures, and what its columns say."""
     keys = {column.key for column in columns}
-    lines = [caveat(len(dataset.queries))]
+    lines = [caveat(dataset.info.name, len(dataset.queries))]
     if "vs-bm25" in keys and any(system.p_vs_bm25 is not None for system in dataset.systems):
         lines.append(
             f"* p < {score(ALPHA).rstrip('0')} against BM25: paired randomization test, corrected by Holm "

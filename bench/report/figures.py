@@ -48,11 +48,19 @@ def with_interval(interval: Interval | None, write: Callable[[float], str]) -> s
     return f"{write(interval.mean)} {bounds(interval, write)}"
 
 
-def caveat(queries: int) -> str:
-    """How many queries there were, and what so few cannot show."""
+def caveat(name: str, queries: int) -> str:
+    """How many queries a data set has, and what so few, or a model's, cannot show."""
     text = f"{queries} {'query' if queries == 1 else 'queries'}, 95 % bootstrap intervals."
     if queries < FEW_QUERIES:
         text += " So few cannot tell small differences from chance: see the interval of “vs BM25”."
+    base, _, split = name.partition("@")
+    if base.endswith("-synthetic"):
+        text += (
+            " They are synthetic: a model wrote them, and those stayed whose passage a search finds, so BM25 "
+            "looks better here than it is."
+        )
+    if split.endswith("-synthetic"):
+        text += " The judgments are a model's grades."
     return text
 
 

@@ -87,7 +87,7 @@ def flags_of(kind: type[S], section: str, *, recipe: bool = False) -> Callable[.
         @functools.wraps(command)
         def run(**values: Any) -> None:
             given = {name: value for name in flags if (value := values.pop(name)) not in (None, [])}
-            given = {name: _parsed(name, hints[name], value) for name, value in given.items()}
+            given = {name: parsed(name, hints[name], value) for name, value in given.items()}
             shown = values.pop("print_config")
             values.pop("help_all", None)
             written = _read(values.pop("recipe"), section, values.pop("data")) if recipe else {}
@@ -171,7 +171,7 @@ def _bound(metas: list[Meta], which: str) -> Any:
     return next((value for meta in metas if (value := getattr(meta, which)) is not None), None)
 
 
-def _parsed(name: str, hint: Any, value: Any) -> Any:
+def parsed(name: str, hint: Any, value: Any) -> Any:
     """A flag's value as the field wants it: a list's parts may be separated by commas, a dict is JSON."""
     kind, _ = _unwrapped(hint)
     if get_origin(kind) is tuple and get_origin(_unwrapped(get_args(kind)[0])[0]) is Literal:

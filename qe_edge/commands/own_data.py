@@ -120,7 +120,8 @@ def data_judge(
         text = f"{outcome.done} grades in {file}, as {dataset.partition('@')[0]}@{file} judges with them"
         if found.pairs:
             text += f"\nagreement with the {found.pairs} known judgments among them: "
-            kappas = {"kappa": found.kappa, "relevant or not": found.kappa_binary, "tau": found.tau}
+            of_systems = f"tau of {len(found.systems)} systems"
+            kappas = {"kappa": found.kappa, "relevant or not": found.kappa_binary, of_systems: found.tau}
             text += ", ".join(f"{name} {value:.2f}" for name, value in kappas.items() if value is not None)
     emit_asked(
         json,
@@ -130,17 +131,18 @@ def data_judge(
         inputs={"dataset": str(data), "model": config.model, "endpoint": config.endpoint},
         artifacts={"judgments": file},
         metrics=msgspec.to_builtins(found) if found else {},
-        following=f"qe-edge bench --dataset {dataset.partition('@')[0]}@{file}",
+        following=f"qe-edge bench --dataset {dataset.partition('@')[0]}@{file} --measure Judged@10",
     )
 
 
 def _newest_runs(data: Dataset, workdir: Workdir) -> dict[str, Path]:
     """The runs of the newest bench, if it was on this data set."""
     try:
-        newest = workdir.newest("bench")
+        found = sorted(workdir.newest("bench").glob(f"runs/*-{data.fingerprint()[:8]}/*.trec"))
     except NotFound:
-        return {}
-    found = sorted(newest.glob(f"runs/*-{data.fingerprint()[:8]}/*.trec"))
+        found = []
     if found:
-        took("runs", newest)
+        took("runs", found[0].parents[2])
+    else:
+        note("runs: no bench of this data set is the newest, so BM25's and RM3's alone are graded")
     return {path.stem: path for path in found}

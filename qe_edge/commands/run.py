@@ -11,6 +11,7 @@ import typer
 
 from qe_edge.commands.bench import emit_bench
 from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption
+from qe_edge.commands.flags import parsed
 from qe_edge.errors import BadArgument
 from qe_edge.work.folder import Workdir
 
@@ -44,6 +45,9 @@ def run(
         str | None,
         typer.Option(envvar="OPENAI_BASE_URL", help="Where it is asked (default: on this machine)."),
     ] = None,
+    extra: Annotated[
+        str | None, typer.Option(help="More fields of its requests as JSON, as `teach --extra` takes them.")
+    ] = None,
     passages: Annotated[
         int | None, typer.Option(min=1, help="Passages of the notes that get a query; 60 are a small try.")
     ] = None,
@@ -69,7 +73,7 @@ def run(
         raise BadArgument(
             "this recipe makes its own data of a folder of notes: name that with --dataset alone"
         )
-    for name, value in {"model": model, "passages": passages}.items():
+    for name, value in {"model": model, "passages": passages, "extra": extra}.items():
         if value and not notes:
             raise BadArgument(f"this recipe takes no notes and asks no model: leave --{name} out")
     if own and expansions:
@@ -84,21 +88,25 @@ def run(
         "bench": {"datasets": test, "teachers": [str(file) for file in teacher or ()]},
     }
     if notes:
-        asked = {"model": model, "endpoint": endpoint}
+        fields = parsed("extra", dict[str, Any], extra) if extra else None
+        asked = {"model": model, "endpoint": endpoint, "extra": fields}
         given |= {"notes": {"folder": dataset}, "queries": asked | {"passages": passages}, "teach": asked}
     chosen = {name: {key: value for key, value in part.items() if value} for name, part in given.items()}
-    out = run_recipe(load_recipe(recipe, data=data, given=chosen), workdir=work)
+    loaded = load_recipe(recipe, data=data, given=chosen)
+    out = run_recipe(loaded, workdir=work)
     html = draw([out["bench"]], out["bench"] / "report.html")
     emit_bench(json, "run", out["bench"], report=html)
     if not json:
         exported = out.get("export dpo", out["export sft"])
         smallest = min(exported.glob("[!.]*.gguf"), key=lambda file: file.stat().st_size)
         program = "qe-edge" if shutil.which("qe-edge") else sys.argv[0]
-        question = '"why do my ears pop on a plane"'
+        question, searched = '"why do my ears pop on a plane"', "demo-en"
+        if loaded.notes:
+            question, searched = '"what you look for"', str(work.made_folder(Path(loaded.notes.folder)))
         print(
             f"model:  {smallest}\n\nNow try:\n"
             f"  {program} expand {question} --model {smallest}\n"
-            f"  {program} search {question} --refine --dataset demo-en --model {smallest}"
+            f"  {program} search {question} --refine --dataset {searched} --model {smallest}"
         )
 
 

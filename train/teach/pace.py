@@ -20,9 +20,10 @@ class Pace:
     """How many requests may be in flight at once, found as TCP finds its rate.
 
     It grows with every answer, doubling per round until the first "too many requests", by one per round
-    after it. At such an answer it halves, once for all requests that were in flight together, and all
-    requests wait, since a rate limit is the account's: as long as Retry-After says, else 1 second, doubling
-    while no answer comes.
+    after it; an answer that took long doesn't let it grow, since a small server keeps requests waiting. At
+    "too many requests" and at an answer that didn't come in time it halves, once for all requests that were
+    in flight together. At the former all requests wait, too, since a rate limit is the account's: as long as
+    Retry-After says, else 1 second, doubling while no answer comes.
     """
 
     def __init__(self, most: int):
@@ -61,11 +62,25 @@ class Pace:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.stopping.wait(), seconds)
 
-    def answered(self) -> None:
+    @property
+    def flying(self) -> int:
+        """Requests on their way."""
+        return self._flying
+
+    def answered(self, *, slowly: bool = False) -> None:
         """An answer came."""
         step = 1.0 if self._cut_at < 0 else 1.0 / self.allowed
-        self.allowed = min(float(self.most), self.allowed + step)
+        if not slowly:
+            self.allowed = min(float(self.most), self.allowed + step)
         self._backoff = SHORTEST_WAIT
+
+    def late(self, started: float) -> bool:
+        """No answer came in time; `started` is when the request went out. Returns whether it is news."""
+        if started <= self._cut_at:
+            return False
+        before, self.allowed = int(self.allowed), max(1.0, self.allowed / 2)
+        self._cut_at = time.monotonic()
+        return int(self.allowed) < before
 
     def throttled(self, started: float, retry_after: float | None) -> float:
         """The endpoint asked for less; `started` is when that request went out.

@@ -45,11 +45,13 @@ _SOON = re.compile(r"per.?(min|sec)|\b[RT]PM\b|(try.again|retry).{0,12}\bin\b|re
 
 
 class Unanswered(Exception):
-    """No usable answer this time. `throttled` says that the endpoint asked for fewer requests."""
+    """No usable answer this time: the endpoint asked for fewer requests (`throttled`), or was too `late`."""
 
-    def __init__(self, why: str, *, throttled: bool = False, retry_after: float | None = None):
+    def __init__(
+        self, why: str, *, throttled: bool = False, late: bool = False, retry_after: float | None = None
+    ):
         super().__init__(why)
-        self.throttled, self.retry_after = throttled, retry_after
+        self.throttled, self.late, self.retry_after = throttled, late, retry_after
 
 
 class Unanswerable(Exception):
@@ -85,6 +87,8 @@ def what_it_means(
         known = any(kind.search(words) for kind in (_OF_THE_REQUEST, _OF_THE_ACCOUNT, _OF_THE_SETTINGS))
         status = _code(said) or (400 if known else 502)
     stop = f"{where[0]} answers {status} for the model {where[1]!r}: {shown}"
+    if status == 404 and not where[0].rstrip("/").endswith("/v1"):
+        stop += " (the address of most servers ends in /v1)"
     if status < 500 and status not in _PASSING and _OF_THE_REQUEST.search(words):
         return Unanswerable(f"{status}: {shown}")
     if status == 429 and _is_spent(words, headers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import signal
 import time
@@ -14,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 
 from qe_edge.console import note, progress
-from qe_edge.errors import BadArgument, QeEdgeError
+from qe_edge.errors import BadArgument, NotFound, QeEdgeError
 from qe_edge.train.teach.address import read_key
 from qe_edge.train.teach.config import AskConfig
 from qe_edge.train.teach.ledger import Ledger, Row
@@ -22,8 +23,13 @@ from qe_edge.train.teach.pace import LONGEST_WAIT, Budget, Pace, Stopped
 from qe_edge.train.teach.refusals import Refused, Unanswerable, Unanswered
 from qe_edge.train.teach.teacher import Answer, EndpointTeacher, LocalTeacher, Request, Teacher
 
-# So many requests in a row that no attempt could save mean that the endpoint is down.
-GIVE_UP = 20
+# So many requests in a row that no attempt could save mean that the endpoint is down, or, before its first
+# answer, that it isn't there.
+GIVE_UP, GIVE_UP_FIRST = 20, 4
+# So many first answers without a word, each cut by its budget, are a model's that thinks before it writes.
+SILENT = 8
+# An answer that takes this share of its time limit came from a server that keeps requests waiting.
+SLOW = 0.25
 TOGETHER = 8  # answers of a local model: more bring little
 # Seconds in which the first answer must come: a wrong address is told at once, an outage waited for.
 FIRST_PATIENCE = 15.0
@@ -82,7 +88,10 @@ def open_local(ask: AskConfig, *, max_tokens: int) -> LocalTeacher:
     """The model on this machine."""
     if ask.extra:
         raise BadArgument("extra request fields go to an endpoint; a local model takes none")
-    return LocalTeacher(ask.model, max_tokens=max_tokens, parallel=min(ask.concurrency, TOGETHER))
+    try:
+        return LocalTeacher(ask.model, max_tokens=max_tokens, parallel=min(ask.concurrency, TOGETHER))
+    except NotFound as error:
+        raise NotFound(f"{error}; a server's model needs the server's address: --endpoint URL") from None
 
 
 def ask_all(
@@ -115,6 +124,7 @@ class _Session(Generic[J, R]):
         self.plan, self.ledger, self.teacher, self.outcome, self.ask = plan, ledger, teacher, outcome, ask
         self.workers = teacher.parallel if isinstance(teacher, LocalTeacher) else self.ask.concurrency
         self.pace = Pace(self.workers)
+        self.slow = math.inf if isinstance(teacher, LocalTeacher) else SLOW * ask.timeout  # seconds
         self.budget = Budget(
             tokens=self.ask.max_tokens_total,
             cost=self.ask.max_cost,
@@ -125,6 +135,7 @@ class _Session(Generic[J, R]):
         self.error: Exception | None = None
         self.problems: Counter[str] = Counter()
         self.failures_in_a_row = 0
+        self.silent = 0
         self.throttled = False
         self.refused: list[J] = []
 
@@ -160,7 +171,7 @@ class _Session(Generic[J, R]):
 
     def _interrupted(self, loop: asyncio.AbstractEventLoop) -> None:
         loop.remove_signal_handler(signal.SIGINT)
-        self._tell("waiting for the answers that are on their way (Ctrl-C again to stop at once)")
+        self._tell(f"waiting for {self.pace.flying} answers on their way (Ctrl-C again to stop at once)")
         self.stop("interrupted")
 
     async def _work(self, jobs: Iterator[J], advance: Any) -> None:
@@ -197,6 +208,13 @@ class _Session(Generic[J, R]):
         self._mark_refused()
         self.failures_in_a_row = 0
         self.outcome.asked += 1
+        self.silent += answer.finish_reason == "length" and not answer.text.strip()
+        if self.silent == self.outcome.asked == SILENT:
+            raise QeEdgeError(
+                f"the first {SILENT} answers are empty, as a model's that thinks until its budget ends: "
+                """switch that off in its server's words, such as """
+                """--extra '{"chat_template_kwargs": {"enable_thinking": false}}', or take another model"""
+            )
         self.outcome.prompt_tokens += answer.prompt_tokens or 0
         self.outcome.completion_tokens += answer.completion_tokens or 0
         self.budget.spend(answer.prompt_tokens, answer.completion_tokens, prompt_bytes)
@@ -225,7 +243,7 @@ class _Session(Generic[J, R]):
             try:
                 async with self.pace.slot() as started:
                     answer = await self.teacher.ask(request)
-                self.pace.answered()
+                self.pace.answered(slowly=time.monotonic() - started > self.slow)
                 return answer
             except Unanswered as error:
                 if error.throttled:
@@ -235,6 +253,8 @@ class _Session(Generic[J, R]):
                     if wait := self.pace.throttled(started, error.retry_after):
                         self._tell(f"the endpoint's rate limit holds everything back for {wait:.0f} s")
                     continue
+                if error.late and self.pace.late(started):
+                    self._tell(f"{error}, so only {int(self.pace.allowed)} requests are sent at once now")
                 since = since or started
                 failures += 1
                 patience = self.ask.patience if self.outcome.asked else min(self.ask.patience, FIRST_PATIENCE)
@@ -248,8 +268,8 @@ class _Session(Generic[J, R]):
         self.outcome.failed += 1
         self.failures_in_a_row += 1
         self._tell(f"no answer for {self.plan.name(job)}: {error}")
-        if self.failures_in_a_row >= GIVE_UP:
-            why = f"{GIVE_UP} requests in a row failed, the last with: {error}"
+        if self.failures_in_a_row >= (GIVE_UP if self.outcome.asked else GIVE_UP_FIRST):
+            why = f"{self.failures_in_a_row} requests in a row failed, the last with: {error}"
             self.stop(why, QeEdgeError(why))
 
     def _info(self) -> str:

@@ -101,11 +101,12 @@ class EndpointTeacher:
                     extra_body={name: value for name, value in body.items() if value is not None},
                 )
         except (TimeoutError, openai.APITimeoutError):
-            raise Unanswered(f"no answer within {self._timeout:g} s") from None
+            raise Unanswered(f"no answer within {self._timeout:g} s", late=True) from None
         except openai.APIStatusError as error:
             raise self._refusal(error.status_code, error.body, error.response, request) from None
         except openai.APIConnectionError as error:
-            raise Unanswered(f"connection failed: {self._secrets.hide(error.__cause__ or error)}") from None
+            why = self._secrets.hide(error.__cause__ or error)
+            raise Unanswered(f"no connection to {self._url}: {why}; is the server running?") from None
         try:
             content = _decode(response.http_response.content)
         except ValueError as error:  # not JSON, or not in UTF-8
