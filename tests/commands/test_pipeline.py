@@ -85,7 +85,7 @@ def test_expansions_alone_make_no_pairs(tmp_path):
     assert (loaded.pairs, loaded.sft.expansions) == (None, ("own.jsonl",))
     given["pairs"]["dataset"] = "demo-en@train"
     assert load_recipe(recipe, data=tmp_path, given=given).pairs.dataset == "demo-en@train"
-    with pytest.raises(BadInput, match=r"dataset.*name your data with --dataset"):
+    with pytest.raises(BadInput, match=r"name your data with --dataset.*\(.*dataset"):
         load_recipe("qwen3-0.6b-24gb", given={"pairs": {"expansions": ["own.jsonl"]}})
 
 

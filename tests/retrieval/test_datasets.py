@@ -5,7 +5,15 @@ import pytest
 
 from qe_edge.errors import BadInput, NotFound
 from qe_edge.records import Expansion, read_jsonl
-from qe_edge.retrieval.datasets import BUILTIN, builtin_folder, describe, load_dataset, load_queries, splits
+from qe_edge.retrieval.datasets import (
+    BUILTIN,
+    builtin_folder,
+    describe,
+    load_dataset,
+    load_queries,
+    split_name,
+    splits,
+)
 from qe_edge.retrieval.official import import_dataset
 
 
@@ -290,6 +298,8 @@ def test_hidden_files_are_no_data(folder, tmp_path):
 
 
 def test_what_exists_as_typed_wins_over_a_split(folder, tmp_path):
+    graded = "qe-edge-work/judged/demo-en@test/test-synthetic.tsv"  # as `data judge` names it
+    assert split_name(f"demo-en@{graded}") == ("demo-en", graded)
     drive = tmp_path / "GoogleDrive-me@example.org"
     drive.mkdir()
     moved = folder.rename(drive / "tiny")

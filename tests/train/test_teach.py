@@ -188,7 +188,7 @@ def test_a_refused_request_is_marked_and_not_sent_again(three, tmp_path, capsys,
 def test_when_every_request_is_refused_the_settings_are_wrong_and_nothing_is_marked(tmp_path):
     out = tmp_path / "out"
     with serve(lambda number, body: "400 prompt is too long") as endpoint:
-        with pytest.raises(QeEdgeError, match=r"20 requests in a row failed, .*prompt is too long"):
+        with pytest.raises(QeEdgeError, match=r"4 requests in a row failed, .*prompt is too long"):
             teach(many(), zero_shot(endpoint=endpoint.url), out=out)
         assert rows(out) == []
         endpoint.fault = lambda number, body: None
@@ -224,8 +224,33 @@ def test_hopeless_answers_stop_at_once(tmp_path, fault, kind, message):
 
 def test_an_endpoint_that_is_down_is_given_up(tmp_path):
     ask = {"endpoint": "http://127.0.0.1:9/v1", "patience": 1e-6}
-    with pytest.raises(QeEdgeError, match="20 requests in a row failed, the last with: connection failed"):
+    with pytest.raises(
+        QeEdgeError,
+        match="4 requests in a row failed, the last with: no connection to http://127.0.0.1:9/v1: ",
+    ):
         teach(many(), zero_shot(**ask), out=tmp_path / "out")
+
+
+def test_a_slow_endpoint_is_asked_for_less_at_once():
+    pace = Pace(16)
+    for _ in range(4):
+        pace.answered(slowly=True)
+    assert pace.allowed == 4
+    for _ in range(8):
+        pace.answered()
+    assert pace.allowed == 12
+    started = time.monotonic()
+    assert pace.late(started) and pace.allowed == 6
+    assert not pace.late(started) and pace.allowed == 6  # it flew together with the first
+    assert pace.late(time.monotonic()) and pace.allowed == 3
+
+
+def test_a_model_that_only_thinks_is_told_from_its_first_answers(tmp_path):
+    with serve(text=lambda body: "") as endpoint:
+        endpoint.finish_reason = "length"
+        outcome = teach(many(), zero_shot(endpoint=endpoint.url), out=tmp_path / "out")
+    assert "the first 8 answers are empty" in outcome.stopped and "enable_thinking" in outcome.stopped
+    assert len(endpoint.requests) < 48
 
 
 def test_a_rate_limit_lowers_the_number_at_once(tmp_path):
