@@ -59,5 +59,5 @@ def pairs(
         inputs={"dataset": dataset},
         artifacts={"folder": folder},
         metrics=report,
-        following=f"qe-edge train sft{accept}, then qe-edge train dpo",
+        following="qe-edge train sft" + "".join(f" --expansions {file}" for file in files) + accept,
     )

@@ -52,10 +52,16 @@ def teach(
         raise BadArgument("name the queries with --dataset or --queries, and the teacher with --model")
     config = settings.config()
     outcome = verb(data, config, out=out)
+    text = f"{outcome.done} of {outcome.candidates} candidates are in {out / EXPANSIONS}"
+    if outcome.problems.get("cut", 0) > outcome.asked / 4:
+        text += (
+            "\nmany were cut: ask with a larger --max-tokens, or have `pairs` and `train sft`\n"
+            "take them as they are, with --accept cut"
+        )
     emit_asked(
         json,
         "teach",
-        f"{outcome.done} of {outcome.candidates} candidates are in {out / EXPANSIONS}",
+        text,
         outcome,
         inputs={"dataset": str(data), "model": config.model, "endpoint": config.endpoint},
         artifacts={"expansions": out / EXPANSIONS},

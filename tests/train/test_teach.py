@@ -226,7 +226,7 @@ def test_an_endpoint_that_is_down_is_given_up(tmp_path):
     ask = {"endpoint": "http://127.0.0.1:9/v1", "patience": 1e-6}
     with pytest.raises(
         QeEdgeError,
-        match="4 requests in a row failed, the last with: no connection to http://127.0.0.1:9/v1: ",
+        match=r"4 requests in a row failed, the last with: no connection to http://127\.0\.0\.1:9/v1: ",
     ):
         teach(many(), zero_shot(**ask), out=tmp_path / "out")
 
