@@ -82,7 +82,7 @@ def source_of(exported: Path) -> Path:
     if record.get("command") == "prune":
         return Path(record["inputs"]["model"]["path"])
     if (exported / MANIFEST).is_file():
-        names = ", ".join(record.get("files", {}))
+        names = ", ".join(str(exported / name) for name in record.get("files", {}))
         raise BadArgument(f"{exported} is a whole export; verify one of its files: {names}")
     made_from = read_record(exported.parent).get("inputs", {}).get("model", {}).get("path")
     if not made_from:
