@@ -51,8 +51,8 @@ def verify(
         change = retrieval["difference"]
         text += (
             f"\nnDCG@10 on {retrieval['queries']} queries of {retrieval['dataset']}: "
-            f"{retrieval['before']:.3f} before, {retrieval['after']:.3f} after, difference "
-            f"{change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
+            f"{retrieval['before']:.3f} before, {retrieval['after']:.3f} after\n"
+            f"  difference {change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
         )
     following = f"qe-edge bench --dataset NAME@SPLIT --model {exported}"
     emit(json, "verify", text, inputs={"export": exported}, metrics=found, following=following)
