@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, get_args
 from qe_edge.bench.encoders import open_ranker
 from qe_edge.bench.result import Encoding, Speed
 from qe_edge.bench.speed import peak_memory_mb
-from qe_edge.console import shown
+from qe_edge.console import progress, shown
 from qe_edge.errors import BadArgument, NotFound
 from qe_edge.retrieval.datasets import Dataset
 from qe_edge.retrieval.dense import DenseIndex
@@ -111,17 +111,22 @@ class EncoderSystem:
         """Each ranking with its FIRST documents by the model; those below them stay below."""
         wanted = {doc_id for ranking in run.values() for doc_id, _ in ranking[:FIRST]}
         texts, found, times = read_texts(self._data, wanted), {}, []
-        for query_id, query in self._data.queries.items():
-            start = time.perf_counter()
-            first = [doc_id for doc_id, _ in run[query_id][:FIRST]]
-            scores = self._encoder.scores(query, [texts[i] for i in first])
-            order = sorted(range(len(first)), key=lambda i: -scores[i])
-            # What was not looked at follows, in its order.
-            least = float(min(scores, default=0.0)) - 1
-            below = [(doc_id, least - rank) for rank, (doc_id, _) in enumerate(run[query_id][FIRST:])]
-            found[query_id] = [(first[i], float(scores[i])) for i in order] + below
-            times.append(time.perf_counter() - start)
+        with progress(f"reranking {self._data}", len(self._data.queries)) as advance:
+            for query_id, query in self._data.queries.items():
+                start = time.perf_counter()
+                found[query_id] = self._reranked(query, run[query_id], texts)
+                times.append(time.perf_counter() - start)
+                advance()
         return found, self._speed(times)
+
+    def _reranked(self, query: str, ranking: Ranking, texts: Mapping[str, str]) -> Ranking:
+        first = [doc_id for doc_id, _ in ranking[:FIRST]]
+        scores = self._encoder.scores(query, [texts[i] for i in first])
+        order = sorted(range(len(first)), key=lambda i: -scores[i])
+        # What was not looked at follows, in its order.
+        least = float(min(scores, default=0.0)) - 1
+        below = [(doc_id, least - rank) for rank, (doc_id, _) in enumerate(ranking[FIRST:])]
+        return [(first[i], float(scores[i])) for i in order] + below
 
     def _speed(self, times: Sequence[float]) -> Speed:
         cuts = quantiles(times, n=20, method="inclusive") if len(times) > 1 else [times[0]] * 19
