@@ -86,6 +86,10 @@ def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def _next(out: Path) -> Path:
+    return out.with_name(f"{int(out.name) + 1:03d}")
+
+
 def _mine(out: Path) -> bool:
     """Whether this process has the folder, or gets it; of several of one training, the main one asks."""
     return not is_main_process() or claim(out)
@@ -95,12 +99,12 @@ class RunFolder:
     """The output folder of work that can be resumed: `<out>.partial` until it is whole, then `out`.
 
     `work` matches the files that are worth resuming; a partial folder without any is simply replaced. Where
-    another run's work lies, a number that the work folder gave makes way: an interrupted run that was the
-    same is resumed under its own number, and any other one takes the next.
+    another run's work lies at a work folder's number, this run takes the next free one. Work of the same run
+    that lies at another number is brought to this one's, and resumed.
 
     Raises:
-        BadArgument: `out` was named, and an interrupted run with other settings, inputs or versions lies
-            there; or another process is at work there.
+        BadArgument: `out` is no number of a work folder, and an interrupted run with other settings, inputs
+            or versions lies there; or another process is at work there.
     """
 
     work = "generated/*/*"
@@ -126,21 +130,16 @@ class RunFolder:
         write_json(self.partial / MANIFEST, self.record)
 
     def _place(self, out: Path) -> Path:
-        """A work folder's number, `out` or the next one that no other run holds.
-
-        To it comes what there is of the same run, interrupted before others took its number.
-        """
-        while out.exists() or not _mine(out) or self._other_work(out):
-            if other := self._other_work(out):
-                note(f"{_partial(out)} holds an interrupted run with other {other}; it stays there")
-            out = out.with_name(f"{int(out.name) + 1:03d}")
+        """A work folder's number, `out` or the next free one, with what the same run left at another."""
+        while other := self._other_work(out):
+            note(f"{_partial(out)} holds an interrupted run with other {other}; it stays there")
+            out = _next(out)
+            while out.exists() or not _mine(out):
+                out = _next(out)
         if is_main_process() and not self._is_same(_partial(out)):
             for partial in sorted(out.parent.glob("*.partial")):
-                if (
-                    is_numbered(partial.with_suffix(""))
-                    and self._is_same(partial)
-                    and _mine(partial.with_suffix(""))
-                ):
+                place = partial.with_suffix("")
+                if is_numbered(place) and self._is_same(partial) and _mine(place):
                     remove(_partial(out))
                     partial.rename(_partial(out))
                     break
