@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Event, Thread
 from typing import Any
 
 import msgspec
@@ -94,19 +95,34 @@ def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callabl
     """
     from tqdm import tqdm
 
-    shown = sys.stderr.isatty() and is_main_process()
+    bar_shown = sys.stderr.isatty() and is_main_process()
     start = time.monotonic()
-    tell, made = start + FIRST, 0
-    with tqdm(desc=description, total=total, initial=done, leave=False, disable=not shown) as bar:
+    made, known = 0, ""
+    ended = Event()
+
+    def tell() -> None:
+        """Also while a step lasts: one may take minutes, and the first one longest."""
+        wait = FIRST
+        while not ended.wait(wait):
+            took, wait = time.monotonic() - start, SILENCE
+            left = took * (total - done - made) / made if made else 0
+            when = f"{tqdm.format_interval(left)} left" if made else f"{tqdm.format_interval(took)} so far"
+            note(f"{description}: {done + made} of {total}, {when}{known and f', {known}'}")
+
+    with tqdm(desc=description, total=total, initial=done, leave=False, disable=not bar_shown) as bar:
 
         def advance(steps: int = 1, info: str = "") -> None:
-            nonlocal tell, made
+            nonlocal made, known
             bar.set_postfix_str(info, refresh=False)
             bar.update(steps)
-            made, now = made + steps, time.monotonic()
-            if not shown and now >= tell:
-                tell = now + SILENCE
-                left = tqdm.format_interval((total - done - made) * (now - start) / made)
-                note(f"{description}: {done + made} of {total}, {left} left{info and f', {info}'}")
+            made, known = made + steps, info
 
-        yield advance
+        teller = Thread(target=tell, name="qe-edge progress", daemon=True)
+        if not bar_shown:
+            teller.start()
+        try:
+            yield advance
+        finally:
+            ended.set()
+            if not bar_shown:
+                teller.join()  # nothing more is said of what has ended

@@ -6,12 +6,13 @@ const given = (value) => value !== null && value !== undefined;
 
 /** Why a query is not to be expanded; "" if it is. `scores` are those of the plain query, best first. */
 export function before(gate, query, { scores = [], languages = [] } = {}) {
+  const words = countWords(query);
+  if (given(gate.max_words) && !words) return "the query has no words";
   const found = detectLanguage(query);
   if (gate.same_language && languages.length && !languages.includes(found)) {
     const where = found === "other" ? "neither in Latin nor in Chinese letters" : `in ${found}`;
     return `the query is ${where}, the student writes ${languages.join(" and ")}`;
   }
-  const words = countWords(query);
   if (given(gate.max_words) && words > gate.max_words)
     return `the query has ${words} words, over ${gate.max_words}`;
   if (given(gate.clear_lead) && scores.length > 1 && scores[0] > 0) {

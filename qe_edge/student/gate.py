@@ -17,8 +17,8 @@ Words = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Thresholds beyond which an expansion is not used; None (or False) switches one off.
 
-    - `max_words`: a query of more words is a document, longer than any that was measured. A Han character
-      counts as a word.
+    - `max_words`: a query of more words is a document, longer than any that was measured, and one of none, such
+      as "?!", asks nothing. A Han character counts as a word.
     - `clear_lead`: one whose best plain BM25 score leads the second by this share of it has found its answer.
     - `min_new_words`: an expansion with fewer words that the query lacks is a copy of it, or empty.
     - `min_distinct`: one with a smaller share of different words among all its words repeats itself.
@@ -45,10 +45,13 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         `scores` are those that plain BM25 found for it, best first, and `languages` the student's, where
         they are known.
         """
+        words = count_words(query)
+        if self.max_words is not None and not words:
+            return "the query has no words"
         if self.same_language and languages and (found := detect_language(query)) not in languages:
             where = "neither in Latin nor in Chinese letters" if found == "other" else f"in {found}"
             return f"the query is {where}, the student writes {' and '.join(languages)}"
-        if self.max_words is not None and (words := count_words(query)) > self.max_words:
+        if self.max_words is not None and words > self.max_words:
             return f"the query has {words} words, over {self.max_words}"
         if self.clear_lead is not None and len(scores) > 1 and scores[0] > 0:
             lead = (scores[0] - scores[1]) / scores[0]

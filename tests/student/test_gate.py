@@ -13,6 +13,8 @@ def test_what_needs_no_expansion() -> None:
     assert gate.before("what is it that causes the tides") == "the query has 7 words, over 5"
     assert gate.before("月球引力潮") == ""
     assert gate.before("月球的引力潮") == "the query has 6 words, over 5"
+    assert gate.before("?! 🌊 --") == "the query has no words"
+    assert gate.before("c++") == gate.before("42") == ""
     assert gate.before("tides", [10.0, 5.1]) == ""
     assert gate.before("tides", [10.0, 5.0]) == "the plain query's best result leads by 50%"
     assert gate.before("tides", [10.0]) == gate.before("tides", []) == ""
