@@ -17,7 +17,7 @@ from qe_edge.export.config import ExportConfig
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.imatrix import Importance, calibration_rows, measure_importance
 from qe_edge.export.lineage import provenance, training_data, training_selection
-from qe_edge.export.mixed import choose_types
+from qe_edge.export.mixed import check_budget, choose_types
 from qe_edge.export.mlx import RECIPES, check_mlx, convert_mlx, low_bits
 from qe_edge.export.probes import Reference, load_reference
 from qe_edge.export.quantize import KINDS, MIXED, NEED_IMPORTANCE, bits_of, quantize_gguf
@@ -76,6 +76,8 @@ def export_model(
     _check_installed(formats, config.verify)
     source = Source(model)
     check_output(out, "export")
+    if config.mixed:
+        check_budget(source, _budget(config, source))
     if "mlx" in formats:
         for width in mlx_widths(config):
             check_mlx(source.config, width, config.mlx_group)
@@ -234,18 +236,11 @@ class _Export(NamedTuple):
         self.progress("measuring what each type does to the answers")
         rows, importance = self.calibration
         with TemporaryDirectory(dir=self.folder) as scratch:
-            budget = int(self._budget())
+            budget = _budget(self.config, self.source)
             types = choose_types(self.source, base, rows, importance, budget, Path(scratch))
         file = self.folder / "student-mixed.gguf"
         made(quantize_gguf(base, file, MIXED, importance=importance, types=types))
         return types
-
-    def _budget(self) -> float:
-        """Bytes of the mixed file."""
-        if self.config.budget_mb is not None:
-            return self.config.budget_mb * 1e6
-        assert self.config.target_bpw is not None
-        return self.source.parameters * self.config.target_bpw / 8
 
     def adapter(self, adapter: Path, base: Path) -> dict[str, Any]:
         """Write the adapter's GGUF; it is checked on the base model's, which isn't kept."""
@@ -278,6 +273,14 @@ class _Export(NamedTuple):
                 checks[target.name] = verify_mlx(target, self.reference)
             self.progress(_summary(target, checks))
         return checks
+
+
+def _budget(config: ExportConfig, source: Source) -> int:
+    """Bytes of the mixed file."""
+    if config.budget_mb is not None:
+        return int(config.budget_mb * 1e6)
+    assert config.target_bpw is not None
+    return int(source.parameters * config.target_bpw / 8)
 
 
 def mlx_widths(config: ExportConfig) -> list[int | None]:

@@ -47,6 +47,29 @@ class Effect(NamedTuple):
     divergence: float
 
 
+def check_budget(source: Source, budget: int) -> None:
+    """Refuse what not even the matrices fit into, before hours of work; `choose_types` knows to the byte.
+
+    Raises:
+        BadArgument: the budget, in bytes, is too small.
+    """
+    gguf = require("gguf", "llama")
+    kinds = gguf.GGMLQuantizationType
+
+    def smallest(rows: int, width: int) -> int:
+        # llama.cpp's fallback for rows that can't be cut into Q3_K's blocks of 256 (`tensor_type_fallback`).
+        kind = kinds[CANDIDATES[0]] if width % gguf.QK_K == 0 else kinds.IQ4_NL
+        values, size = gguf.GGML_QUANT_SIZES[kind]
+        return int(rows * -(-width // values) * size)
+
+    least = sum(smallest(*shape) for shape in source.shapes.values() if len(shape) == 2)
+    if budget < least:
+        raise BadArgument(
+            f"the budget of {budget / 1e6:.2f} MB is below {least / 1e6:.2f} MB, "
+            "which the matrices take at least"
+        )
+
+
 def choose_types(
     source: Source,
     base: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,17 @@ def test_what_is_no_better_than_llama_cpps_mixture_is_not_taken(
 
 
 def test_a_budget_below_the_least_is_refused(merged: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadArgument, match=r"0\.30 MB is below the least, \d\.\d+ MB"):
-        export_model(merged, tmp_path / "out", ExportConfig(formats=["gguf"], budget_mb=0.3))
+    said: list[str] = []
+    with pytest.raises(BadArgument, match=r"0\.05 MB is below \d\.\d+ MB, which the matrices take") as early:
+        export_model(
+            merged, tmp_path / "out", ExportConfig(formats=["gguf"], budget_mb=0.05), progress=said.append
+        )
+    assert said == []  # before anything was measured
+    least = float(re.findall(r"below (\d+\.\d+) MB", str(early.value))[0])
+    with pytest.raises(BadArgument, match="is below the least, ") as exact:
+        export_model(merged, tmp_path / "out", ExportConfig(formats=["gguf"], budget_mb=least + 0.01))
+    metadata = float(re.findall(r"least, (\d+\.\d+) MB", str(exact.value))[0]) - least
+    assert 0 < metadata < 0.5
     with pytest.raises(BadArgument, match="a mixed file needs an importance matrix"):
         export_model(merged, tmp_path / "out", ExportConfig(formats=["gguf"], budget_mb=3, no_calibrate=True))
     assert not (tmp_path / "out").exists()
