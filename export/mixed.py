@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from qe_edge.console import progress
 from qe_edge.errors import BadArgument, require
 from qe_edge.export.gguf import unpermute_rotary
 from qe_edge.export.imatrix import Importance
@@ -169,15 +170,17 @@ def measure_effects(
     effects: dict[str, list[Effect]] = {}
     for name, members in groups.items():
         effects[name] = [Effect({short: kinds[short] for short in members.values()}, own.groups[name], 0.0)]
-    for candidate in CANDIDATES:
-        file = _uniform(base, candidate, groups, importance, scratch)
-        found, matrices = sizes(file, groups), stored_in(file)
-        for name, members in groups.items():
-            types = {short: matrices[short].kind.name for short in members.values()}
-            if any(effect.types == types for effect in effects[name]):
-                continue  # it was too narrow for the candidate, and this is what it got before
-            student.replaced = unchanged | {own: matrices[short] for own, short in members.items()}
-            effects[name].append(Effect(types, found.groups[name], student.divergence() - before))
+    with progress("measuring types", len(CANDIDATES) * len(groups)) as advance:
+        for candidate in CANDIDATES:
+            file = _uniform(base, candidate, groups, importance, scratch)
+            found, matrices = sizes(file, groups), stored_in(file)
+            for name, members in groups.items():
+                types = {short: matrices[short].kind.name for short in members.values()}
+                # Where it was too narrow for the candidate, this is what it got before.
+                if all(effect.types != types for effect in effects[name]):
+                    student.replaced = unchanged | {own: matrices[short] for own, short in members.items()}
+                    effects[name].append(Effect(types, found.groups[name], student.divergence() - before))
+                advance()
     student.replaced = unchanged
     return effects
 

@@ -6,14 +6,16 @@ import codecs
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from qe_edge.redact import redact
+
+T = TypeVar("T")
 
 FIRST, SILENCE = 10, 60  # seconds until the first word, and without another one, where no bar is drawn
 
@@ -88,10 +90,11 @@ def quiet_transformers() -> None:
 
 
 @contextmanager
-def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
+def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[Callable[..., None]]:
     """A progress bar with rate and time left; where there is no terminal, a line soon, and then one a minute.
 
-    Yields `advance(steps=1, info="")`; `done` steps count as already made and not into the rate.
+    Yields `advance(steps=1, info="")`; `done` steps count as already made and not into the rate. A `total`
+    that nobody knows is None.
     """
     from tqdm import tqdm
 
@@ -105,9 +108,14 @@ def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callabl
         wait = FIRST
         while not ended.wait(wait):
             took, wait = time.monotonic() - start, SILENCE
-            left = took * (total - done - made) / made if made else 0
-            when = f"{tqdm.format_interval(left)} left" if made else f"{tqdm.format_interval(took)} so far"
-            note(f"{description}: {done + made} of {total}, {when}{known and f', {known}'}")
+            if total is None:
+                where, when = f"{made}", f"{tqdm.format_interval(took)} so far"
+            elif made:
+                left = took * (total - done - made) / made
+                where, when = f"{done + made} of {total}", f"{tqdm.format_interval(left)} left"
+            else:
+                where, when = f"{done} of {total}", f"{tqdm.format_interval(took)} so far"
+            note(f"{description}: {where}, {when}{known and f', {known}'}")
 
     with tqdm(desc=description, total=total, initial=done, leave=False, disable=not bar_shown) as bar:
 
@@ -126,3 +134,11 @@ def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callabl
             ended.set()
             if not bar_shown:
                 teller.join()  # nothing more is said of what has ended
+
+
+def counting(items: Iterable[T], advance: Callable[[int], None]) -> Iterator[T]:
+    """The items, `advance` being called after each thousand: there may be millions."""
+    for number, item in enumerate(items, 1):
+        yield item
+        if number % 1000 == 0:
+            advance(1000)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from qe_edge.console import shown
+from qe_edge.console import counting, progress, shown
 from qe_edge.errors import BadInput, NotFound, QeEdgeError, require
 from qe_edge.lines import read_lines
 from qe_edge.records import Document, Lang, Query, numbered_jsonl, read_jsonl
@@ -92,8 +92,9 @@ class Dataset:
         if self.identity and memo.is_file() and (known := read_json(memo).get(self.identity)):
             return str(known)
         digest = hashlib.sha256()
-        for document in self.documents():
-            digest.update(msgspec.json.encode(document))
+        with progress(f"reading {self.name}", None) as advance:
+            for document in counting(self.documents(), advance):
+                digest.update(msgspec.json.encode(document))
         if self.identity:
             with suppress(QeEdgeError, OSError):  # it saves time only
                 found = read_json(memo) if memo.is_file() else {}

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from qe_edge.arguments import check_whole
+from qe_edge.console import counting, progress
 from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.retrieval.datasets import Dataset
 from qe_edge.retrieval.postings import DATA, ROWS, STARTS, Strings, write_postings
@@ -106,9 +107,10 @@ class Index:
         get_analyzer(analyzer)
         folder = cache / f"{dataset.collection_hash()[:16]}-{analyzer}-v{FORMAT}"
         if not folder.exists():
-            with atomic_path(folder) as partial:
+            with atomic_path(folder) as partial, progress(f"indexing {dataset.name}", None) as advance:
                 partial.mkdir()
-                cls.write(dataset.documents(), partial, analyzer=analyzer, workers=usable_cores())
+                documents = counting(dataset.documents(), advance)
+                cls.write(documents, partial, analyzer=analyzer, workers=usable_cores())
         return cls.open(folder)
 
     @classmethod

@@ -17,8 +17,8 @@ Words = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Thresholds beyond which an expansion is not used; None (or False) switches one off.
 
-    - `max_words`: a query of more words is a document, longer than any that was measured, and one of none, such
-      as "?!", asks nothing. A Han character counts as a word.
+    - `max_words`: a query of more words is a document, longer than any that was measured, and one of none,
+      such as "?!", asks nothing. A Han character counts as a word.
     - `clear_lead`: one whose best plain BM25 score leads the second by this share of it has found its answer.
     - `min_new_words`: an expansion with fewer words that the query lacks is a copy of it, or empty.
     - `min_distinct`: one with a smaller share of different words among all its words repeats itself.

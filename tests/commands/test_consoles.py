@@ -275,9 +275,12 @@ def test_without_a_terminal_long_work_says_where_it_is(monkeypatch, capsys):
     capsys.readouterr()
     time.sleep(0.3)
     assert capsys.readouterr().err == ""  # it has ended
+    with console.progress("indexing", None) as advance:
+        assert list(console.counting(range(2500), advance)) == list(range(2500))
+        comes(r"indexing: 2000, \d\d:\d\d so far")
     monkeypatch.setattr(console, "SILENCE", 60)
     with console.progress("train sft", 10) as advance:
-        comes(r"train sft: 0 of 10, 00:00 so far")
+        comes(r"train sft: 0 of 10, \d\d:\d\d so far")
         advance()
         time.sleep(0.3)
     assert capsys.readouterr().err == ""
