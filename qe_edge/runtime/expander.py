@@ -204,7 +204,7 @@ class Expander:
         """Expand a query with the passages that the plain one found, best first; the student writes nothing.
 
         The reader weighs the beginnings of the first few, at most the expander's `passages` (see
-        `qe_edge.student.feedback`). At `deadline_ms` those count that were read by then, three or so at a
+        `qe_edge.student.feedback`). At `deadline_ms` those count that were read by then, one or two at a
         time. `scores` are plain BM25's, for the gate.
 
         Raises:
