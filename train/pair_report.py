@@ -117,10 +117,10 @@ def describe(report: dict[str, Any]) -> str:
     queries, plain = report["queries_with_candidates"], report["plain query"]
     each = report["candidates_of_each_query"]
     lines = [
-        f"nDCG@10 of {queries} queries, and against the plain query (95 % intervals)",
-        f"  {plain['ndcg@10']:.3f}                          plain query, the best of {plain['best_of']}",
+        f"nDCG@10 of {queries} queries; gain over the plain query [95 %]; best for how many",
+        f"  {plain['ndcg@10']:.3f}                          plain query, best for {plain['best_of']}",
         *(
-            _line(row, f"{origin}, the best of {row['best_of']}{_some(row, queries)}")
+            _line(row, f"{origin}, best for {row['best_of']}{_some(row, queries)}")
             for origin, row in report["origins"].items()
         ),
         _line(each["best"], "each query's best candidate"),
