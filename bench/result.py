@@ -23,7 +23,8 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Rates are totals over totals after one warm-up query; a cold start is `load_s` apart.
     `mean_tokens` counts what the model wrote per query. `decode_tokens_per_s` is None where it only read
     (feedback), `prefill_tokens_per_s` where an encoder read, `threads` where the engine takes no such setting
-    (MLX), and `joules_per_query` where the machine doesn't tell what it uses (see `EnergyMeter`).
+    (MLX), and `joules_per_query` where the machine doesn't tell what it uses (see `EnergyMeter`). Where
+    nobody chose `threads`, there were fewer whenever other processes were at work.
     """
 
     engine: str

@@ -172,7 +172,7 @@ def work(task: Task) -> Loaded:
     expander = Expander.load(
         task.model,
         engine=task.engine,
-        threads=task.threads or usable_cores(),  # what is reported
+        threads=task.threads,
         budget_tokens=task.max_tokens,
         passages=task.read.passages if task.read else None,
         reader=task.read.reader if task.read else None,

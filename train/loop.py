@@ -255,7 +255,9 @@ def _callback_class() -> type:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self._took = time.monotonic() - self._began
             self._advance(1, info=self._info)
-            if self.stopped and state.global_step < state.max_steps:
-                control.should_save = control.should_training_stop = True
+            if state.global_step == state.max_steps:
+                control.should_log = True  # a short training, too, has a loss to tell
+            elif self.stopped:
+                control.should_log = control.should_save = control.should_training_stop = True
 
     return Watch

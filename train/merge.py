@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -14,9 +16,13 @@ from qe_edge.work.files import MANIFEST, atomic_path, write_json
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import check_output, run_record
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PROBES = ("what causes tides", "how long does bread keep", "2023 tax rate")
-# A merged weight is rounded once more, to the base's precision; bf16 keeps 8 bits.
-MIN_COSINE = 0.999
+# Merging itself is exact but for float32's rounding. What is saved is rounded to the base's precision. bf16
+# keeps 8 bits: what it changes in a student of 135M takes the cosine to .999 and sometimes below.
+MIN_COSINE, MIN_ROUNDED = 0.99999, 0.99
 
 
 def merge(adapter: Path, *, join: Join | None = None, out: Path | None = None, workdir: Workdir) -> Path:
@@ -27,7 +33,7 @@ def merge(adapter: Path, *, join: Join | None = None, out: Path | None = None, w
     `join` sets the join that travels with the student, for instance one chosen on a dev set.
 
     Raises:
-        QeEdgeError: the merged model's logits differ from those of base + adapter.
+        QeEdgeError: the merged model's logits, in float32 or as it is saved, differ from base + adapter's.
     """
     torch = require("torch", "train")
     trained = open_trained(adapter)
@@ -42,16 +48,20 @@ def merge(adapter: Path, *, join: Join | None = None, out: Path | None = None, w
     with torch.inference_mode():
         before = [model(ids).logits[0, -1] for ids in probes]
         merged = model if trained.full else model.merge_and_unload(safe_merge=True)
+        exact = [merged(ids).logits[0, -1] for ids in probes]
         # Rounded to what is saved, and compared in float32: arithmetic in bf16 would drown the difference.
         merged = merged.to(precision).float()
         after = [merged(ids).logits[0, -1] for ids in probes]
-    cosine = min(
-        float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for a, b in zip(before, after, strict=True)
-    )
-    if not cosine >= MIN_COSINE:
-        raise QeEdgeError(
-            f"the merged model's logits differ from base + adapter (cosine {cosine:.5f}); nothing was written"
-        )
+    cosine = _cosine(before, after)
+    for found, least, what in (
+        (_cosine(before, exact), MIN_COSINE, "merged"),
+        (cosine, MIN_ROUNDED, f"merged and saved as {str(precision).removeprefix('torch.')}"),
+    ):
+        if not found >= least:
+            raise QeEdgeError(
+                f"{what}, the model's logits differ from base + adapter (cosine {found:.5f}, below {least}); "
+                "nothing was written"
+            )
     checks = {
         "logit_cosine": round(cosine, 6),
         "max_logit_difference": round(
@@ -66,3 +76,10 @@ def merge(adapter: Path, *, join: Join | None = None, out: Path | None = None, w
             run_record("merge", settings, {"adapter": adapter}, base=trained.base, checks=checks),
         )
     return out
+
+
+def _cosine(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """The least of the pairs'."""
+    torch = require("torch", "train")
+    pairs = zip(some, others, strict=True)
+    return min(float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for a, b in pairs)

@@ -129,7 +129,11 @@ def describe(report: dict[str, Any]) -> str:
         f"query, {report['candidates_worse_than_plain']} worse",
         f"queries for which all are worse: {report['queries_where_every_candidate_hurts']}",
         "gaps between a query's best and worst reward:",
-        *(f"  {label}: {count} queries" for label, count in report["gaps"].items() if count),
+        *(
+            f"  {label}: {count} {'query' if count == 1 else 'queries'}"
+            for label, count in report["gaps"].items()
+            if count
+        ),
         f"queries without a pair: {report['queries_without_usable_pair']}",
     ]
     if report["dropped"]:

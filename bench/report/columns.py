@@ -113,10 +113,9 @@ def notes(dataset: DatasetResult, columns: Sequence[Column]) -> list[str]:
     keys = {column.key for column in columns}
     lines = [caveat(dataset.info.name, len(dataset.queries))]
     if "vs-bm25" in keys and any(system.p_vs_bm25 is not None for system in dataset.systems):
-        lines.append(
-            f"* p < {score(ALPHA).rstrip('0')} against BM25: paired randomization test, corrected by Holm "
-            f"over {len(dataset.systems) - 1} systems."
-        )
+        others = len(dataset.systems) - 1
+        corrected = f", corrected by Holm over {others} systems" if others > 1 else ""
+        lines.append(f"* p < {score(ALPHA).rstrip('0')} against BM25: paired randomization test{corrected}.")
     if any(key.endswith("-tokens") for key in keys):
         lines.append(f"N tokens: {dataset.measure} when each expansion ends after so many.")
     if dataset.teacher is not None and "of-teacher" in keys:

@@ -102,7 +102,7 @@ export class Student {
     if (reason) return plain(reason);
     if (this.reader.knows && !(await this.reader.knows(cleaned))) return plain("the reader doesn't know the query's letters");
     const heads = new Set(passages.slice(0, settings.passages).map((passage) => beginning(settings, passage)));
-    if (![...heads].some(Boolean)) return plain("the search found nothing to read");
+    if (![...heads].some(Boolean)) return plain("there was no passage to read");
     const known = new Set(wordsOf(query));
     const fresh = new Set([...heads].flatMap((head) => wordsOf(head)).filter((word) => !known.has(word))).size;
     if (this.gate.min_new_words !== null && fresh < this.gate.min_new_words)

@@ -148,8 +148,8 @@ class OneByOne:
 
 
 READ = 512  # tokens that a prompt may have where it is only read
-# Prompts, and tokens of several, that are computed at a time: a deadline is looked at in between. Beside other
-# work, 256 took as long for ten passages, and let a query that came meanwhile wait 3.7 s instead of 1.4.
+# Prompts, and tokens of several, that are computed at a time: a deadline is looked at in between. Beside
+# other work, 256 took as long for ten passages, and let a query that came meanwhile wait 3.7 s, not 1.4.
 PROMPTS, TOGETHER = 32, 128
 
 

@@ -120,10 +120,8 @@ def _read(recipe: str | None, section: str, data: Path | None) -> dict[str, Any]
 
 def _flag(name: str, hint: Any, default: Any) -> inspect.Parameter | None:
     kind, metas = _unwrapped(hint)
-    extra: dict[str, Any] = {}
-    for meta in metas:
-        extra |= meta.extra or {}
-    own_name = extra.get("flag", f"--{name.replace('_', '-')}")
+    extra = _extra(metas)
+    own_name = _own_name(name, extra)
     if not own_name:
         return None
     settings: dict[str, Any] = {"help": next(meta.description for meta in metas if meta.description)}
@@ -150,6 +148,14 @@ def _flag(name: str, hint: Any, default: Any) -> inspect.Parameter | None:
     return _keyword(name, Annotated[kind | None, option], None)
 
 
+def _extra(metas: list[Meta]) -> dict[str, Any]:
+    return {key: value for meta in metas for key, value in (meta.extra or {}).items()}
+
+
+def _own_name(name: str, extra: dict[str, Any]) -> str:
+    return str(extra.get("flag", f"--{name.replace('_', '-')}"))
+
+
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
@@ -173,14 +179,20 @@ def _bound(metas: list[Meta], which: str) -> Any:
 
 def parsed(name: str, hint: Any, value: Any) -> Any:
     """A flag's value as the field wants it: a list's parts may be separated by commas, a dict is JSON."""
-    kind, _ = _unwrapped(hint)
-    if get_origin(kind) is tuple and get_origin(_unwrapped(get_args(kind)[0])[0]) is Literal:
-        return [part.strip() for one in value for part in one.split(",")]
+    kind, metas = _unwrapped(hint)
+    flag = _own_name(name, _extra(metas))
+    if get_origin(kind) is tuple and get_origin(choices := _unwrapped(get_args(kind)[0])[0]) is Literal:
+        parts = [part.strip() for one in value for part in one.split(",")]
+        if unknown := [part for part in parts if part not in get_args(choices)]:
+            raise BadArgument(
+                f"{flag}: unknown {', '.join(unknown)}; choose from: {', '.join(get_args(choices))}"
+            )
+        return parts
     if get_origin(kind) is dict:
         try:
             return msgspec.json.decode(value, type=dict[str, Any])
         except msgspec.MsgspecError as error:
-            raise BadArgument(f"--{name} must be a JSON object: {error}") from None
+            raise BadArgument(f"{flag} must be a JSON object: {error}") from None
     return value
 
 

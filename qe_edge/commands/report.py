@@ -70,4 +70,13 @@ def report(
         text = "\n".join(f"### {name}\n\n{table}" for name, table in tables)
     if latex:
         text = "\n".join(latex_table(data, shown) for result in read for data in result.datasets)
-    emit(json, "report", text, inputs={"results": [str(r) for r in results]}, artifacts=artifacts)
+    tables = markdown or latex
+    emit(
+        json,
+        "report",
+        text,
+        inputs={"results": [str(r) for r in results]},
+        artifacts=artifacts,
+        metrics={"tables": text} if tables else {},
+        following="" if tables else f"python -m webbrowser {artifacts['report']}",
+    )

@@ -129,12 +129,15 @@ def ratio_interval(
     With a denominator that is near zero in some resamples (a teacher that hardly beats BM25), the
     ratio has no useful interval.
     """
-    bottom = mean_interval(denominator, seed=seed)
-    if bottom.low <= 0:
+    if mean_interval(denominator, seed=seed).low <= 0:
         return None
-    return _bootstrap(
-        [np.asarray(numerator), np.asarray(denominator)], lambda x, y: x.mean(axis=-1) / y.mean(axis=-1), seed
-    )
+    samples = [np.asarray(numerator, float), np.asarray(denominator, float)]
+    # A resample may still have drawn nothing but zeros: its ratio counts as infinite, also where it is 0 / 0.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = _bootstrap(
+            samples, lambda x, y: np.nan_to_num(x.mean(axis=-1) / y.mean(axis=-1), nan=np.inf), seed
+        )
+    return found if np.isfinite([found.low, found.high]).all() else None
 
 
 def _bootstrap(samples, statistic, seed: int) -> Interval:  # type: ignore[no-untyped-def]

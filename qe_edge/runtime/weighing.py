@@ -73,7 +73,7 @@ class Weighing(Pending):
         if not self._reader.knows(self._cleaned):
             return "the reader doesn't know the query's letters"
         if not any(heads):
-            return "the search found nothing to read"
+            return "there was no passage to read"
         new = {word for head in heads for word in words_of(head)} - set(words_of(self._written.query))
         if self._gate.min_new_words is not None and len(new) < self._gate.min_new_words:
             return "what the search found adds nothing to it"

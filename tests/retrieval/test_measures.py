@@ -1,3 +1,5 @@
+import warnings
+
 import ir_measures
 import numpy as np
 import pytest
@@ -55,6 +57,14 @@ def test_a_ratio_resamples_its_queries_together():
 
 def test_a_ratio_to_nothing_has_no_interval():
     assert ratio_interval([0.1, 0.2], [0.1, -0.1]) is None
+
+
+def test_a_ratio_bears_resamples_in_which_the_teacher_finds_nothing():
+    few = [0.0] * 7 + [1.0] * 4  # seven in a thousand
+    with warnings.catch_warnings(action="error"):
+        assert ratio_interval(few, few) == Interval(1.0, 1.0, 1.0)
+        quarter = ratio_interval([0.0] * 10 + [1.0], few)
+    assert (quarter.mean, quarter.low, quarter.high) == (0.25, 0.0, pytest.approx(1.0))
 
 
 def test_a_randomization_test_counts_the_signs_that_reach_as_far():

@@ -98,7 +98,7 @@ def test_passages_of_another_index_are_read(server: Server, gguf: Path) -> None:
     assert refined["text"] == both.summary()
     assert refined["words"] == pytest.approx(both.words(), rel=1e-3)
     nothing = server.post("/feedback", query="tides", passages=[]).json
-    assert nothing["fallback"] == "the search found nothing to read"
+    assert nothing["fallback"] == "there was no passage to read"
 
 
 def test_it_streams_what_is_written(server: Server) -> None:

@@ -194,7 +194,7 @@ def test_more_or_fewer_can_be_read(gguf: Path) -> None:
 
 def test_without_passages_it_is_the_plain_query(expander: Expander) -> None:
     expanded = expander.feedback(QUERY, [])
-    assert expanded.fallback == "the search found nothing to read"
+    assert expanded.fallback == "there was no passage to read"
     assert expander.feedback(QUERY, ["", " \n"]).fallback == expanded.fallback
     assert expanded.terms() == {"what": 1, "caus": 1, "tide": 1}
 

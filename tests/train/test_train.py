@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from training import run_sft
 
-from qe_edge.errors import BadArgument, BadInput
+from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.records import Expansion, Pair, encode_jsonl
 from qe_edge.student.feedback import Feedback
 from qe_edge.student.prompt import hugging_face, prompt_for
@@ -233,6 +233,15 @@ def test_a_merged_student_keeps_its_precision_and_can_carry_another_join(trained
     assert (merged / "tokenizer.json").is_file()
 
 
+def test_a_merged_model_that_lost_its_adapter_is_refused(trained, files, monkeypatch):
+    from peft.tuners.lora import LoraModel
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, **_: self.unload())
+    with pytest.raises(QeEdgeError, match=r"merged, the model's logits differ .* nothing was written"):
+        merge(trained, workdir=Workdir(files))
+    assert not (files / "merge").exists() or not list((files / "merge").glob("[!.]*"))
+
+
 def test_the_same_seed_gives_the_same_losses(tiny_qwen3, trained, files):
     again = sft([files / "expansions.jsonl"], sft_config(tiny_qwen3), workdir=Workdir(files))
     assert losses(again) == losses(trained)
@@ -282,6 +291,17 @@ def test_interrupted_or_killed_training_goes_on_to_the_same_losses(
     assert resumed == work.root / "sft" / "003"
     assert not (work.root / "sft" / "001.partial").exists()
     assert losses(resumed) == pytest.approx(losses(trained), abs=1e-5)
+
+
+def test_a_training_that_logs_rarely_has_a_loss_though_it_was_interrupted(tiny_qwen3, files):
+    work = Workdir(os.environ["QE_EDGE_WORKDIR"])
+    script = SCRIPT.replace("logging_steps=1", "logging_steps=50")
+    command = [sys.executable, "-c", script, str(tiny_qwen3), str(files / "expansions.jsonl"), "SIGINT"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 130
+    resumed = sft([files / "expansions.jsonl"], sft_config(tiny_qwen3, logging_steps=50), workdir=work)
+    assert resumed == work.root / "sft" / "001"
+    assert [entry["step"] for entry in log_of(resumed) if "loss" in entry] == [3, 8]
+    assert read_record(resumed)["metrics"]["train_loss"] > 0
 
 
 def test_a_half_written_checkpoint_is_passed_over(tiny_qwen3, trained, files):
