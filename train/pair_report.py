@@ -142,8 +142,10 @@ def describe(report: dict[str, Any]) -> str:
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """`3 tie, 1 empty expansion`."""
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    """`3 tie, 1 empty expansion`, and how to let in what `teach` marked."""
+    text = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    marked = any(reason.startswith("marked") for reason in counts)
+    return f"{text} (--accept takes marked texts)" if marked else text
 
 
 def _line(row: dict[str, Any], what: str) -> str:
