@@ -102,9 +102,9 @@ def test_a_users_mistake_is_one_line_and_its_code(qe_edge, arguments, code, mess
     [
         (["train", "sft", "-e", "x", "--epochs", "-1"], "`epochs`"),
         (["train", "sft", "-e", "x", "--rank", "0"], "--rank"),
-        (["train", "sft", "-e", "x", "--mode", "nonsense"], "`modes"),
+        (["train", "sft", "-e", "x", "--mode", "nonsense"], "--mode: unknown nonsense"),
         (["train", "dpo", "--pairs", "x", "--adapter", "x", "--beta", "0"], "`beta`"),
-        (["train", "dpo", "--pairs", "x", "--adapter", "x", "--loss", "dpo"], "`loss["),
+        (["train", "dpo", "--pairs", "x", "--adapter", "x", "--loss", "dpo"], "--loss: unknown"),
         (
             ["train", "dpo", "--pairs", "x", "--adapter", "x", "--loss-weight", "1", "--loss-weight", "2"],
             "as many weights",
