@@ -70,13 +70,13 @@ def report(
         text = "\n".join(f"### {name}\n\n{table}" for name, table in tables)
     if latex:
         text = "\n".join(latex_table(data, shown) for result in read for data in result.datasets)
-    tables = markdown or latex
+    in_text = markdown or latex
     emit(
         json,
         "report",
         text,
         inputs={"results": [str(r) for r in results]},
         artifacts=artifacts,
-        metrics={"tables": text} if tables else {},
-        following="" if tables else f"python -m webbrowser {artifacts['report']}",
+        metrics={"tables": text} if in_text else {},
+        following="" if in_text else f"python -m webbrowser {artifacts['report']}",
     )
