@@ -17,6 +17,7 @@ from qe_edge.errors import BadArgument, BadInput, NotFound, require
 from qe_edge.student.models import ModelRef, default_spec, resolve
 from qe_edge.student.spec import ModelSpec, read_spec, write_spec
 from qe_edge.student.template import chat_template
+from qe_edge.train.card import write_student_card
 from qe_edge.work.files import MANIFEST, atomic_path, sha256
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import read_record
@@ -207,6 +208,7 @@ def save_student(
     tokenizer.chat_template = chat_template(spec.prompt, tokenizer.get_added_vocab())
     tokenizer.save_pretrained(folder)
     write_spec(folder, spec)
+    write_student_card(folder, spec)
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:

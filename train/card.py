@@ -1,4 +1,4 @@
-"""What a trained folder says of itself, in place of TRL's card; and what every card begins with."""
+"""What a trained or merged folder says of itself, in place of TRL's card; and what every card begins with."""
 
 from __future__ import annotations
 
@@ -23,6 +23,22 @@ def write_card(folder: Path, spec: ModelSpec, *, rows: int, full: bool) -> None:
         "settings and the data, `log.jsonl` the losses.",
         "",
         "`qe-edge merge` makes a plain model of it, and `qe-edge export` files that run anywhere.",
+        "",
+    ]
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def write_student_card(folder: Path, spec: ModelSpec) -> None:
+    """Write README.md of a plain model: merged, or with a smaller vocabulary."""
+    lines = [
+        *metadata(spec, "transformers"),
+        "# A query expansion student",
+        "",
+        f"A plain model, made with qe-edge from `{base_name(spec)}`. Its chat template writes the student's",
+        "own prompt for one message that holds the query alone; `qe_edge.json` also says how an expansion is",
+        "joined with its query.",
+        "",
+        "`qe-edge export` makes files of it that run anywhere.",
         "",
     ]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")

@@ -5,7 +5,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, StringConstraints, Tag
 
 from qe_edge.arguments import LONGEST_MS
 from qe_edge.errors import BadInput
@@ -28,6 +28,12 @@ def _is_query(text: str) -> str:
 
 
 QueryText = Annotated[str, StringConstraints(max_length=QUERY_CHARACTERS), AfterValidator(_is_query)]
+# With a discriminator, an error names one of the two kinds and not a validator of ours.
+QueryTexts = Annotated[
+    Annotated[QueryText, Tag("one")]
+    | Annotated[list[QueryText], Field(min_length=1, max_length=QUERIES), Tag("several")],
+    Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
+]
 Deadline = Annotated[
     float | None,
     Field(
@@ -48,7 +54,7 @@ Passage = Annotated[str, StringConstraints(max_length=PASSAGE_CHARACTERS)]
 class ExpandRequest(BaseModel, extra="forbid"):
     """One query, or several; `fields`, such as `title^2`, are those of an Elasticsearch index."""
 
-    query: QueryText | Annotated[list[QueryText], Field(min_length=1, max_length=QUERIES)]
+    query: QueryTexts
     fields: Fields = []
     deadline_ms: Deadline = None
 

@@ -115,6 +115,8 @@ def test_it_streams_what_is_written(server: Server) -> None:
     ("path", "body", "status", "message"),
     [
         ("/expand", {"query": "  "}, 422, "the query is empty"),
+        ("/expand", {"query": "  "}, 422, '"loc": ["body", "query", "one"]'),
+        ("/expand", {"query": 5}, 422, "valid string"),
         ("/expand", {"query": ["tides", "\0"]}, 422, "the query is empty"),
         ("/expand", {"query": "x" * 1001}, 422, "at most 1000 characters"),
         ("/expand", {"query": ["x"] * 65}, 422, "at most 64 items"),

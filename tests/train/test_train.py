@@ -231,6 +231,7 @@ def test_a_merged_student_keeps_its_precision_and_can_carry_another_join(trained
     assert read_spec(merged).join == Join("mass", 2)
     assert AutoConfig.from_pretrained(merged).dtype == AutoConfig.from_pretrained(tiny_qwen3).dtype
     assert (merged / "tokenizer.json").is_file()
+    assert "library_name: transformers" in (merged / "README.md").read_text()
 
 
 def test_a_merged_model_that_lost_its_adapter_is_refused(trained, files, monkeypatch):
