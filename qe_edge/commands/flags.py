@@ -72,14 +72,16 @@ class Settings(Generic[S]):
 def flags_of(kind: type[S], section: str, *, recipe: bool = False) -> Callable[..., Callable[..., None]]:
     """Give a command a flag for every field of `kind`, and --print-config; it is called with `settings`.
 
-    With `recipe` come --recipe and --data too, whose section of that name may hold further keys.
+    Without a `section` they are no recipe's, and there is no --print-config. With `recipe` come --recipe and
+    --data too, whose section of that name may hold further keys.
     """
     hints = get_type_hints(kind, include_extras=True)
     defaults = {field.name: field.default for field in msgspec.structs.fields(kind)}
     flags = {name: flag for name in defaults if (flag := _flag(name, hints[name], defaults[name]))}
     common: dict[str, Any] = {"recipe": RecipeOption, "data": DataOption} if recipe else {}
     others = [_keyword(name, annotation, None) for name, annotation in common.items()]
-    others.append(_keyword("print_config", PrintOption, False))
+    if section:
+        others.append(_keyword("print_config", PrintOption, False))
     if any("rare" in (meta.extra or {}) for hint in hints.values() for meta in _unwrapped(hint)[1]):
         others.append(_keyword("help_all", AllOption, False))
 
@@ -88,7 +90,7 @@ def flags_of(kind: type[S], section: str, *, recipe: bool = False) -> Callable[.
         def run(**values: Any) -> None:
             given = {name: value for name in flags if (value := values.pop(name)) not in (None, [])}
             given = {name: parsed(name, hints[name], value) for name, value in given.items()}
-            shown = values.pop("print_config")
+            shown = values.pop("print_config", False)
             values.pop("help_all", None)
             written = _read(values.pop("recipe"), section, values.pop("data")) if recipe else {}
             command(settings=Settings(kind, section, written | given, shown), **values)
