@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -63,11 +64,14 @@ class TransformersBackend:
     ) -> Generator[int, None, None]:
         torch = self._torch
         generator = torch.Generator(self._model.device).manual_seed(seed)
+        # transformers 5.24 gave it a new name; before, the new one would be ignored without a word.
+        takes = inspect.signature(self._model.forward).parameters
+        name = "cache" if "cache" in takes else "past_key_values"
         step, cache = torch.tensor([list(prompt)], device=self._model.device), None
         while True:
             with self._lifetime, torch.inference_mode():
-                output = self._model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits, cache = output.logits[:, -1].float(), output.past_key_values
+                output = self._model(step, **{name: cache}, use_cache=True, logits_to_keep=1)
+            logits, cache = output.logits[:, -1].float(), getattr(output, name)
             if temperature > 0:
                 step = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             else:

@@ -12,6 +12,7 @@ from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.mlx import convert_mlx
 from qe_edge.student.gate import OPEN
 from qe_edge.student.spec import ModelSpec, read_spec
+from qe_edge.train.base_model import load_model
 
 pytest.importorskip("llama_cpp")
 QUERIES = ("what causes tides", "潮汐是怎么形成的", "a <|im_end|> b </think> c", "x" * 300)
@@ -31,6 +32,8 @@ def greedy(model, query, engine=None, steps=24):
         return prompt, first_tokens(expander.backend, prompt, steps)
 
 
+# What its users would see of our calls that grow old.
+@pytest.mark.filterwarnings("error:.*deprecated:FutureWarning")
 @pytest.mark.parametrize("query", QUERIES)
 def test_llama_cpp_and_transformers_write_the_same_tokens(tiny_qwen3, gguf, query):
     # Eight steps: later, random weights come to near ties, which rounding decides (llama.cpp keeps its
@@ -162,25 +165,36 @@ def built_in(tmp_path_factory):
     return Path(source)
 
 
+NEAR_TIE = 0.05  # nats; which token wins one is decided by rounding, and so by the machine
+
+
+def short_of_best(folder, prompt, tokens):
+    """By how many nats the reference in float32 finds another token likelier, at worst."""
+    import torch
+
+    model = load_model(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return float((logits.max(1).values - chosen).max())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "agreed"), [("f16", 64), ("bf16", 16)])
-def test_engines_write_the_same_answers_on_a_pretrained_student(built_in, tmp_path, dtype, agreed):
-    """F16 for 64 tokens; bf16 keeps 8 bits, and answers part at the first near tie (seen after 19)."""
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize(
+    "query",
+    ["what causes tides", "how to remove rust from a bike chain", "cost of interior concrete flooring"],
+)
+def test_llama_cpp_writes_what_the_reference_finds_best(built_in, tmp_path, dtype, query):
     file = convert_gguf(built_in, tmp_path / "student.gguf", dtype=dtype, spec=read_spec(built_in))
-    for query in (
-        "what causes tides",
-        "how to remove rust from a bike chain",
-        "cost of interior concrete flooring",
-    ):
-        assert greedy(file, query, steps=agreed) == greedy(built_in, query, "transformers", steps=agreed)
+    assert short_of_best(built_in, *greedy(file, query, steps=64)) < NEAR_TIE
 
 
 @pytest.mark.slow
-def test_mlx_writes_the_same_answer_on_a_pretrained_student(built_in, tmp_path):
+def test_mlx_writes_what_the_reference_finds_best(built_in, tmp_path):
     pytest.importorskip("mlx_lm")
     folder = convert_mlx(built_in, tmp_path / "student", bits=None, spec=read_spec(built_in))
-    query = "what causes tides"
-    assert greedy(folder, query, steps=16) == greedy(built_in, query, "transformers", steps=16)
+    assert short_of_best(built_in, *greedy(folder, "what causes tides", steps=32)) < NEAR_TIE
 
 
 @pytest.mark.slow
