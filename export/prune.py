@@ -22,7 +22,7 @@ from qe_edge.export.probes import HOSTILE, QUERIES
 from qe_edge.export.source import Source
 from qe_edge.export.streamed import Streamed
 from qe_edge.records import Expansion, read_jsonl
-from qe_edge.retrieval.datasets import load_dataset
+from qe_edge.retrieval.datasets import load_collection
 from qe_edge.student.prompt import clean_text, hugging_face
 from qe_edge.student.spec import ModelSpec, read_spec
 from qe_edge.train.base_model import load_model, load_tokenizer, save_student
@@ -79,13 +79,13 @@ def _texts_of(source: str) -> Iterator[str]:
     """Queries and expansions of a file, or the passages of a data set."""
     if Path(source).is_file():
         return (text for row in read_jsonl(source, Expansion) for text in (row.query, row.text))
-    documents = load_dataset(source).documents
+    documents = load_collection(source).documents
     return (text for _, text in documents())
 
 
 def fingerprint_of(source: str) -> str:
     """What changes when the texts of a file or a data set do."""
-    return sha256(source) if Path(source).is_file() else load_dataset(source).collection_hash()
+    return sha256(source) if Path(source).is_file() else load_collection(source).collection_hash()
 
 
 def prune_vocabulary(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -48,6 +49,7 @@ SHORT_NAMES = {
 _HASHES, _LARGE = ".hashes.json", 50_000_000
 # Beside a collection whose queries and judgments no person made: what made them.
 SYNTHETIC = "synthetic.json"
+_FIRST = 100  # documents that tell a collection's language where there are no queries
 _HEADER = ["query-id", "corpus-id", "score"]
 
 
@@ -75,10 +77,11 @@ class Dataset:
 
     @cached_property
     def lang(self) -> Lang:
-        """The language of most of the queries, English if none is."""
-        found = Counter(map(detect_language, self.queries.values()))
+        """The language of most of the queries, or of the first documents where none are; else English."""
+        texts = self.queries.values() or [text for _, text in islice(self.documents(), _FIRST)]
+        found = Counter(map(detect_language, texts))
         lang, most = found.most_common(1)[0] if found else ("en", 0)
-        return lang if most * 2 > len(self.queries) else "en"
+        return lang if most * 2 > len(texts) else "en"
 
     def __str__(self) -> str:
         return f"{self.name}@{self.split}" if self.split else self.name
@@ -124,6 +127,17 @@ class Dataset:
 def load_dataset(name: str) -> Dataset:
     """Load `NAME[@SPLIT]`: a folder, else a built-in, an imported one, a short name, an ir_datasets id."""
     found = _load(name)
+    found.source = name
+    return found
+
+
+def load_collection(name: str) -> Dataset:
+    """As `load_dataset`, but a folder needs no queries and judgments: to search it, or count its words."""
+    folder = Path(split_name(name)[0])
+    if not folder.is_dir() or (folder / "queries.jsonl").exists():
+        return load_dataset(name)
+    _check_holds(folder, "corpus.jsonl")
+    found = Dataset(folder.resolve().name, "", {}, {}, lambda: read_corpus(folder), folder, _identity(folder))
     found.source = name
     return found
 
@@ -193,12 +207,7 @@ def splits(folder: Path) -> list[str]:
 
 
 def _load_beir(name: str, folder: Path, split: str) -> Dataset:
-    for needed in ("corpus.jsonl", "queries.jsonl", "qrels"):
-        if not (folder / needed).exists():
-            raise NotFound(
-                f"{folder} has no {needed}; "
-                "a data set folder holds corpus.jsonl, queries.jsonl and qrels/<split>.tsv"
-            )
+    _check_holds(folder, "corpus.jsonl", "queries.jsonl", "qrels")
     found, elsewhere = splits(folder), _elsewhere(split)
     if not split:
         if "test" not in found and len(found) != 1:
@@ -215,12 +224,23 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
         name = f"{name}-synthetic"
     queries = _read_queries(folder / "queries.jsonl")
     qrels = _read_qrels(elsewhere or folder / "qrels" / f"{split}.tsv", queries)
+    split = elsewhere.stem if elsewhere else split
+    return Dataset(name, split, queries, qrels, lambda: read_corpus(folder), folder, _identity(folder))
+
+
+def _check_holds(folder: Path, *needed: str) -> None:
+    for name in needed:
+        if not (folder / name).exists():
+            raise NotFound(
+                f"{folder} has no {name}; a data set folder holds corpus.jsonl, queries.jsonl and "
+                "qrels/<split>.tsv (`qe-edge data queries` has a model write queries for a corpus)"
+            )
+
+
+def _identity(folder: Path) -> str:
     corpus = folder / "corpus.jsonl"
     stat = corpus.stat()
-    large = stat.st_size > _LARGE
-    identity = f"{corpus.resolve()} {stat.st_size} {stat.st_mtime_ns}" if large else ""
-    split = elsewhere.stem if elsewhere else split
-    return Dataset(name, split, queries, qrels, lambda: read_corpus(folder), folder, identity)
+    return f"{corpus.resolve()} {stat.st_size} {stat.st_mtime_ns}" if stat.st_size > _LARGE else ""
 
 
 def _elsewhere(split: str) -> Path | None:

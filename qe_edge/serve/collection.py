@@ -10,7 +10,7 @@ import msgspec
 
 from qe_edge.console import note
 from qe_edge.errors import BadArgument
-from qe_edge.retrieval.datasets import Dataset, load_dataset
+from qe_edge.retrieval.datasets import Dataset, load_collection
 from qe_edge.retrieval.index import Index
 from qe_edge.retrieval.postings import Strings
 from qe_edge.runtime.expander import Expander
@@ -52,7 +52,7 @@ class Collection:
     @classmethod
     def open(cls, dataset: str, cache: Path, *, analyzer: str = "") -> Collection:
         """By the name or the folder of a data set."""
-        return cls(load_dataset(dataset), cache, analyzer=analyzer)
+        return cls(load_collection(dataset), cache, analyzer=analyzer)
 
     def plain(self, query: str) -> dict[int, float]:
         """Place -> score of the first CANDIDATES for a query as it is, best first."""

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from qe_edge.cli import app
 from qe_edge.documents.convert import KINDS, read_texts
 from qe_edge.documents.folder import make_collection
 from qe_edge.errors import BadArgument, BadInput, NotFound
@@ -226,6 +228,12 @@ def test_no_content_ends_it(tmp_path_factory, kind, content):
     found = corpus(folder / "out")
     assert "good.txt#L1" in found
     assert made.passages == len(found) and not any(map(is_blank, found))
+
+
+def test_what_was_made_can_be_searched_at_once(notes, tmp_path):
+    make_collection(notes, tmp_path / "out")
+    found = CliRunner().invoke(app, ["search", "albergo", "--plain", "-d", str(tmp_path / "out")])
+    assert "1. trips/rome%20in%20may.md#L1\n" in found.stdout
 
 
 def test_the_command_says_what_it_left_out(notes, tmp_path):

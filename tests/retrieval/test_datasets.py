@@ -9,6 +9,7 @@ from qe_edge.retrieval.datasets import (
     BUILTIN,
     builtin_folder,
     describe,
+    load_collection,
     load_dataset,
     load_queries,
     split_name,
@@ -53,6 +54,21 @@ def test_the_fingerprint_follows_the_content(folder):
     assert load_dataset(str(folder)).fingerprint() == before
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
     assert load_dataset(str(folder)).fingerprint() != before
+
+
+def test_a_folder_without_queries_is_a_collection_to_search(folder):
+    judged = load_collection(str(folder))
+    assert (str(judged), judged.queries) == ("tiny@test", {"q1": "what causes tides"})
+    (folder / "queries.jsonl").unlink()
+    found = load_collection(str(folder))
+    assert (str(found), found.queries, found.lang) == ("tiny", {}, "en")
+    assert list(found.documents()) == list(judged.documents())
+    assert found.collection_hash() == judged.collection_hash()  # and so one index
+    (folder / "corpus.jsonl").write_text('{"_id": "d1", "text": "潮汐是由月球引力引起的"}\n')
+    assert load_collection(str(folder)).lang == "zh"
+    (folder / "corpus.jsonl").unlink()
+    with pytest.raises(NotFound, match=r"has no corpus\.jsonl"):
+        load_collection(str(folder))
 
 
 @pytest.mark.parametrize("missing", ["corpus.jsonl", "queries.jsonl", "qrels"])
