@@ -34,7 +34,7 @@ class Analyzer:
 
 
 # Ideographs (with extensions and the iteration mark), kana and Hangul: the scripts CJKAnalyzer bigrams.
-_CJK = "\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u3040-\u30ff\uac00-\ud7af"
+CJK = "\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u3040-\u30ff\uac00-\ud7af"
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 # Latin letters as folding leaves them.
 _LATIN = re.compile(
@@ -48,7 +48,7 @@ _UNSEEN = re.compile(
     "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000110bd\U000110cd"
     "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001-\U000e0fff]"
 )
-_CJK_OR_WORD = re.compile(rf"([{_CJK}]+)|([^\W{_CJK}]+)")
+_CJK_OR_WORD = re.compile(rf"([{CJK}]+)|([^\W{CJK}]+)")
 
 
 def fold(text: str) -> str:

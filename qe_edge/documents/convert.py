@@ -1,7 +1,8 @@
-"""A file of notes -> its text: plain text, Markdown, HTML and JSON Lines; PDF and Office by markitdown."""
+"""A file of notes -> its text: plain text, Markdown, HTML, JSON Lines, PDF (PDFium), Office (markitdown)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +11,16 @@ import msgspec
 
 from qe_edge.errors import BadInput, QeEdgeError, require
 from qe_edge.lines import read_lines
+from qe_edge.text import CJK
 
 PLAIN = (".txt", ".text", ".rst", ".org", ".tex", ".log")
 MARKDOWN = (".md", ".markdown", ".mdown", ".qmd")
 HTML = (".html", ".htm", ".xhtml")
 JSONL = (".jsonl", ".ndjson")
-OFFICE = (".pdf", ".docx", ".pptx", ".xlsx", ".epub")
-KINDS = (*PLAIN, *MARKDOWN, *HTML, *JSONL, *OFFICE)
+PDF = (".pdf",)
+OFFICE = (".docx", ".pptx", ".xlsx", ".epub")
+KINDS = (*PLAIN, *MARKDOWN, *HTML, *JSONL, *PDF, *OFFICE)
+_INSIDE_CHINESE = re.compile(rf"(?<=[{CJK}])\r\n(?=[{CJK}])")
 _TEXT_KEYS = ("text", "contents", "content", "body", "passage")
 
 
@@ -42,6 +46,8 @@ def read_texts(file: Path) -> Iterator[Text]:
     kind = file.suffix.lower()
     if kind in JSONL:
         yield from _records(file)
+    elif kind in PDF:
+        yield Text("", _unnumbered(_pdf(file)), False)
     elif kind in OFFICE:
         yield Text("", _unnumbered(_office(file)), True)
     elif kind in HTML:
@@ -77,6 +83,25 @@ def _html(file: Path) -> Text:
     # Pictures and where links lead are no words of the text.
     converter = MarkdownConverter(heading_style="ATX", strip=["a", "img"], escape_underscores=False)
     return Text(title, _unnumbered(converter.convert_soup(page.body or page)), True)
+
+
+def _pdf(file: Path) -> str:
+    """The words of all pages; markitdown, which looks for tables, glues them together in some files."""
+    pdfium = require("pypdfium2", "documents")
+    try:
+        with pdfium.PdfDocument(file) as document:
+            pages = [page.get_textpage().get_text_range() for page in document]
+    except pdfium.PdfiumError as error:
+        raise BadInput(f"can't be read: {error}", path=file) from None
+    return without_line_ends("\f".join(pages))
+
+
+def without_line_ends(text: str) -> str:
+    """PDFium's text with the words whole that a line's end divides: hyphenated ones and Chinese ones.
+
+    For a hyphen at a line's end it has U+FFFE, without the line's end.
+    """
+    return _INSIDE_CHINESE.sub("", text.replace("\ufffe", "")).replace("\r\n", "\n")
 
 
 def _office(file: Path) -> str:

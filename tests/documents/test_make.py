@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from qe_edge.cli import app
-from qe_edge.documents.convert import KINDS, read_texts
+from qe_edge.documents.convert import KINDS, read_texts, without_line_ends
 from qe_edge.documents.folder import make_collection
 from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.retrieval.judged import is_blank
@@ -117,6 +117,7 @@ def test_a_file_that_cannot_be_read_is_named_and_tried_again(notes, tmp_path):
 
 def test_a_real_pdf_and_real_office_files(tmp_path):
     pytest.importorskip("markitdown")
+    pytest.importorskip("pypdfium2")
     import openpyxl
     import pptx
 
@@ -132,13 +133,20 @@ def test_a_real_pdf_and_real_office_files(tmp_path):
     table.active.append(["city", "rain"])
     table.active.append(["Leeds", 28])
     table.save(folder / "rain.xlsx")
-    (folder / "tides.pdf").write_bytes(pdf("The moon pulls the sea."))
+    # Words that stand apart without a blank between them, and one that is divided at a line's end.
+    lines = ("[(The) -400 (moon) -400 (pulls)] TJ", "[(the) -400 (at-)] TJ", "(mosphere.) Tj")
+    (folder / "tides.pdf").write_bytes(pdf(" 0 -14 Td ".join(lines)))
     assert make_collection(folder, tmp_path / "out").problems == {}
     found = corpus(tmp_path / "out")
     assert found["policy.docx#1"] == ("policy", "A burst pipe is covered.")
     assert "Turns sugar into gas" in found["talk.pptx#1"][1]
     assert "Leeds" in found["rain.xlsx#1"][1]
-    assert found["tides.pdf#1"] == ("tides", "The moon pulls the sea.")
+    assert found["tides.pdf#1"] == ("tides", "The moon pulls\nthe atmosphere.")
+
+
+def test_the_end_of_a_line_divides_no_word_of_a_pdf():
+    assert without_line_ends("en\ufffecoding of\r\nthe sea") == "encoding of\nthe sea"
+    assert without_line_ends("月球的引\r\n力，\r\n潮汐 A\r\n水") == "月球的引力，\n潮汐 A\n水"
 
 
 def write_docx(file: Path, text: str) -> None:
@@ -164,9 +172,9 @@ def write_docx(file: Path, text: str) -> None:
         archive.writestr("word/document.xml", body)
 
 
-def pdf(text: str) -> bytes:
-    """A page with one line, written by hand."""
-    stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
+def pdf(shown: str) -> bytes:
+    """A page that shows these pieces of text, written by hand."""
+    stream = f"BT /F1 12 Tf 72 720 Td {shown} ET".encode()
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
@@ -186,10 +194,12 @@ def pdf(text: str) -> bytes:
 
 
 def test_without_the_library_an_office_file_is_a_problem_that_says_how(notes, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "markitdown", None)
-    (notes / "report.pdf").write_bytes(pdf("x"))
+    for library, name in (("markitdown", "talk.pptx"), ("pypdfium2", "report.pdf")):
+        monkeypatch.setitem(sys.modules, library, None)
+        (notes / name).write_bytes(b"x")
     made = make_collection(notes, tmp_path / "out")
     assert "pip install 'qe-edge[documents]'" in made.problems["report.pdf"]
+    assert "pip install 'qe-edge[documents]'" in made.problems["talk.pptx"]
     assert made.passages == 5
 
 
