@@ -21,7 +21,7 @@ from qe_edge.records import Document, encode_jsonl
 from qe_edge.work.files import write_bytes, write_json
 
 CORPUS, SOURCES = "corpus.jsonl", "sources.json"
-RULES = 1  # of splitting; passages of other ones are made anew
+RULES = 2  # of reading and splitting; passages of other ones are made anew
 
 
 class Source(msgspec.Struct, frozen=True):
