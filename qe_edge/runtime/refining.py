@@ -32,7 +32,7 @@ def refined(
     """The steps of `Expander.refine`."""
     written = writing if isinstance(writing, ExpandedQuery) else (yield writing)
     assert isinstance(written, ExpandedQuery)
-    if written.finish_reason == "skipped":  # by the gate
+    if written.finish_reason == "skipped" and not written.text:  # by the gate
         return written
     expanded, worth = written, dict[str, float]()
     for _ in range(rounds):
@@ -40,7 +40,9 @@ def refined(
             return replace(expanded, finish_reason="deadline")
         found = yield expanded
         assert not isinstance(found, ExpandedQuery)
-        weighed = yield weigh(written, found, worth)
+        # What reading took is the sum of the rounds'.
+        so_far = replace(written, prompt_tokens=expanded.prompt_tokens, prefill_s=expanded.prefill_s)
+        weighed = yield weigh(so_far, found, worth)
         assert isinstance(weighed, ExpandedQuery)
         expanded = weighed
         if not expanded.relevance:  # nothing was found

@@ -93,7 +93,8 @@ class Weighing(Pending):
         relevance = RelevanceModel(
             tuple(self._worth), settings.weigh(list(self._worth.values())), settings.terms, settings.join
         )
-        ended = written.finish_reason if written.text else "stop"
+        # A text of the caller's own has no end that is known of.
+        ended = "stop" if written.finish_reason == "skipped" or not written.text else written.finish_reason
         return replace(
             written,
             prompt_tokens=written.prompt_tokens + reading.prefix + sum(reading.sizes[: len(read)]),

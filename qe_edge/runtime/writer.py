@@ -229,6 +229,12 @@ class Writing(Pending):
             cached=cached,
         )
 
+    def cut(self) -> None:
+        """End it with what there is, as at a deadline."""
+        self.cancel()
+        if not (self.ready or self.error):
+            self.ready = self.finish()
+
     def listen(self, listener: Callable[[], None]) -> None:
         """Have it called from now on in the decoder's thread, after each token and at the end."""
         self._listener = listener
@@ -296,9 +302,9 @@ class Stream:
                 else:
                     yield piece
         finally:
-            self._writing.cancel()
+            self._writing.cut()
 
     @property
     def expanded(self) -> ExpandedQuery:
-        """The whole, waited for if need be."""
+        """The whole, waited for if need be; of pieces that were read in part, what was written by then."""
         return self._writing.wait()

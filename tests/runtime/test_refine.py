@@ -284,6 +284,19 @@ def test_what_is_written_already_is_not_written_again(expander: Expander) -> Non
         expander.refine("bread", Searched(), written=written)
 
 
+def test_a_text_of_ones_own_is_refined_too(expander: Expander) -> None:
+    own = ExpandedQuery(QUERY, "the moon", expander.spec.join)
+    refined = expander.refine(QUERY, Searched(), written=own)
+    assert refined.relevance and (refined.text, refined.finish_reason) == ("the moon", "stop")
+
+
+def test_reading_takes_what_all_rounds_took(gguf: Path) -> None:
+    with Expander.load(gguf, gate=OPEN, budget_tokens=8) as expander:  # reads itself
+        written = expander.expand(QUERY)
+        once, twice = (expander.refine(QUERY, Searched(), written=written, rounds=n) for n in (1, 2))
+    assert written.prompt_tokens < once.prompt_tokens < twice.prompt_tokens
+
+
 def test_an_app_with_fts5_needs_three_lines(expander: Expander) -> None:
     notes = sqlite3.connect(":memory:")
     notes.execute("CREATE VIRTUAL TABLE notes USING fts5(body, tokenize='porter')")
