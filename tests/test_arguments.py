@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qe_edge import Expander, Gate, Index
+from qe_edge import ExpandedQuery, Expander, Gate, Index
 from qe_edge.arguments import check_number, check_whole
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.records import configured
@@ -254,3 +254,23 @@ def test_numbers_of_a_request(expander, sent, status):
     deadline = sent.partition("_ms")[2].strip('": }')
     if deadline:
         assert client.get(f"/expand/stream?query=tides&deadline_ms={deadline}").status_code == status
+
+
+def test_a_search_of_the_wrong_kind_is_named(expander):
+    import asyncio
+
+    async def later(_):
+        return ["the moon"]
+
+    written = ExpandedQuery("tides", "moon", expander.spec.join)
+    with pytest.raises(TypeError, match="passages must be texts, such as a list, not NoneType"):
+        expander.refine("tides", lambda _: None, written=written)
+    with pytest.raises(TypeError, match="not coroutine; `arefine` is for a search that is awaited"):
+        expander.refine("tides", later, written=written)
+    with pytest.raises(TypeError, match="`arefine` awaits what its search returns, not list"):
+        asyncio.run(expander.arefine("tides", lambda _: ["the moon"], written=written))
+
+
+def test_a_gate_is_a_gate(expander):
+    with pytest.raises(TypeError, match=r"a gate is a Gate, such as qe_edge\.OPEN, not str"):
+        expander.gate = "off"

@@ -7,13 +7,14 @@ Plain BM25 answers while you type. The student's words arrive after, as chips th
 import json
 import sqlite3
 from argparse import ArgumentParser
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
 from urllib.parse import parse_qs, urlsplit
 
-from qe_edge import ExpandedQuery, Expander, queries, words_of
+from qe_edge import ExpandedQuery, Expander, QeEdgeError, queries, words_of
 
 HERE = Path(__file__).parent
 CHIPS, RESULTS, AROUND = 24, 10, 90
@@ -106,10 +107,14 @@ if __name__ == "__main__":
     if not asked.folder.is_dir():
         parser.error(f"{asked.folder} is no folder")
     notes = Notes(asked.folder)
-    expander = Expander.load(
-        asked.model, reader=asked.reader, budget_tokens=48, parallel=4, cache="notes-cache.db"
-    )
-    page = partial(Page, notes, expander, asked.reader is not None)
-    server = ThreadingHTTPServer(("127.0.0.1", asked.port), page)
+    try:
+        expander = Expander.load(
+            asked.model, reader=asked.reader, budget_tokens=48, parallel=4, cache="notes-cache.db"
+        )
+        page = partial(Page, notes, expander, asked.reader is not None)
+        server = ThreadingHTTPServer(("127.0.0.1", asked.port), page)
+    except (QeEdgeError, OSError) as error:  # no such model; a port in use
+        parser.error(str(error))
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
-    server.serve_forever()
+    with suppress(KeyboardInterrupt):
+        server.serve_forever()

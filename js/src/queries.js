@@ -14,9 +14,10 @@ function round(value) {
   return floor % 2 ? floor + 1 : floor;
 }
 
-function heaviest(words, fields = 1) {
+function heaviest(given, fields = 1) {
   if (fields > CLAUSES) throw new Error(`${fields} fields are too many: engines take ${CLAUSES} clauses at most`);
   const most = Math.min(WORDS, Math.floor(CLAUSES / fields));
+  const words = new Map([...given].filter(([, weight]) => weight > 0)); // one without weight is none
   if (words.size <= most) return words;
   const kept = new Set([...words].sort((a, b) => b[1] - a[1]).slice(0, most).map(([word]) => word));
   return new Map([...words].filter(([word]) => kept.has(word)));

@@ -43,9 +43,9 @@ def data_info(
     """Count a data set, and check that its judgments fit its documents."""
     import msgspec
 
-    from qe_edge.retrieval.datasets import describe, load_dataset, split_name, splits
+    from qe_edge.retrieval.datasets import describe, load_collection, split_name, splits
 
-    dataset = load_dataset(name)
+    dataset = load_collection(name)
     if dataset.folder and "train" in splits(dataset.folder):  # a teacher is asked for these first
         name = f"{split_name(name)[0]}@train"
     info = msgspec.to_builtins(describe(dataset)) | {"fingerprint": dataset.fingerprint()}
@@ -54,7 +54,8 @@ def data_info(
         "data info",
         "\n".join(f"{key:<12} {value}" for key, value in info.items()),
         metrics=info,
-        following=f"qe-edge teach --dataset {name} --endpoint URL --model MODEL",
+        following=f"qe-edge {'teach --dataset' if dataset.queries else 'data queries'} {name} "
+        "--endpoint URL --model MODEL",
     )
 
 

@@ -17,7 +17,9 @@ from qe_edge.runtime.expansion import ExpandedQuery
 def expand(
     queries: Annotated[list[str], typer.Argument(help="Queries; `-` reads one per line from stdin.")],
     model: ModelOption = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Token budget (default: the model's own).")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Token budget (default: the model's own).")
+    ] = None,
     terms: Annotated[
         bool, typer.Option("--terms", help="Print weighted index terms instead of text.")
     ] = False,

@@ -12,6 +12,7 @@ from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOptio
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import note
 from qe_edge.errors import BadArgument, NotFound
+from qe_edge.student.models import DEFAULT_STUDENT
 from qe_edge.train.synthetic.config import JudgeConfig, QueriesConfig
 from qe_edge.work.folder import Workdir
 
@@ -41,6 +42,7 @@ def data_make(
         note(f"data make: {len(bad) - SHOWN} more files can't be read; --json lists them")
     text = f"{made.passages:,} passages of {made.files:,} files in {out}"
     text += f" ({made.unchanged:,} files as before)" if made.unchanged else ""
+    text += f'\nsearch them: qe-edge search "WORDS" --dataset {out} --refine --model {DEFAULT_STUDENT}'
     text += f"\nleft out, since no text is known in them: {left}" if left else ""
     emit(
         json,

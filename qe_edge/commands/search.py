@@ -64,7 +64,7 @@ def search(
     for hit in hits:
         before = "" if plain else f"  (plain: {hit.plain_rank or f'not in the first {CANDIDATES}'})"
         lines.append(f"{hit.rank:>2}. {hit.doc_id}{before}\n    {hit.text[:200]}")
-    text = "\n".join(lines) if hits else "nothing found"
+    text = "\n".join(lines if hits else [*lines, "nothing found"])
     metrics = {
         "hits": msgspec.to_builtins(hits),
         "expansion": expanded.summary(),

@@ -66,7 +66,7 @@ def make_collection(folder: Path, out: Path, *, words: int = WORDS) -> Made:
     """
     folder, out = folder.resolve(), out.resolve()
     if not folder.is_dir():
-        raise NotFound(f"{folder}: no such folder")
+        raise NotFound(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
     before, lines = _before(folder, out, words)
     found = list(_files(folder, out))
     unknown = Counter(path.suffix.lower() or path.name for path in found if path.suffix.lower() not in KINDS)

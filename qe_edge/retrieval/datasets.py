@@ -231,9 +231,12 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
 def _check_holds(folder: Path, *needed: str) -> None:
     for name in needed:
         if not (folder / name).exists():
+            remedy = f"`qe-edge data make {folder}` makes one of notes"
+            if name != "corpus.jsonl":
+                remedy = "`qe-edge data queries` has a model write queries for a corpus"
             raise NotFound(
                 f"{folder} has no {name}; a data set folder holds corpus.jsonl, queries.jsonl and "
-                "qrels/<split>.tsv (`qe-edge data queries` has a model write queries for a corpus)"
+                f"qrels/<split>.tsv ({remedy})"
             )
 
 

@@ -18,6 +18,7 @@ from qe_edge.errors import BadInput
 from qe_edge.work.files import remove, sha256
 
 T = TypeVar("T")
+_TABLES = {"answers": ["key", "value", "used"], "models": ["file", "sha256"]}
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value BLOB NOT NULL, used REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS by_use ON answers (used);
@@ -51,9 +52,23 @@ class ExpansionCache:
             for log in ("-wal", "-shm"):
                 remove(self.path.with_name(self.path.name + log))
         with self._connected() as db:
+            self._check_ours(db)
             with suppress(sqlite3.OperationalError):  # another process is just doing so
                 db.execute("PRAGMA journal_mode=WAL")  # readers don't wait for a writer
             db.executescript(_SCHEMA)
+
+    def _check_ours(self, db: sqlite3.Connection) -> None:
+        """Before anything is written: an app's own database is soon named by mistake."""
+        tables = db.execute(
+            "SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' AND type = 'table'"
+        )
+        for (name,) in tables.fetchall():
+            columns = [column for _, column, *_ in db.execute(f'PRAGMA table_info("{name}")')]
+            if _TABLES.get(name) != columns:
+                raise BadInput(
+                    f"is another program's database, with a table {name!r}; give the cache a file of its own",
+                    path=self.path,
+                )
 
     def _is_damaged(self) -> bool:
         """Whether it is an SQLite file that SQLite can't use; any other file is none of ours to move."""

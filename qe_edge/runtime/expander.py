@@ -161,7 +161,7 @@ class Expander:
 
     @gate.setter
     def gate(self, gate: Gate) -> None:
-        self._writer.gate = gate.checked()
+        self._writer.gate = gate
 
     def expand(
         self,

@@ -86,14 +86,16 @@ class ExpandedQuery:
         words = self.relevance.terms(partial(_cut, without=stop_words(more=True), cjk=2))
         return " ".join([word for word in words if word not in known][:most])
 
-    def to_fts5(self, *, columns: Sequence[str] = (), trigram: bool = False, phrases: bool = True) -> str:
+    def to_fts5(
+        self, *, columns: str | Sequence[str] = (), trigram: bool = False, phrases: bool = True
+    ) -> str:
         """A MATCH expression for SQLite FTS5; bind it as a parameter, and order by `rank`.
 
         Words such as `snake_case` are phrases to FTS5, and so are all with `trigram`. A table with
         `detail=none` or `detail=column` knows none: with `phrases=False`, their parts are searched for.
 
-        FTS5 splits no Chinese. Either index `" ".join(words_of(text))`, or make the table with
-        `tokenize='trigram'` and say so here, where pieces below three characters can't be found.
+        FTS5 splits no Chinese, Japanese or Korean. Either index `" ".join(words_of(text))`, or make the
+        table with `tokenize='trigram'` and say so here, where pieces below three characters can't be found.
         """
         words = self.words(cjk=3 if trigram else 2)
         if trigram:

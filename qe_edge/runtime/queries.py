@@ -21,7 +21,7 @@ REPEATS = 32  # of one word, where an engine has no weights
 
 
 def heaviest(words: Mapping[str, float], *, fields: int = 1) -> dict[str, float]:
-    """At most WORDS of them, and CLAUSES in all fields together; in their order.
+    """At most WORDS of them, and CLAUSES in all fields together; in their order. One without weight is none.
 
     Raises:
         BadArgument: there are more fields than CLAUSES.
@@ -29,8 +29,9 @@ def heaviest(words: Mapping[str, float], *, fields: int = 1) -> dict[str, float]
     if fields > CLAUSES:
         raise BadArgument(f"{fields} fields are too many: search engines take {CLAUSES} clauses at most")
     most = min(WORDS, CLAUSES // fields)
+    words = {word: weight for word, weight in words.items() if weight > 0}
     if len(words) <= most:
-        return dict(words)
+        return words
     kept = set(sorted(words, key=words.__getitem__, reverse=True)[:most])
     return {word: weight for word, weight in words.items() if word in kept}
 
@@ -47,16 +48,17 @@ def repeated(words: Mapping[str, float]) -> list[str]:
     return [word for word, weight in words.items() for _ in range(max(1, round(weight / unit)))]
 
 
-def fts5(words: Mapping[str, float], *, columns: Sequence[str] = ()) -> str:
+def fts5(words: Mapping[str, float], *, columns: str | Sequence[str] = ()) -> str:
     """A MATCH expression of SQLite's FTS5 (https://www.sqlite.org/fts5.html#full_text_query_syntax).
 
     FTS5 knows no weights, but `bm25()` adds up all phrases of a query, so heavier words are repeated.
-    `columns` restricts the match to these, which a table with `detail=none` can't do.
+    `columns` restricts the match to one or several, which a table with `detail=none` can't do.
     """
     match = " OR ".join(map(_quoted, repeated(words))) or '""'
-    if not columns:
+    names = [columns] if isinstance(columns, str) else list(columns)
+    if not names:
         return match
-    return f"{{{' '.join(map(_quoted, columns))}}} : ({match})"
+    return f"{{{' '.join(map(_quoted, names))}}} : ({match})"
 
 
 def single_tokens(words: Mapping[str, float], *, trigram: bool = False) -> dict[str, float]:

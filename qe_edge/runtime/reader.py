@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from inspect import isawaitable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -54,9 +55,12 @@ def known(passages: Iterable[str | Passage]) -> list[Passage]:
     """Passages as they are given, looked at.
 
     Raises:
-        TypeError: one is no text.
+        TypeError: one is no text, or they are nothing that passages can be taken from.
     """
     check_texts("passages", passages)
+    if not isinstance(passages, Iterable):
+        hint = "; `arefine` is for a search that is awaited" if isawaitable(passages) else ""
+        raise TypeError(f"passages must be texts, such as a list, not {type(passages).__name__}{hint}")
     found = [p if isinstance(p, Passage) else Passage(p) for p in passages]
     for passage in found:
         check_text("a passage", passage.text)

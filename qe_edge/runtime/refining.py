@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from concurrent.futures import Executor
 from dataclasses import replace
+from inspect import isawaitable
 
 from qe_edge.runtime.expansion import ExpandedQuery
 from qe_edge.runtime.pending import Pending
@@ -74,8 +75,11 @@ async def arun(steps: Steps, search: AsyncSearch, helpers: Executor, deadline: f
                 step = steps.send(best := await step.arrive(helpers))
             else:
                 left = None if deadline == math.inf else max(0.0, deadline - time.perf_counter())
+                coming = search(step)
+                if not isawaitable(coming):
+                    raise TypeError(f"`arefine` awaits what its search returns, not {type(coming).__name__}")
                 async with asyncio.timeout(left):
-                    found = await search(step)
+                    found = await coming
                 step = steps.send(found)
     except StopIteration as end:
         return end.value

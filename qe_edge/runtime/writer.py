@@ -59,7 +59,7 @@ class Writer:
         self.backend, self.decoder, self.budget_tokens = backend, decoder, budget_tokens
         if stop_when_dry is not None:
             check_whole("stop_when_dry", stop_when_dry, 1, backend.context)
-        self.gate = (backend.spec.gate if gate is None else gate).checked()
+        self.gate = backend.spec.gate if gate is None else gate
         # What every prompt of a language begins with is what two of its prompts have in common.
         self.prefixes = [
             _common(*(backend.spec.prompt.encode(query, backend.tokenize) for query in pair))
@@ -68,6 +68,16 @@ class Writer:
         self.dry, self._cache = stop_when_dry, cache
         self._patient_from = 0.0  # on `time.perf_counter`'s clock
         self._settings = f"{digest} {backend.spec.to_json()} {budget_tokens} {stop_when_dry}"
+
+    @property
+    def gate(self) -> Gate:
+        return self._gate
+
+    @gate.setter
+    def gate(self, gate: Gate) -> None:
+        if not isinstance(gate, Gate):
+            raise TypeError(f"a gate is a Gate, such as qe_edge.OPEN, not {type(gate).__name__}")
+        self._gate = gate.checked()
 
     def writing(
         self,

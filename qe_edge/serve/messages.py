@@ -88,11 +88,15 @@ class Queries(BaseModel):
 class Expanded(BaseModel):
     """A query and its expansion; `fallback` says why `text` is empty and the query is searched as it is.
 
-    After feedback, `text` is the heaviest words.
+    `rejected` is what was written then. `passages` were read; `summary` is the text, or else their heaviest
+    words.
     """
 
     query: str
     text: str
+    summary: str
+    rejected: str
+    passages: int
     words: dict[str, float]
     terms: dict[str, float]
     queries: Queries
@@ -107,7 +111,10 @@ class Expanded(BaseModel):
     def of(cls, expanded: ExpandedQuery, fields: Sequence[str] = ()) -> Self:
         return cls(
             query=expanded.query,
-            text=expanded.summary(),
+            text=expanded.text,
+            summary=expanded.summary(),
+            rejected=expanded.rejected,
+            passages=len(expanded.relevance.passages) if expanded.relevance else 0,
             words=expanded.words(),
             terms=expanded.terms(),
             queries=Queries(

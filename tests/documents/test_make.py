@@ -16,6 +16,7 @@ from qe_edge.cli import app
 from qe_edge.documents.convert import KINDS, read_texts, without_line_ends
 from qe_edge.documents.folder import make_collection
 from qe_edge.errors import BadArgument, BadInput, NotFound
+from qe_edge.retrieval.datasets import load_collection
 from qe_edge.retrieval.judged import is_blank
 from qe_edge.work.files import read_json
 
@@ -244,6 +245,12 @@ def test_what_was_made_can_be_searched_at_once(notes, tmp_path):
     make_collection(notes, tmp_path / "out")
     found = CliRunner().invoke(app, ["search", "albergo", "--plain", "-d", str(tmp_path / "out")])
     assert "1. trips/rome%20in%20may.md#L1\n" in found.stdout
+    found = CliRunner().invoke(app, ["data", "info", str(tmp_path / "out")])
+    assert f"next:   qe-edge data queries {tmp_path / 'out'} --endpoint" in found.stdout
+    with pytest.raises(NotFound, match="a file, not a folder"):
+        make_collection(notes / "mails.jsonl", tmp_path / "out")
+    with pytest.raises(NotFound, match=r"has no corpus\.jsonl.*`qe-edge data make .*` makes one of notes"):
+        load_collection(str(notes))
 
 
 def test_the_command_says_what_it_left_out(notes, tmp_path):

@@ -81,10 +81,15 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no database, but long enough to be looked at\n" * 100)
     with pytest.raises(BadInput, match=r"notes.txt.*can't be used as a cache"):
         ExpansionCache(tmp_path / "notes.txt")
-    with sqlite3.connect(tmp_path / "other.db") as db:
-        db.execute("CREATE TABLE answers (id INTEGER)")
-    with pytest.raises(BadInput, match=r"other.db.*can't be used as a cache"):
-        ExpansionCache(tmp_path / "other.db")
+    for table in ("answers (id INTEGER)", "models (id INTEGER)", "mine (a)"):
+        path = tmp_path / f"{table[:3]}.db"
+        with sqlite3.connect(path) as db:
+            db.execute(f"CREATE TABLE {table}")
+        before = path.read_bytes()
+        name = table.split(" ")[0]
+        with pytest.raises(BadInput, match=rf"is another program's database, with a table '{name}'"):
+            ExpansionCache(path)
+        assert path.read_bytes() == before  # not a byte of it is touched
 
 
 def test_a_models_digest_is_computed_once_for_each_state(

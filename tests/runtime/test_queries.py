@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from qe_edge import queries
 from qe_edge.errors import BadArgument
 from qe_edge.retrieval.index import Index
 from qe_edge.runtime.expansion import ExpandedQuery
@@ -174,6 +175,9 @@ def test_elasticsearch_gets_boosted_clauses() -> None:
 def test_lucene_gets_words_that_mean_nothing_else() -> None:
     assert expanded("tides OR moon", value=1).to_lucene() == '"tides"^1 OR "moon"^1'
     assert ExpandedQuery("tides", "moon", Join("mass", 1e-7)).to_lucene() == '"tides"^1 OR "moon"^0.0000001'
+    assert queries.fts5({"tides": 0, "moon": 1.0, "sea": -1}) == '"moon"'  # without weight, none at all
+    assert queries.fts5({"tides": 0}) == '""'
+    assert expanded("moon").to_fts5(columns="body") == '{"body"} : ("moon")'
     assert expanded("moon").to_lucene(field="body") == 'body:("moon"^1)'
     assert expanded("*").to_lucene() == "-*:*"
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from serving import Reply, Server
 
-from qe_edge import Expander
+from qe_edge import ExpandedQuery, Expander
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -57,10 +57,10 @@ def test_it_searches_a_named_index(server: Server) -> None:
     assert len(expanded["hits"]) == 10
     read = server.post("/search", query="what makes bread rise", feedback=True).json
     assert read["expansion"]["tokens"] == 0 and read["expansion"]["fallback"] == ""
-    heaviest = read["expansion"]["text"].split()
+    heaviest = read["expansion"]["summary"].split()
     assert len(heaviest) == 12 and set(heaviest) < set(read["expansion"]["words"])
     refined = server.post("/search", query="what makes bread rise", refine=True).json
-    assert refined["expansion"]["text"]  # what was written, or the heaviest words of what was read
+    assert refined["expansion"]["summary"]  # what was written, or the heaviest words of what was read
     assert len(refined["expansion"]["words"]) > len(expanded["expansion"]["words"])
     assert server.post("/search", query="bread", refine=True, feedback=True).status == 422
     chinese = server.post("/search", query="糖尿病患者可以吃什么", index="zh").json
@@ -89,13 +89,14 @@ def test_passages_of_another_index_are_read(server: Server, gguf: Path) -> None:
     passages = ["The moon's pull moves the sea.", "Yeast raises dough."]
     with Expander.load(gguf, budget_tokens=24) as expander:
         alone = expander.feedback(QUERIES[0], passages)
-        written = expander.expand(QUERIES[0])
-        both = expander.refine(QUERIES[0], lambda _: passages, rounds=1)
+        written = ExpandedQuery(QUERIES[0], "the moon", expander.spec.join)
+        both = expander.refine(QUERIES[0], lambda _: passages, written=written, rounds=1)
     read = server.post("/feedback", query=QUERIES[0], passages=passages).json
     assert read["words"] == pytest.approx(alone.words(), rel=1e-3) and "moon" in read["words"]
     assert read["queries"]["fts5"].count('"') == alone.to_fts5().count('"')
     refined = server.post("/feedback", query=QUERIES[0], passages=passages, text=written.text).json
-    assert refined["text"] == both.summary()
+    assert (refined["text"], refined["summary"], refined["passages"]) == ("the moon", "the moon", 2)
+    assert (read["text"], read["passages"]) == ("", 2) and "moon" in read["summary"]
     assert refined["words"] == pytest.approx(both.words(), rel=1e-3)
     nothing = server.post("/feedback", query="tides", passages=[]).json
     assert nothing["fallback"] == "there was no passage to read"
