@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
-import { ExpandedQuery, cleanQuery, countWords, detectLanguage, fold, gate, pieces, wordsOf } from "../src/index.js";
+import { ExpandedQuery, cleanQuery, countWords, detectLanguage, fold, gate, pieces, queries, wordsOf } from "../src/index.js";
 
 const read = (name) => JSON.parse(readFileSync(new URL(`../../tests/vectors/${name}.json`, import.meta.url), "utf8"));
 
@@ -57,4 +57,9 @@ test("joins weigh the same words, and queries are the same", () => {
     assert.equal(rounded(expanded.toElasticsearch("title^2", "body")), rounded(entry.elasticsearch));
     assert.equal(rounded(expanded.toElasticsearch("body")), rounded(entry["one field"]));
   }
+});
+
+test("a word without weight is none", () => {
+  assert.equal(queries.fts5(new Map([["tides", 0], ["moon", 1], ["sea", -1]])), '"moon"');
+  assert.equal(queries.fts5(new Map([["tides", 0]])), '""');
 });
