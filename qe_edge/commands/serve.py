@@ -23,9 +23,10 @@ def serve(
         require(module, "serve")
     config = settings.config()
     from qe_edge.serve.collection import open_collections
-    from qe_edge.serve.guard import run
+    from qe_edge.serve.guard import check_free, run
     from qe_edge.serve.http import create_app
 
+    check_free(config.host, config.port)
     collections = open_collections(index or [], workdir / "index")
     student = {name: getattr(config, name) for name in StudentConfig.__struct_fields__}
     expander = load_expander(model, workdir, parallel=config.parallel, **student)

@@ -19,6 +19,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from qe_edge.errors import BadArgument
+
 ARRIVAL_S = 10.0  # in which a request's header must arrive, and then its body
 MOST = 1000  # open connections
 WAITING = 1024  # connections that the kernel keeps until they are accepted
@@ -179,6 +181,20 @@ def most_connections() -> int:
         return MOST
     opened = len(list(Path("/dev/fd").iterdir()))
     return max(1, min(MOST, (limit - opened) // 2))
+
+
+def check_free(host: str, port: int) -> None:
+    """That nobody listens there yet: said before a model is loaded.
+
+    Raises:
+        BadArgument: somebody does, or it is no address of this machine.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except OSError as error:
+        why = str(error.strerror).partition(" (")[0]  # behind which Python says the address once more
+        raise BadArgument(f"can't listen on {host}:{port}: {why}; choose another --host or --port") from None
 
 
 def run(app: ASGIApp, *, host: str, port: int, last: int, arrival_s: float = ARRIVAL_S) -> None:

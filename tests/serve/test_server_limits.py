@@ -16,6 +16,10 @@ from pathlib import Path
 
 import pytest
 from serving import Reply, Server
+from typer.testing import CliRunner
+
+from qe_edge.cli import app
+from qe_edge.errors import BadArgument
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -255,3 +259,11 @@ def test_where_any_name_serves_it_is_that_of_the_request(gguf: Path, tmp_path: P
     for origin, status in (("https://search.example", 200), ("https://evil.example", 403), ("null", 403)):
         assert server.ask("POST", "/expand", {"query": "x"}, Origin=origin, **known).status == status
     server.stop()
+
+
+def test_a_port_in_use_is_named_before_a_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = CliRunner().invoke(app, ["serve", "--port", str(port), "--model", "builtin:smollm2-135m"])
+    assert isinstance(found.exception, BadArgument)
+    assert f"can't listen on 127.0.0.1:{port}: Address already in use; choose another" in str(found.exception)
