@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qe_edge.runtime.expander import Expander
     from qe_edge.runtime.expansion import ExpandedQuery
     from qe_edge.runtime.reader import Encoder, Passage
+    from qe_edge.runtime.writer import Stream
     from qe_edge.student.gate import OPEN, Gate
     from qe_edge.student.join import Join
     from qe_edge.text import get_analyzer, words_of
@@ -29,6 +30,7 @@ _MODULES = {
     "ExpandedQuery": "runtime.expansion",
     "Encoder": "runtime.reader",
     "Passage": "runtime.reader",
+    "Stream": "runtime.writer",
     "ExpansionCache": "runtime.cache",
     "Gate": "student.gate",
     "OPEN": "student.gate",
@@ -50,6 +52,7 @@ __all__ = [
     "Join",
     "Passage",
     "QeEdgeError",
+    "Stream",
     "get_analyzer",
     "queries",
     "words_of",

@@ -147,6 +147,7 @@ class Expander:
 
     @property
     def spec(self) -> ModelSpec:
+        """The model's prompt, join, gate and how it reads, as they travel with it."""
         return self.backend.spec
 
     @property
