@@ -36,7 +36,7 @@ def write_card(
         *metadata(spec, formats[0], formats),
         *("# A query expansion student", ""),
         f"Made with qe-edge from `{base_name(spec)}` ({_STAGES[spec.stage]}). It writes a short text for a",
-        "search query; the words of both together find more under BM25. Its licence is the base model's"
+        "search query; the words of both are searched together. Its licence is the base model's"
         f"{f' ({spec.license})' if spec.license else ''}.",
         *("", "## Use", ""),
         "The file knows its prompt and how the passage is joined with the query:",

@@ -100,7 +100,7 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
 
     bar_shown = sys.stderr.isatty() and is_main_process()
     start = time.monotonic()
-    made, known = 0, ""
+    made, at, known = 0, start, ""  # `at`: when the last step was
     ended = Event()
 
     def tell() -> None:
@@ -111,7 +111,8 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
             if total is None:
                 where, when = f"{made}", f"{tqdm.format_interval(took)} so far"
             elif made:
-                left = took * (total - done - made) / made
+                # By what the steps took that are made; the one under way has had its time since.
+                left = max(0.0, (at - start) * (total - done - made) / made - (time.monotonic() - at))
                 where, when = f"{done + made} of {total}", f"{tqdm.format_interval(left)} left"
             else:
                 where, when = f"{done} of {total}", f"{tqdm.format_interval(took)} so far"
@@ -120,10 +121,10 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
     with tqdm(desc=description, total=total, initial=done, leave=False, disable=not bar_shown) as bar:
 
         def advance(steps: int = 1, info: str = "") -> None:
-            nonlocal made, known
+            nonlocal made, at, known
             bar.set_postfix_str(info, refresh=False)
             bar.update(steps)
-            made, known = made + steps, info
+            made, at, known = made + steps, time.monotonic(), info
 
         teller = Thread(target=tell, name="qe-edge progress", daemon=True)
         if not bar_shown:

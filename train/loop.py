@@ -126,12 +126,14 @@ class TrainingRun(RunFolder):
         if tokenizer is not None:
             tokenizer.save_pretrained(self.partial)
         write_spec(self.partial, spec)
-        write_card(self.partial, spec, rows=rows, full=tokenizer is not None)
+        # A training of few steps doesn't come to all of them.
+        seen = min(rows, round(rows * (trainer.state.epoch or 1.0)))
+        write_card(self.partial, spec, rows=seen, full=tokenizer is not None)
         write_log(self.partial / LOG, trainer.state.log_history)
         draw(self.partial, trainer.state.log_history)
         metrics = last_figures(trainer.state.log_history, self.resumed)
         device = {"device": self.on.name, "precision": self.on.precision}
-        self.finish(metrics=metrics, kept=self.kept, rows=rows, **device, **extra)
+        self.finish(metrics=metrics, kept=self.kept, rows=rows, rows_seen=seen, **device, **extra)
         for leftover in (*self.out.glob("checkpoint-*"), self.out / BEST):  # no more needed, now it is whole
             remove(leftover)
         return self.out

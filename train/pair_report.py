@@ -130,22 +130,31 @@ def describe(report: dict[str, Any]) -> str:
         f"queries for which all are worse: {report['queries_where_every_candidate_hurts']}",
         "gaps between a query's best and worst reward:",
         *(
-            f"  {label}: {count} {'query' if count == 1 else 'queries'}"
+            f"  {label}: {counted(count, 'query', 'queries')}"
             for label, count in report["gaps"].items()
             if count
         ),
         f"queries without a pair: {report['queries_without_usable_pair']}",
     ]
+    if without := report["queries"] - queries:
+        lines.append(f"queries without a candidate that can be used: {without}")
     if report["dropped"]:
         lines.append(f"not used: {listed(report['dropped'])}")
     return "\n".join(lines)
 
 
+def counted(count: int, one: str, more: str) -> str:
+    return f"{count} {one if count == 1 else more}"
+
+
 def listed(counts: Mapping[str, int]) -> str:
     """`3 tie, 1 empty expansion`, and how to let in what `teach` marked."""
-    text = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-    marked = any(reason.startswith("marked") for reason in counts)
-    return f"{text} (--accept takes marked texts)" if marked else text
+    marked = [reason for reason in counts if reason.startswith("marked")]
+    rest = [reason for reason in counts if reason not in marked]
+    text = ", ".join(f"{counts[reason]} {reason}" for reason in marked)
+    return ", ".join(
+        [*([f"{text} (--accept takes marked texts)"] if marked else []), *(f"{counts[r]} {r}" for r in rest)]
+    )
 
 
 def _line(row: dict[str, Any], what: str) -> str:

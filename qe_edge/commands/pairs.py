@@ -31,7 +31,7 @@ def pairs(
 ) -> None:
     """Score candidate expansions by retrieval and build preference pairs."""
     from qe_edge.retrieval.datasets import load_dataset
-    from qe_edge.train.pair_report import describe
+    from qe_edge.train.pair_report import counted, describe
     from qe_edge.train.pairs import REPORT
     from qe_edge.train.pairs import pairs as verb
     from qe_edge.work.files import read_json
@@ -50,7 +50,8 @@ def pairs(
     report = read_json(folder / REPORT)
     accept = "".join(f" --accept {problem}" for problem in config.accept)
     text = (
-        f"{report['pairs']} pairs of {report['queries_with_pairs']} queries in {folder}\n{describe(report)}"
+        f"{counted(report['pairs'], 'pair', 'pairs')} of "
+        f"{counted(report['queries_with_pairs'], 'query', 'queries')} in {folder}\n{describe(report)}"
     )
     emit(
         json,

@@ -53,7 +53,8 @@ def teach(
     config = settings.config()
     outcome = verb(data, config, out=out)
     text = f"{outcome.done} of {outcome.candidates} candidates are in {out / EXPANSIONS}"
-    if outcome.problems.get("cut", 0) > outcome.asked / 4:
+    cut = outcome.problems.get("cut", 0) > outcome.asked / 4
+    if cut:
         text += (
             "\nmany were cut: ask with a larger --max-tokens, or have `pairs` and `train sft`\n"
             "take them as they are, with --accept cut"
@@ -66,17 +67,17 @@ def teach(
         inputs={"dataset": str(data), "model": config.model, "endpoint": config.endpoint},
         artifacts={"expansions": out / EXPANSIONS},
         metrics={},
-        following=_following(dataset, data, out / EXPANSIONS),
+        following=_following(dataset, data, out / EXPANSIONS, cut),
     )
 
 
-def _following(dataset: str | None, data: Dataset, file: Path) -> str:
+def _following(dataset: str | None, data: Dataset, file: Path, cut: bool) -> str:
     """What to do with the candidates: those of test queries are to compare with, not to train on."""
     if not dataset:
         return ""
     if data.split == "test":
         return f"qe-edge bench --dataset {dataset} --teacher {file}"
-    return f"qe-edge pairs --dataset {dataset}"
+    return f"qe-edge pairs --dataset {dataset}{' --accept cut' if cut else ''}"
 
 
 def _import(

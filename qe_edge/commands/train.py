@@ -95,8 +95,10 @@ def _end_training(json: bool, command: str, folder: Path, following: str = "") -
     if not is_main_process():
         return
     record = read_record(folder)
-    metrics = record["metrics"] | {"rows": record["rows"], "dropped": record["dropped"]}
-    text = f"student in {folder} ({record['rows']} rows, mean loss {record['metrics']['train_loss']:.3f})"
+    metrics = record["metrics"] | {name: record[name] for name in ("rows", "rows_seen", "dropped")}
+    rows, seen = record["rows"], record["rows_seen"]
+    learnt = str(rows) if seen == rows else f"{seen} of {rows}"
+    text = f"student in {folder} ({learnt} rows, mean loss {record['metrics']['train_loss']:.3f})"
     emit(
         json,
         command,

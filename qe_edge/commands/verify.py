@@ -60,7 +60,7 @@ def verify(
 
 def _closeness(exported: Path, found: dict[str, Any]) -> str:
     return (
-        f"{exported} answers as its source does\n"
+        f"{exported} is as close to its source as its kind allows\n"
         f"  checksums      right\n"
         f"  token ids      identical for {found['probes']} texts\n"
         f"  logit cosine   {found['logit_cosine']:.4f}\n"
