@@ -87,6 +87,7 @@ class TrainingRun(RunFolder):
 
         for noisy in (PrinterCallback, ProgressCallback):  # they print to stdout
             trainer.remove_callback(noisy)
+        trainer.create_model_card = lambda *_, **__: None  # TRL's; ours comes at the end
         checkpoint = self.checkpoint()
         if checkpoint:
             note(f"{self.label}: resuming from step {checkpoint.rpartition('-')[2]}")
