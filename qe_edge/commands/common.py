@@ -19,6 +19,7 @@ from qe_edge.student.feedback import MOST_PASSAGES
 from qe_edge.work.folder import DEFAULT_WORKDIR, Workdir
 
 if TYPE_CHECKING:
+    from qe_edge.retrieval.datasets import Dataset
     from qe_edge.train.teach.session import Outcome
 
 WorkdirOption = Annotated[
@@ -85,6 +86,14 @@ def named_columns(columns: str) -> list[str]:
 def took(what: str, path: Path | str, which: str = "the newest") -> None:
     """Say which earlier output a command took because none was named."""
     note(f"{what}: {path} ({which}; name another to use that)")
+
+
+def tell_split(named: str, data: Dataset) -> None:
+    """A bare name means the test queries; of these, what is to be trained on is soon made by mistake."""
+    from qe_edge.retrieval.datasets import split_name, splits
+
+    if not split_name(named)[1] and data.folder and data.split != "train" and "train" in splits(data.folder):
+        note(f"{named}: its {data.split} queries; {named}@train has those to train on")
 
 
 def load_expander(model: str | None, workdir: Path, **settings: Any) -> Expander:

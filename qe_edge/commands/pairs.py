@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took
+from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, tell_split, took
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.errors import BadArgument
 from qe_edge.train.config import PairsConfig
@@ -43,10 +43,12 @@ def pairs(
         raise BadArgument("name the judged queries with --dataset")
     work = Workdir(workdir)
     files = expansions or [Path(name) for name in named]
+    data = load_dataset(dataset)
     if not files:
-        files = [work.taught(str(load_dataset(dataset)))]
+        files = [work.taught(str(data))]
         took("expansions", files[0], "what `teach` collected")
     folder = verb(dataset, files, config, out=out, workdir=work)
+    tell_split(dataset, data)
     report = read_json(folder / REPORT)
     accept = "".join(f" --accept {problem}" for problem in config.accept)
     text = (

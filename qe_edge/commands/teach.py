@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, emit_asked
+from qe_edge.commands.common import (
+    WORKDIR,
+    JsonOption,
+    OutOption,
+    WorkdirOption,
+    emit,
+    emit_asked,
+    tell_split,
+)
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.errors import BadArgument
 from qe_edge.records import configured
@@ -102,5 +110,7 @@ def _queries(dataset: str | None, queries: Path | None) -> Dataset | None:
     if dataset and queries:
         raise BadArgument("give either --dataset or --queries")
     if dataset:
-        return load_dataset(dataset)
+        data = load_dataset(dataset)
+        tell_split(dataset, data)
+        return data
     return load_queries(queries) if queries else None

@@ -190,6 +190,15 @@ def test_bench_without_a_model_measures_bm25_and_the_teacher(qe_edge):
     assert "no model is run" in err
 
 
+def test_a_bare_name_is_told_to_mean_the_test_queries(qe_edge, capsys):
+    from qe_edge.commands.common import tell_split
+    from qe_edge.retrieval.datasets import load_dataset
+
+    for name in ("demo-en@train", "demo-en@test", "demo-en"):
+        tell_split(name, load_dataset(name))
+    assert capsys.readouterr().err == ("demo-en: its test queries; demo-en@train has those to train on\n")
+
+
 def test_search_without_expansion(qe_edge):
     code, out, _ = qe_edge("search", "popcorn", "--plain", "-k", "2")
     assert code == 0
