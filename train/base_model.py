@@ -78,7 +78,7 @@ def _unpack_gguf(ref: ModelRef, file: Path, folder: Path) -> ModelSpec:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     require("gguf", "train")
-    note(f"unpacking {ref.name} to {folder} (once)")
+    note(f"unpacking {ref.name} to {folder} (once; it may take a minute)")
     try:
         tokenizer = load_pretrained(AutoTokenizer, file.parent, gguf_file=file.name)
         with redirect_stderr(StringIO()):  # a bar that transformers offers no way to turn off

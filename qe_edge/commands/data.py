@@ -33,6 +33,7 @@ def data_list(json: JsonOption = False) -> None:
         "data list",
         "\n".join(lines),
         metrics={"builtin": BUILTIN, "imported": imported, "short_names": SHORT_NAMES},
+        following="qe-edge data info demo-en",
     )
 
 
