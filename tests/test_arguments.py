@@ -256,6 +256,7 @@ def test_numbers_of_a_request(expander, sent, status):
         assert client.get(f"/expand/stream?query=tides&deadline_ms={deadline}").status_code == status
 
 
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 def test_a_search_of_the_wrong_kind_is_named(expander):
     import asyncio
 
