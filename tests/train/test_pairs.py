@@ -213,7 +213,10 @@ def test_the_report_says_who_wins_and_where_expansion_hurts(tmp_path, collection
     told = describe(report)
     assert "  1.000  +1.000 [+1.000, +1.000]  good zero-shot, best for 1 (of the 1 that it wrote for)" in told
     assert "gaps between a query's best and worst reward:\n  0 to 0.05: 1 query\n" in told
-    assert "queries without a pair: 1" in told
+    assert "queries without a pair: 1" in told and "without a candidate" not in told
+    told = describe(report | {"queries": 5, "dropped": {"tie": 1, "marked: cut": 2}})
+    assert "queries without a candidate that can be used: 3\n" in told
+    assert told.endswith("not used: 2 marked: cut (--accept takes marked texts), 1 tie")
     assert report["gaps"] == {
         "0 to 0.05": 1,
         "0.05 to 0.1": 0,

@@ -289,6 +289,9 @@ def test_interrupted_or_killed_training_goes_on_to_the_same_losses(
 
     other = sft([files / "expansions.jsonl"], sft_config(tiny_qwen3, seed=9, max_steps=1), workdir=work)
     assert other == work.root / "sft" / "002"  # what was interrupted stays
+    record = read_record(other)
+    assert 0 < record["rows_seen"] < record["rows"]  # by its one step, and so says its card
+    assert f"on {record['rows_seen']} expansions" in (other / "README.md").read_text()
     resumed = sft([files / "expansions.jsonl"], sft_config(tiny_qwen3), workdir=work)
     assert resumed == work.root / "sft" / "003"
     assert not (work.root / "sft" / "001.partial").exists()
