@@ -188,11 +188,10 @@ def _beside_teacher(section: Section, row: Measurement) -> str:
     teacher = next((other.system for other in section.rows if other.system.name == name), None)
     if teacher is None or row.system.retention is None:
         return ""
+    reached = f"{teacher.name}, the teacher, reaches {score(teacher.ndcg.mean)}"
     if row.bm25 and row.system.ndcg.mean <= row.bm25.ndcg.mean:
-        return (
-            f"{teacher.name}, the teacher, reaches {score(teacher.ndcg.mean)}. Here the model adds nothing."
-        )
-    text = f"{teacher.name}, the teacher, reaches {score(teacher.ndcg.mean)}: the model keeps "
+        return f"{reached}. The model doesn't pass plain BM25."
+    text = f"{reached}: the model keeps "
     text += f"{percent(row.system.retention.mean)} of that"
     gain = row.system.gain_retention
     return text + (f" and {percent(gain.mean)} of its gain over BM25." if gain and gain.mean > 0 else ".")
