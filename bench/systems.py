@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -304,14 +305,21 @@ class Systems:
     def teachers(self) -> Iterator[tuple[str, dict[str, str]]]:
         """(model and mode, each query's first expansion) of every teacher that knows these queries."""
         found: dict[str, dict[str, str]] = {}
+        cut: Counter[str] = Counter()
         for path in self.config.teachers:
             for row in read_jsonl(path, Expansion):
                 wanted = not self.config.teacher_models or row.model in self.config.teacher_models
                 if wanted and is_of(row, self.data):
+                    name = f"{row.model} {row.mode}"
+                    texts = found.setdefault(name, {})
+                    if row.query_id in texts:
+                        continue
                     # A cut answer still expands its query; any other that `teach` marked does not.
-                    text = row.text if row.problem in (None, "cut") else ""
-                    found.setdefault(f"{row.model} {row.mode}", {}).setdefault(row.query_id, text)
+                    texts[row.query_id] = row.text if row.problem in (None, "cut") else ""
+                    cut[name] += row.problem == "cut"
         for name, texts in sorted(found.items(), key=lambda item: "few-shot" in item[0]):
+            if cut[name]:
+                self.warn(f"{cut[name]} of {len(texts)} texts of {name} on {self.data} ended at its budget")
             yield name, {query_id: text for query_id, text in texts.items() if text}
 
 

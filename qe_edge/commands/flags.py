@@ -184,7 +184,9 @@ def parsed(name: str, hint: Any, value: Any) -> Any:
     kind, metas = _unwrapped(hint)
     flag = _own_name(name, _extra(metas))
     if get_origin(kind) is tuple and get_origin(choices := _unwrapped(get_args(kind)[0])[0]) is Literal:
+        known = {choice.lower(): choice for choice in get_args(choices)}
         parts = [part.strip() for one in value for part in one.split(",")]
+        parts = [known.get(part.lower(), part) for part in parts]
         if unknown := [part for part in parts if part not in get_args(choices)]:
             raise BadArgument(
                 f"{flag}: unknown {', '.join(unknown)}; choose from: {', '.join(get_args(choices))}"

@@ -11,6 +11,7 @@ from typing import Any
 from qe_edge.errors import BadArgument, BadInput, NotFound, require
 
 PREFIX = "hf:"
+PATIENCE = 10.0  # seconds for the hub's answer; `list_repo_files` would try for 23 without a network
 _NAME = re.compile(
     r"hf:(?P<repo>[\w.-]+/[\w.-]+)"
     r"(?:/(?P<file>[^@:]+\.gguf)|:(?P<kind>[\w.-]+))"
@@ -41,7 +42,8 @@ def fetch(name: str) -> Path:
     if not sys.stderr.isatty():
         require("huggingface_hub.utils", "hub").disable_progress_bars()
     try:
-        kept, names = None, hub.HfApi().list_repo_files(repo, revision=revision)
+        info = hub.HfApi().model_info(repo, revision=revision, timeout=PATIENCE)
+        kept, names = None, [file.rfilename for file in info.siblings or []]
     except Exception as error:  # its errors come from several packages
         kept, names = _kept(hub, name, repo, revision, error)
     # Not in folders: an export's adapter is no model.

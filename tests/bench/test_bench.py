@@ -549,7 +549,11 @@ def test_a_teachers_unusable_answers_count_as_the_plain_query(tmp_path):
     file = tmp_path / "teacher.jsonl"
     file.write_bytes(encode_jsonl(rows))
     out = bench(BenchConfig(datasets=("demo-en",), teachers=(str(file),)), workdir=Workdir(tmp_path / "work"))
-    bm25, _, teacher = read_result(out).datasets[0].systems
+    result = read_result(out)
+    assert any(
+        "1 of 3 texts of big zero-shot on demo-en@test ended at its budget" in w for w in result.warnings
+    )
+    bm25, _, teacher = result.datasets[0].systems
     assert teacher.failed == 25
     assert {q: teacher.per_query[q] for q in (first, second)} == {
         q: bm25.per_query[q] for q in (first, second)

@@ -89,6 +89,10 @@ def test_an_export_is_pushed_with_what_was_measured_and_loaded_again(
     done = run("expand", "tides", "-m", "hf:me/student:Q4_K_M", "--max-tokens", "2", HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     assert there.asked == []
+    dead = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # no network, which nobody said
+    done = run("expand", "tides", "-m", "hf:me/student:Q4_K_M", "--max-tokens", "2", **dead)
+    assert done.returncode == 0, done.stderr
+    assert "etry" not in done.stderr  # the hub's client would try for 23 seconds
 
 
 def test_what_the_hub_lacks_or_refuses_is_said_in_one_line(

@@ -222,13 +222,15 @@ def test_hopeless_answers_stop_at_once(tmp_path, fault, kind, message):
     assert len(endpoint.requests) <= 4  # those that were sent together at the start
 
 
-def test_an_endpoint_that_is_down_is_given_up(tmp_path):
-    ask = {"endpoint": "http://127.0.0.1:9/v1", "patience": 1e-6}
+def test_an_endpoint_that_is_down_is_given_up(tmp_path, capsys):
+    ask = {"endpoint": "http://127.0.0.1:9/v1", "patience": 0.1}
     with pytest.raises(
         QeEdgeError,
         match=r"4 requests in a row failed, the last with: no connection to http://127\.0\.0\.1:9/v1: ",
     ):
         teach(many(), zero_shot(**ask), out=tmp_path / "out")
+    assert capsys.readouterr().err.count("s more: no connection to ") == 1  # told before all patience is gone
+    assert not list(tmp_path.rglob("*.jsonl"))
 
 
 def test_a_slow_endpoint_is_asked_for_less_at_once():

@@ -69,7 +69,7 @@ def test_a_flag_can_turn_off_what_a_recipe_turns_on(monkeypatch, capsys, tmp_pat
     [
         (("--device", "tpu"), 2, "'tpu' is not one of"),
         (("--batch-size", "0"), 2, "--batch-size"),
-        (("--mode", "none"), 2, "--mode: unknown none; choose from: zero-shot, few-shot, student"),
+        (("--mode", "ZERO-SHOT,none"), 2, "--mode: unknown none; choose from: zero-shot, few-shot, student"),
         (("--recipe", "nothing"), 4, "neither a file nor one that ships"),
     ],
 )

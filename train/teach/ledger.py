@@ -122,5 +122,8 @@ class Ledger(Generic[R]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.fsync(self._file.fileno())
+        empty = not self._file.tell()
         self._file.close()
+        if empty:
+            self.path.unlink()
         self._lock.release()

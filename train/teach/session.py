@@ -136,7 +136,7 @@ class _Session(Generic[J, R]):
         self.problems: Counter[str] = Counter()
         self.failures_in_a_row = 0
         self.silent = 0
-        self.throttled = False
+        self.throttled = self.hoping = False
         self.refused: list[J] = []
 
     def _tell(self, message: str) -> None:
@@ -258,10 +258,14 @@ class _Session(Generic[J, R]):
                 since = since or started
                 failures += 1
                 patience = self.ask.patience if self.outcome.asked else min(self.ask.patience, FIRST_PATIENCE)
-                if time.monotonic() - since >= patience:
+                left = since + patience - time.monotonic()
+                if left <= 0:
                     raise
+                if not self.outcome.asked and not self.hoping:
+                    self.hoping = True
+                    self._tell(f"trying for {left:.0f} s more: {error}")
                 # Doubling, with jitter so that requests that failed together do not come back together.
-                backoff = random.uniform(0, min(LONGEST_WAIT, 2.0**failures))
+                backoff = random.uniform(0, min(LONGEST_WAIT, left, 2.0**failures))
                 await self.pace.sleep(error.retry_after if error.retry_after is not None else backoff)
 
     def _failed(self, job: J, error: Exception) -> None:
