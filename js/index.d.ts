@@ -64,7 +64,7 @@ export interface Reader {
   settings?: Partial<Feedback>;
   /** Whether it can read such a query: an English encoder's passages for a Chinese one do harm. */
   knows?(query: string): boolean | Promise<boolean>;
-  read(query: string, text: string, passages: string[], spec: Spec): Promise<number[]>;
+  read(query: string, text: string, passages: string[], spec: Spec, signal?: AbortSignal): Promise<number[]>;
 }
 
 /** The spec of a student: `source` is a path (Node), a URL or a Blob of its GGUF, or qe_edge.json's content. */
@@ -87,7 +87,12 @@ export class Student {
   feedback(
     query: string,
     passages: string[],
-    options?: { scores?: number[]; written?: ExpandedQuery | null; worth?: Map<string, number> },
+    options?: {
+      scores?: number[];
+      written?: ExpandedQuery | null;
+      worth?: Map<string, number>;
+      signal?: AbortSignal;
+    },
   ): Promise<ExpandedQuery>;
   /** Write, search, read, search: `search` returns texts, best first. The result is to be searched with. */
   refine(
@@ -132,8 +137,8 @@ export class ExpandedQuery {
 
 /** node-llama-cpp: a LlamaModel and a sequence of its context, which both writes and reads. */
 export function nodeLlama(model: object, sequence: object): Engine & Reader;
-/** wllama, with the student loaded. */
-export function wllama(instance: object): Engine;
+/** wllama, with the student loaded, which both writes and reads. */
+export function wllama(instance: object): Engine & Reader;
 /** An OpenAI-compatible endpoint that serves the student, such as `http://localhost:8080/v1`. */
 export function endpoint(url: string, options?: { model?: string; key?: string; fetch?: typeof fetch }): Engine;
 /** An encoder as reader: `embed` gives vectors of length 1. */

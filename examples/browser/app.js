@@ -1,4 +1,5 @@
-// Search in your own notes: at once by your words, and again when the student has written, and an encoder has read.
+// Search in your own notes: at once by your words, again when the student has written, and again when somebody has
+// read what that finds: an encoder, or at a click the student, for which it is work.
 
 import MiniSearch from "minisearch";
 import { ExpandedQuery, Student, embeddingReader, queries, wllama, wordsOf } from "qe-edge";
@@ -13,6 +14,7 @@ const PAUSE = 300; // ms without a key, after which the student is asked
 const JOIN = { rule: "mass", value: 0.7 };
 const FOUND = 10; // shown
 const CHIPS = 12;
+const PASSAGES = 4; // that the student reads: one takes a second or two
 
 const at = (id) => document.getElementById(id);
 let language = navigator.language.startsWith("zh") ? "zh" : "en";
@@ -20,6 +22,7 @@ let text = TEXTS[language];
 let index = newIndex();
 let student = null;
 let encoder = null;
+let itself = null; // the student as reader
 let expanded = null; // of the query that is shown
 let without = new Set(); // words that were clicked away
 let asking = new AbortController();
@@ -163,6 +166,7 @@ function ask() {
   const query = at("query").value;
   at("chips").replaceChildren();
   at("results").replaceChildren();
+  at("read").hidden = true;
   if (!query.trim() || !index.documentCount) return say(() => "");
   const start = performance.now();
   expanded = new ExpandedQuery(query, student?.spec.join ?? JOIN);
@@ -176,23 +180,35 @@ function ask() {
 async function improve(query) {
   const start = performance.now();
   const { signal } = (asking = new AbortController());
-  const better = (label, next) => {
-    if (signal.aborted) return;
-    expanded = next;
-    show();
-    const took = (performance.now() - start).toFixed(0);
-    say(() => (next.fallback ? text.held : label(took)));
-  };
   say(() => text.writing);
   const written = await student.expand(query, { signal });
-  better((ms) => text.written(ms), written);
-  if (!encoder || !written.text || signal.aborted) return;
+  if (signal.aborted) return;
+  better((ms) => text.written(ms), written, start);
+  if (!written.text) return;
+  if (encoder) return read(written, signal);
+  at("read").hidden = false;
+  at("read").onclick = () => read(written, signal).catch(broken);
+}
+
+function better(label, next, start) {
+  expanded = next;
+  show();
+  const took = (performance.now() - start).toFixed(0);
+  say(() => (next.fallback ? text.held : label(took)));
+}
+
+/** What was written finds passages, which are read, and once more with their words. */
+async function read(written, signal) {
+  const start = performance.now();
+  at("read").hidden = true;
+  say(() => text.reading);
+  student.reader = encoder ?? itself;
   const search = (next) => find(next.words()).map((hit) => hit.text);
-  let read = written;
   const worth = new Map();
+  let found = written;
   for (let round = 0; round < 2 && !signal.aborted; round++)
-    read = await student.feedback(query, search(read), { written, worth });
-  better((ms) => text.read(ms), read);
+    found = await student.feedback(written.query, search(found), { written, worth, signal });
+  if (!signal.aborted) better((ms) => text.read(ms), found, start);
 }
 
 at("query").oninput = ask;
@@ -202,7 +218,9 @@ at("query").oninput = ask;
 async function load(blob) {
   const instance = new Wllama(WASM, { suppressNativeLog: true, allowOffline: true });
   await instance.loadModel([blob], { n_ctx: 1024 });
-  student = await Student.load(blob, wllama(instance), { maxTokens: BUDGET, reader: encoder });
+  const engine = wllama(instance);
+  itself = { read: engine.read, settings: { passages: PASSAGES } };
+  student = await Student.load(blob, engine, { maxTokens: BUDGET });
   say(() => "");
   ask();
 }
@@ -214,7 +232,6 @@ async function loadEncoder(blob) {
     const { data } = await instance.createEmbedding({ input: texts });
     return data.map(({ embedding }) => unit(embedding));
   });
-  if (student) student.reader = encoder;
   ask();
 }
 

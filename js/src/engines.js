@@ -1,7 +1,9 @@
 // Who writes and who reads. An engine has `write({messages, pieces, end, maxTokens, signal})`; a reader has
-// `read(query, text, passages, spec)`, what each passage is worth, and the `settings` that it changes.
+// `read(query, text, passages, spec, signal)`, what each passage is worth, and the `settings` that it changes.
+// When the signal aborts, what there is by then counts.
 
-import { encode, readingPrompts } from "./prompt.js";
+import { encode, readingPrompts, readingTexts } from "./prompt.js";
+import { cleanQuery } from "./text.js";
 
 /** node-llama-cpp: `model` is a LlamaModel, `sequence` one of its context's. One request at a time. */
 export function nodeLlama(model, sequence) {
@@ -25,10 +27,11 @@ export function nodeLlama(model, sequence) {
     }
     return model.detokenize(written);
   }
-  async function read(query, _text, passages, spec) {
+  async function read(query, _text, passages, spec, signal) {
     const { prompts, answer } = readingPrompts(spec, query, passages, tokenize);
     const values = [];
     for (const prompt of prompts) {
+      if (signal?.aborted) break;
       const all = [...prompt, ...answer];
       await sequence.adaptStateToTokens(prompt.slice(0, -1));
       const start = sequence.nextTokenIndex;
@@ -66,6 +69,23 @@ export function wllama(instance) {
         const settings = { temperature: 0, max_tokens: maxTokens, abortSignal: signal, stream: true };
         const answer = await instance.createChatCompletion({ messages: chat(messages), ...settings });
         for await (const { choices } of answer) text += choices[0]?.delta.content ?? "";
+      });
+    },
+    /** The student itself as reader: a grammar lets it write the query alone, and it tells how likely that was. */
+    async read(query, _text, passages, spec, signal) {
+      const asked = cleanQuery(query);
+      const forced = {
+        grammar: `root ::= ${JSON.stringify(asked)}`,
+        logit_bias: [[asked, 100]], // so that it is cut into its usual tokens; those told are without the bias
+      };
+      const settings = { temperature: 0, max_tokens: 4 * asked.length + 1, logprobs: 1, abortSignal: signal };
+      const values = [];
+      return untilAborted(signal, () => values, async () => {
+        for (const prompt of readingTexts(spec, asked, passages)) {
+          const { choices } = await instance.createCompletion({ prompt, ...forced, ...settings });
+          const tokens = choices[0].logprobs.content.filter(({ bytes }) => bytes.length); // not its end
+          values.push(tokens.reduce((sum, { logprob }) => sum + logprob, 0) / tokens.length);
+        }
       });
     },
   };

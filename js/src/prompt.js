@@ -3,6 +3,7 @@
 import { cleanQuery, cleanText, detectLanguage } from "./text.js";
 
 const CHARACTERS = 16; // of a token, at most
+const USUAL = 4; // of a token; a Chinese character counts as three, since a token seldom has two
 
 /** The language whose text is used: the query's own if the student has one, else its first. */
 export function languageOf(prompt, query) {
@@ -45,16 +46,33 @@ export function beginning(feedback, passage) {
 
 /** A prompt for each passage, and the query as the answer to them, as token ids. */
 export function readingPrompts(spec, query, passages, tokenize) {
-  const { feedback, prompt } = spec;
-  const text = feedback.texts[languageOf(prompt, query)] ?? Object.values(feedback.texts)[0];
-  const [before, after] = text.user.split("{passage}");
-  const start = encode(opening(text.system, before), tokenize);
-  const end = encode(closing(prompt, after), tokenize);
+  const { feedback } = spec;
+  const [start, end] = aroundPassage(spec, query).map((parts) => encode(parts, tokenize));
   const read = (passage) => encode(plain(beginning(feedback, passage)), tokenize).slice(0, feedback.tokens);
   return {
     prompts: passages.map((passage) => [...start, ...read(passage), ...end]),
     answer: encode(plain(cleanQuery(query)), tokenize),
   };
+}
+
+/** The same as texts, for an engine that shows no tokenizer: a passage is cut where its tokens usually end. */
+export function readingTexts(spec, query, passages) {
+  const { feedback } = spec;
+  const [start, end] = aroundPassage(spec, query).map((parts) => parts.map(([text]) => text).join(""));
+  return passages.map((passage) => start + usualTokens(beginning(feedback, passage), feedback.tokens) + end);
+}
+
+/** The pieces before and after a passage. */
+function aroundPassage({ feedback, prompt }, query) {
+  const text = feedback.texts[languageOf(prompt, query)] ?? Object.values(feedback.texts)[0];
+  const [before, after] = text.user.split("{passage}");
+  return [opening(text.system, before), closing(prompt, after)];
+}
+
+function usualTokens(text, tokens) {
+  let left = USUAL * tokens;
+  const kept = [...text].filter((character) => (left -= character < "\u2e80" ? 1 : USUAL - 1) >= 0);
+  return kept.join("").replaceAll("<|", "< |"); // its "<|im_end|>" would be ours
 }
 
 function opening(system, user) {

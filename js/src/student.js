@@ -92,7 +92,7 @@ export class Student {
   }
 
   /** The query with passages that a search found for it, each weighed by the reader; `written` counts too. */
-  async feedback(query, passages, { scores = [], written = null, worth = new Map() } = {}) {
+  async feedback(query, passages, { scores = [], written = null, worth = new Map(), signal } = {}) {
     const plain = (fallback) => (written?.text ? written : new ExpandedQuery(query, this.spec.join, { fallback }));
     const settings = { ...this.spec.feedback, ...this.reader?.settings };
     if (!this.reader) throw new Error("nobody reads: give the student a reader");
@@ -108,11 +108,13 @@ export class Student {
     if (this.gate.min_new_words !== null && fresh < this.gate.min_new_words)
       return plain("what the search found adds nothing to it");
     const unread = [...heads].filter((head) => !worth.has(head));
-    const values = unread.length ? await this.reader.read(cleaned, written?.text ?? "", unread, this.spec) : [];
-    unread.forEach((head, i) => worth.set(head, values[i]));
+    const text = written?.text ?? "";
+    const values = unread.length ? await this.reader.read(cleaned, text, unread, this.spec, signal) : [];
+    values.forEach((value, i) => worth.set(unread[i], value)); // fewer if the signal aborted
+    if (!worth.size) return plain("nothing was read in time");
     const weights = weigh([...worth.values()], settings.temperature);
     const relevance = { passages: [...worth.keys()], weights, terms: settings.terms, join: settings.join };
-    return new ExpandedQuery(query, this.spec.join, { text: written?.text ?? "", relevance });
+    return new ExpandedQuery(query, this.spec.join, { text, relevance });
   }
 
   /**
@@ -126,7 +128,7 @@ export class Student {
     const worth = new Map();
     for (let round = 0; round < rounds && !signal?.aborted; round++) {
       const found = await search(expanded);
-      expanded = await this.feedback(query, found, { scores, written, worth });
+      expanded = await this.feedback(query, found, { scores, written, worth, signal });
       if (!expanded.relevance) break;
     }
     return expanded;

@@ -97,10 +97,20 @@ def test_it_finds_at_once_and_better_when_the_student_has_written(
         chips.first.click()
     assert shown.locator("#results li").count() == 0
 
-    # An encoder reads what the student's words find.
-    shown.set_input_files("#encoder", str(save_tiny_encoder(tmp_path / "encoder.gguf")))
-    said(shown, "wrote and read")
+    # The student reads what its words find, when it is asked to.
+    shown.fill("#query", query + "?")
+    said(shown, "with what the student wrote")
+    shown.click("#read")
+    said(shown, "written and read")
+    assert "Swallowing" in first_result(shown)
     assert set(chips.all_inner_texts()) - set(before)
+    assert shown.locator("#read").is_hidden()
+
+    # An encoder reads by itself.
+    shown.set_input_files("#encoder", str(save_tiny_encoder(tmp_path / "encoder.gguf")))
+    shown.fill("#query", query)
+    said(shown, "written and read")
+    assert shown.locator("#read").is_hidden()
 
     # All of it again without a network.
     context.set_offline(True)
@@ -108,6 +118,50 @@ def test_it_finds_at_once_and_better_when_the_student_has_written(
     shown.click("#samples")
     shown.fill("#query", "how does bread rise")
     said(shown, "with what the student wrote")
+    assert errors == []
+    context.close()
+
+
+READ = """async ([query, passages]) => {
+  const { Wllama } = await import("@wllama/wllama");
+  const { Student, wllama } = await import("qe-edge");
+  const file = await (await fetch("student.gguf")).blob();
+  const wasm = { default: "./node_modules/@wllama/wllama/esm/wasm/wllama.wasm" };
+  const instance = new Wllama(wasm, { suppressNativeLog: true });
+  await instance.loadModel([file], { n_ctx: 1024 });
+  const engine = wllama(instance);
+  const { spec } = await Student.load(file, engine);
+  const values = await engine.read(query, "", passages, spec);
+  const cut = await engine.read(query, "", passages, spec, AbortSignal.abort());
+  return [values, cut];
+}"""
+
+
+def test_the_student_reads_in_a_tab_as_in_python(chromium: Any, address: str, student: Path) -> None:
+    from qe_edge.backends.open import open_backend
+    from qe_edge.runtime.expander import Expander
+    from qe_edge.student.models import resolve
+
+    passages = [
+        "The moon's pull moves the sea.",
+        "What causes tides? The moon.",
+        "Yeast raises dough.<|im_end|>",
+        "A tidy desk. " * 60,
+    ]
+    context, shown, errors = opened(chromium, address, "en-US")
+    backend = open_backend(resolve(student), threads=1)
+    feedback, prompt = backend.spec.feedback, backend.spec.prompt
+    with Expander(backend) as expander:
+        for query in ("what causes tides", "why do my ears pop", 'a "quoted" \\ word, café', "42"):
+            prompts, answer, prefix = feedback.encode(query, passages, prompt, backend.tokenize)
+            read = expander._decoder.reader().log_likelihoods(prompts, answer, prefix=prefix)
+            expected = [value / len(answer) for group in read for value in group]
+            found, cut = shown.evaluate(READ, [query, passages])
+            assert cut == []
+            assert len(found) == len(expected)
+            # In nats per token: WebAssembly's kernels multiply quantized weights otherwise, and where a long
+            # passage ends is guessed there.
+            assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 0.5, (found, expected)
     assert errors == []
     context.close()
 
