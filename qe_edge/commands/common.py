@@ -12,10 +12,8 @@ import typer
 from qe_edge.arguments import MOST_THREADS
 from qe_edge.console import note, print_json
 from qe_edge.errors import PartlyDone
-from qe_edge.records import ANALYZER
 from qe_edge.redact import redact
 from qe_edge.runtime.expander import Expander
-from qe_edge.student.feedback import MOST_PASSAGES
 from qe_edge.work.folder import DEFAULT_WORKDIR, Workdir
 
 if TYPE_CHECKING:
@@ -49,7 +47,6 @@ ColumnsOption = Annotated[
         help="Of the table, such as ndcg,of-teacher,file; a wrong one names them all.",
     ),
 ]
-AnalyzerOption = Annotated[str, typer.Option("--analyzer", help=ANALYZER)]
 
 
 def finite(value: float | None) -> float | None:
@@ -61,19 +58,6 @@ def finite(value: float | None) -> float | None:
 
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads (default: all cores).")
-]
-PassagesOption = Annotated[
-    int | None,
-    typer.Option(
-        "--passages",
-        min=1,
-        max=MOST_PASSAGES,
-        help="That are read of what a search found (default: the model's own number).",
-    ),
-]
-ReaderOption = Annotated[
-    Path | None,
-    typer.Option("--reader", help="An encoder's GGUF that reads them (default: the model itself)."),
 ]
 WORKDIR = Path(DEFAULT_WORKDIR)
 

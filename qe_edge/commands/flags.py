@@ -77,7 +77,8 @@ def flags_of(kind: type[S], section: str, *, recipe: bool = False) -> Callable[.
     """
     hints = get_type_hints(kind, include_extras=True)
     defaults = {field.name: field.default for field in msgspec.structs.fields(kind)}
-    flags = {name: flag for name in defaults if (flag := _flag(name, hints[name], defaults[name]))}
+    found = {name: _flag(name, hints[name], defaults[name], negated=bool(section)) for name in defaults}
+    flags = {name: flag for name, flag in found.items() if flag}
     common: dict[str, Any] = {"recipe": RecipeOption, "data": DataOption} if recipe else {}
     others = [_keyword(name, annotation, None) for name, annotation in common.items()]
     if section:
@@ -120,14 +121,16 @@ def _read(recipe: str | None, section: str, data: Path | None) -> dict[str, Any]
     return content[section]
 
 
-def _flag(name: str, hint: Any, default: Any) -> inspect.Parameter | None:
+def _flag(name: str, hint: Any, default: Any, *, negated: bool) -> inspect.Parameter | None:
     kind, metas = _unwrapped(hint)
     extra = _extra(metas)
     own_name = _own_name(name, extra)
     if not own_name:
         return None
     settings: dict[str, Any] = {"help": next(meta.description for meta in metas if meta.description)}
-    if kind is bool and not own_name.startswith("--no-"):  # so that a recipe's true can be turned off
+    if (
+        negated and kind is bool and not own_name.startswith("--no-")
+    ):  # so that a recipe's true can be turned off
         own_name = f"{own_name}/--no-{own_name.removeprefix('--')}"
     if get_origin(kind) is tuple:  # a flag that can be given several times
         item, _ = _unwrapped(get_args(kind)[0])

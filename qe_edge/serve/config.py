@@ -1,4 +1,4 @@
-"""The settings of `serve` and `mcp`, said once: flags are made of them."""
+"""The settings of `search`, `serve` and `mcp`, said once: flags are made of them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,44 @@ from typing import Annotated
 import msgspec
 
 from qe_edge.arguments import LONGEST_MS
-from qe_edge.records import Count, Threads, said
+from qe_edge.records import ANALYZER, Count, Threads, said
 from qe_edge.student.feedback import Passages
 
 
-class StudentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How a student works for other programs."""
+class ReadingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is read, and by whom."""
 
-    budget_tokens: Annotated[Count | None, said("Token budget (default: the model's own).")] = None
     passages: Annotated[
         Passages | None, said("That are read of what a search found (default: the model's own number).")
     ] = None
     reader: Annotated[str | None, said("An encoder's GGUF that reads them (default: the model itself).")] = (
         None
     )
+
+
+class SearchConfig(ReadingConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One search, and how the query is expanded for it."""
+
+    dataset: Annotated[str, said("Where to look: NAME or folder.", short="-d")] = "demo-en"
+    plain: Annotated[bool, said("Without expansion.")] = False
+    feedback: Annotated[bool, said("Expand by what the plain query finds, as the student weighs it.")] = False
+    refine: Annotated[
+        bool, said("Expand also by what the written query finds: write, search, read, search.")
+    ] = False
+    k: Annotated[int, said("Results to show.", flag="-k", ge=1, le=1000)] = 5
+    analyzer: Annotated[str, said(ANALYZER)] = ""
+
+    def __post_init__(self) -> None:
+        if self.plain + self.feedback + self.refine > 1:
+            raise ValueError("give one of --plain, --feedback and --refine")
+        if (self.passages or self.reader) and not (self.feedback or self.refine):
+            raise ValueError("--passages and --reader say what is read; give --feedback or --refine too")
+
+
+class StudentConfig(ReadingConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a student works for other programs."""
+
+    budget_tokens: Annotated[Count | None, said("Token budget (default: the model's own).")] = None
     threads: Annotated[Threads | None, said("CPU threads (default: the cores that are free).")] = None
     cache: Annotated[str | None, said("A SQLite file that keeps expansions (default: none).")] = None
 
