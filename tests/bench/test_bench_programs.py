@@ -93,3 +93,42 @@ def test_survival_counts_each_fault(gguf: Path) -> None:
     assert title[:3] == ["what", "tried", "failed"]
     assert [row[1] for row in rows] == ["3", "3", "1", "1", "1", "1"]
     assert {row[2] for row in rows} == {"0"}
+
+
+def test_file_speed_compares_files(gguf: Path) -> None:
+    title, *rows = run("file_speed", gguf, "--turns", 1, "--threads", 1, "--plain")
+    assert len(rows) == 2 and {len(row) for row in rows} == {len(title)}
+
+
+def test_runtime_speed_measures_each_way(gguf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    small = ("--queries", 4, "--parallel", 2, "--rounds", 1, "--threads", 1)
+    title, *rows = run("runtime_speed", gguf, *small, "--out", out)
+    assert rows and {len(row) for row in rows} == {len(title)}
+    assert out.is_file()
+
+
+def test_serve_load_counts_answers(gguf: Path) -> None:
+    pytest.importorskip("fastapi")
+    small = ("--clients", 2, "--seconds", 1, "--parallel", 1, "--budget-tokens", 4)
+    title, *rows = run("serve_load", gguf, *small)
+    assert len(rows) == 1 and len(rows[0]) == len(title)
+
+
+@pytest.mark.slow
+def test_thread_speed_measures_each_setting(gguf: Path) -> None:
+    title, *rows = run("thread_speed", "--model", gguf, "--seconds", 0.2, "--rounds", 1)
+    assert rows and {len(row) for row in rows} == {len(title)}
+
+
+def test_gate_thresholds_prints_a_row_for_each_setting(gguf: Path, tmp_path: Path) -> None:
+    title, *rows = run("gate_thresholds", gguf, "-d", "demo-en@train", "--workdir", tmp_path)
+    assert rows and {len(row) for row in rows} == {len(title)}
+
+
+@pytest.mark.slow
+def test_train_speed_compares_with_trl(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    small = ("--layers", 1, "--steps", 3, "--rounds", 1, "--sft-batch", 1, "--dpo-batch", 1)
+    title, *rows = run("train_speed", "--shape", "smollm2-135m", *small)
+    assert rows and {len(row) for row in rows} == {len(title)}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
+import pytest
 from chat_servers import llama_cpp_server
 from node import JS, program
 from vectors.make import ROOT, lines, stop_words_module, vectors
@@ -65,6 +67,15 @@ def test_real_engines_write_and_read_as_in_python(student: Path, tmp_path: Path,
     with llama_cpp_server(student) as url:
         where = {"gguf": str(student), "expected": str(expected), "server": url}
         node_test("engines.test.js", QE_EDGE_JS=json.dumps(where))
+
+
+@pytest.mark.slow
+def test_the_speed_program_compares_with_python(student: Path, packages: None) -> None:
+    small = ("--queries", "2", "--tokens", "2", "--rounds", "1")
+    program = [sys.executable, "-m", "qe_edge.bench.programs.js_speed", str(student), *small]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")][2:]
 
 
 def test_the_types_fit_a_program_that_uses_all_of_it(packages: None) -> None:
