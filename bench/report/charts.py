@@ -52,7 +52,7 @@ def pareto(section: Section, paint: Paint, width: int | Literal["container"]) ->
     values = [_point(section, row) for row in section.drawn]
     references = section.references
     plane = Plane(
-        [Point(v["model"], v["x"], v["low"], v["y"], v["high"]) for v in values],
+        [Point(f"{v['model']} {score(v['y'])}", v["x"], v["low"], v["y"], v["high"]) for v in values],
         [Line(f"{r.system.name} {score(r.system.ndcg.mean)}", r.system.ndcg.mean) for r in references],
     )
     lines = [

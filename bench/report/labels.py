@@ -114,12 +114,12 @@ class Plane:
 
     def _beside_point(self, point: Point) -> Iterator[_Label]:
         text, x = _shorten(point.text), self._x(point.x)
+        for align, away in (("left", 9), ("right", -9)):
+            yield _Label(text, x + away, self._y(point.mean), align)
         for line in (0.5, 1.5, 2.5):
             for y in (self._y(point.high) - line * _LINE - 2, self._y(point.low) + line * _LINE + 2):
                 for align in ("center", "left", "right"):
                     yield _Label(text, x, y, align)
-        for align, away in (("left", 9), ("right", -9)):
-            yield _Label(text, x + away, self._y(point.mean), align)
 
     def _beside_line(self, reference: Line) -> Iterator[_Label]:
         text, y = _shorten(reference.text), self._y(reference.y)
