@@ -5,6 +5,11 @@
 import { encode, readingPrompts, readingTexts } from "./prompt.js";
 import { cleanQuery } from "./text.js";
 
+const LONGEST = 512; // tokens of a prompt
+
+/** A query that is searched as it is. */
+export class TooLong extends Error {}
+
 /** node-llama-cpp: `model` is a LlamaModel, `sequence` one of its context's. One request at a time. */
 export function nodeLlama(model, sequence) {
   const tokenize = (text, special) => model.tokenize(text, special);
@@ -14,11 +19,15 @@ export function nodeLlama(model, sequence) {
     last = result.catch(() => {});
     return result;
   };
+  // What a prompt shares with the last one from its beginning on. (With shifts, what comes later stays, too, as
+  // it was computed after another query.)
+  const keepBeginning = (prompt) => sequence.adaptStateToTokens(prompt.slice(0, -1), false);
   async function write({ pieces, end, maxTokens, signal }) {
     const prompt = encode(pieces, tokenize);
+    if (prompt.length > LONGEST) throw new TooLong(`the query's prompt takes ${prompt.length} tokens, over ${LONGEST}`);
     const [stop] = tokenize(end, true);
     const written = [];
-    await sequence.adaptStateToTokens(prompt.slice(0, -1)); // what it shares with the last prompt is kept
+    await keepBeginning(prompt);
     const rest = prompt.slice(sequence.nextTokenIndex);
     for await (const token of sequence.evaluate(rest, { temperature: 0, yieldEogToken: true })) {
       if (token === stop || model.isEogToken(token)) break;
@@ -33,7 +42,7 @@ export function nodeLlama(model, sequence) {
     for (const prompt of prompts) {
       if (signal?.aborted) break;
       const all = [...prompt, ...answer];
-      await sequence.adaptStateToTokens(prompt.slice(0, -1));
+      await keepBeginning(prompt);
       const start = sequence.nextTokenIndex;
       const generateNext = (next) => ({
         logits: { filter: { tokens: [next], includeTop: 1 } },
@@ -102,7 +111,9 @@ export function endpoint(url, { model = "student", key = "", fetch = globalThis.
         // llama-cpp-python's server has a penalty of 1.1 by itself.
         const settings = { temperature: 0, repeat_penalty: 1, max_tokens: maxTokens };
         const body = JSON.stringify({ model, messages: chat(messages), ...settings });
-        const answer = await fetch(where, { method: "POST", headers, body, signal });
+        const answer = await fetch(where, { method: "POST", headers, body, signal }).catch((error) => {
+          throw new Error(`${where}: ${error.cause?.message ?? error.message}; is the server running?`, { cause: error });
+        });
         if (!answer.ok) throw new Error(`${where}: HTTP ${answer.status}: ${(await answer.text()).slice(0, 200)}`);
         text = (await answer.json()).choices[0].message.content ?? "";
       });

@@ -15,8 +15,10 @@ export function before(gate, query, { scores = [], languages = [] } = {}) {
   }
   if (given(gate.max_words) && words > gate.max_words)
     return `the query has ${words} words, over ${gate.max_words}`;
-  if (given(gate.clear_lead) && scores.length > 1 && scores[0] > 0) {
-    const lead = (scores[0] - scores[1]) / scores[0];
+  // FTS5's are below zero, the best one farthest.
+  const [best, second] = scores.slice(0, 2).map(Math.abs);
+  if (given(gate.clear_lead) && scores.length > 1 && best > 0) {
+    const lead = (best - second) / best;
     if (lead >= gate.clear_lead) return `the plain query's best result leads by ${(100 * lead).toFixed(0)}%`;
   }
   return "";

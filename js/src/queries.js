@@ -15,6 +15,7 @@ function round(value) {
 }
 
 function heaviest(given, fields = 1) {
+  if (!(given instanceof Map)) throw new TypeError("words must be a Map of words and weights, as words() gives");
   if (fields > CLAUSES) throw new Error(`${fields} fields are too many: engines take ${CLAUSES} clauses at most`);
   const most = Math.min(WORDS, Math.floor(CLAUSES / fields));
   const words = new Map([...given].filter(([, weight]) => weight > 0)); // one without weight is none
@@ -35,7 +36,8 @@ export function repeated(words) {
 /** A MATCH expression of SQLite's FTS5: bind it as a parameter, and order by rank. */
 export function fts5(words, { columns = [] } = {}) {
   const match = repeated(words).map(quoted).join(" OR ") || '""';
-  return columns.length ? `{${columns.map(quoted).join(" ")}} : (${match})` : match;
+  const names = [columns].flat().filter(Boolean);
+  return names.length ? `{${names.map(quoted).join(" ")}} : (${match})` : match;
 }
 
 /** Words that FTS5 takes for one token each, for a table without positions (`detail=none`), or by trigrams. */

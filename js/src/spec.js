@@ -18,7 +18,9 @@ export async function readSpec(source, { fetch = globalThis.fetch } = {}) {
     const read = await reader(source, fetch);
     return checked(JSON.parse(new TextDecoder().decode(await read(0, 1 << 16))));
   }
-  const text = await headerText(await reader(source, fetch), KEY);
+  const text = await headerText(await reader(source, fetch), KEY).catch((error) => {
+    throw new Error(`${source instanceof Blob ? (source.name ?? "the file") : source}: ${error.message}`, { cause: error });
+  });
   if (text === undefined) throw new Error(`${source} has no ${KEY}: it was not exported by qe-edge`);
   return checked(JSON.parse(text));
 }
@@ -37,7 +39,7 @@ async function reader(source, fetch) {
     return async (start, end) => {
       const answer = await fetch(source, { headers: { Range: `bytes=${start}-${end - 1}` } });
       if (answer.status === 416) return new Uint8Array();
-      if (!answer.ok) throw new Error(`${source}: HTTP ${answer.status}`);
+      if (!answer.ok) throw new Error(`HTTP ${answer.status}`);
       if (answer.status === 206) return new Uint8Array(await answer.arrayBuffer());
       return firstBytes(answer.body, start, end); // a server without ranges sends all of it
     };

@@ -5,7 +5,14 @@ import { joined, relevanceWords, weigh } from "./join.js";
 import { beginning, messages, pieces } from "./prompt.js";
 import * as queries from "./queries.js";
 import { readSpec } from "./spec.js";
+import { TooLong } from "./engines.js";
 import { cleanQuery, cut, oneLine, wordsOf } from "./text.js";
+
+const LATE = "the signal aborted";
+
+function check(fits, message) {
+  if (!fits) throw new TypeError(message);
+}
 
 /** A query with what was written for it, or found and read; `text` is "" where the plain query is searched. */
 export class ExpandedQuery {
@@ -59,6 +66,9 @@ export class ExpandedQuery {
 export class Student {
   /** `reader` weighs passages: see `nodeLlama` and `embeddingReader`. */
   constructor(spec, engine, { reader = null, gate = spec.gate, maxTokens = spec.prompt.max_tokens } = {}) {
+    check(engine?.write, "an engine has write({ … }), such as nodeLlama(model, context.getSequence())");
+    check(!reader || reader.read, "a reader has read(…), such as the engine itself or embeddingReader(embed)");
+    check(Number.isInteger(maxTokens) && maxTokens > 0, `maxTokens must be a whole number from 1, not ${maxTokens}`);
     Object.assign(this, { spec, engine, reader, gate, maxTokens });
   }
 
@@ -84,8 +94,16 @@ export class Student {
       maxTokens: this.maxTokens,
       signal,
     };
-    const text = oneLine(await this.engine.write(request));
-    const reason = gates.after(gate, query, text);
+    let text = "";
+    try {
+      if (!signal?.aborted) text = oneLine(await this.engine.write(request));
+    } catch (error) {
+      if (!(error instanceof TooLong)) throw error;
+      return new ExpandedQuery(query, spec.join, { fallback: error.message });
+    }
+    let reason = gates.after(gate, query, text);
+    if (signal?.aborted && !text) reason = `${LATE} before the first word`;
+    else if (signal?.aborted && reason) reason = `${LATE}; so far, ${reason}`;
     return reason
       ? new ExpandedQuery(query, spec.join, { fallback: reason, rejected: text })
       : new ExpandedQuery(query, spec.join, { text });
@@ -94,6 +112,8 @@ export class Student {
   /** The query with passages that a search found for it, each weighed by the reader; `written` counts too. */
   async feedback(query, passages, { scores = [], written = null, worth = new Map(), signal } = {}) {
     const plain = (fallback) => (written?.text ? written : new ExpandedQuery(query, this.spec.join, { fallback }));
+    const texts = Array.isArray(passages) && passages.every((passage) => typeof passage === "string");
+    check(texts, "passages must be an array of strings; a search returns the texts that it found, best first");
     const settings = { ...this.spec.feedback, ...this.reader?.settings };
     if (!this.reader) throw new Error("nobody reads: give the student a reader");
     const cleaned = cleanQuery(query);
@@ -111,7 +131,7 @@ export class Student {
     const text = written?.text ?? "";
     const values = unread.length ? await this.reader.read(cleaned, text, unread, this.spec, signal) : [];
     values.forEach((value, i) => worth.set(unread[i], value)); // fewer if the signal aborted
-    if (!worth.size) return plain("nothing was read in time");
+    if (!worth.size) return plain(`${LATE} before the first passage was read`);
     const weights = weigh([...worth.values()], settings.temperature);
     const relevance = { passages: [...worth.keys()], weights, terms: settings.terms, join: settings.join };
     return new ExpandedQuery(query, this.spec.join, { text, relevance });
@@ -122,6 +142,8 @@ export class Student {
    * written is all. The result is to be searched with.
    */
   async refine(query, search, { rounds = 2, scores = [], signal } = {}) {
+    check(typeof search === "function", "search must be a function of the expanded query, which returns texts");
+    check(Number.isInteger(rounds) && rounds > 0, `rounds must be a whole number from 1, not ${rounds}`);
     const written = await this.expand(query, { scores, signal });
     if (!this.reader || (written.fallback && !written.rejected)) return written;
     let expanded = written;

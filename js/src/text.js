@@ -73,6 +73,7 @@ export function cleanText(text) {
 
 /** The query as a clean text; throws where nothing is left of it. */
 export function cleanQuery(query) {
+  if (typeof query !== "string") throw new TypeError(`a query must be a string, not ${query === null ? null : typeof query}`);
   const cleaned = cleanText(query);
   if (!cleaned) throw new Error("the query is empty; give at least one word");
   return cleaned;

@@ -6,6 +6,8 @@ import { after, before, test } from "node:test";
 
 import { Student, endpoint, nodeLlama, pieces, readSpec, render, wordsOf } from "../src/index.js";
 
+const OPEN = { max_words: null, clear_lead: null, min_new_words: null, min_distinct: null, same_language: false };
+
 const { gguf, expected, server } = JSON.parse(process.env.QE_EDGE_JS ?? "{}");
 const skip = gguf ? false : "run by tests/js/test_js.py, which makes the student";
 const python = skip ? {} : JSON.parse(readFileSync(expected, "utf8"));
@@ -47,6 +49,30 @@ test("it writes what Python has it write", { skip }, async () => {
   for (const { query, text } of python.texts) assert.equal((await student.expand(query)).text, text);
 });
 
+test("a query is written the same after itself, after a longer one and after one that was aborted", { skip }, async () => {
+  const student = await Student.load(gguf, engine, { maxTokens: 8, gate: OPEN });
+  const chain = ["what causes tides", "what causes tides", "tides", "causes tides", "tides"];
+  await student.expand("what is rust", { signal: AbortSignal.timeout(50) });
+  const found = [];
+  for (const query of chain) found.push((await student.expand(query)).text);
+  assert.ok(found.every(Boolean), found.join(" | "));
+  assert.equal(found[0], found[1]);
+  assert.equal(found[2], found[4]);
+});
+
+test("a passage is worth the same after a longer one of its words", { skip }, async () => {
+  const longer = "A worn washer lets the faucet drip; replace it and tighten the nut.";
+  const [, after] = await engine.read("tap drips", "", [longer, "A worn washer; replace it."], python.spec);
+  const [alone] = await engine.read("tap drips", "", ["A worn washer; replace it."], python.spec);
+  assert.ok(alone < -1 && Math.abs(alone - after) < 0.01, `${alone} and ${after}`);
+});
+
+test("a query that is too long is searched as it is", { skip }, async () => {
+  const student = await Student.load(gguf, engine);
+  const { text, fallback } = await student.expand("x".repeat(5000));
+  assert.deepEqual([text, /^the query's prompt takes \d+ tokens, over 512$/.test(fallback)], ["", true]);
+});
+
 test("a served student writes the same", { skip: skip || (server ? false : "no server") }, async () => {
   const student = new Student(python.spec, endpoint(server), { maxTokens: python.budget });
   const { query, text } = python.texts[0]; // the other's tokens nearly tie, and this server computes otherwise
@@ -54,9 +80,14 @@ test("a served student writes the same", { skip: skip || (server ? false : "no s
 });
 
 test("an aborted signal ends the writing, and what there is counts", { skip }, async () => {
-  const student = await Student.load(gguf, engine, { maxTokens: 64 });
-  const cut = await student.expand("what causes tides", { signal: AbortSignal.abort() });
-  assert.equal(wordsOf(cut.text).length + wordsOf(cut.rejected).length, 1);
+  const student = await Student.load(gguf, engine, { maxTokens: 64, gate: OPEN });
+  const controller = new AbortController();
+  const written = student.expand("what causes tides", { signal: controller.signal });
+  setTimeout(() => controller.abort(), 300);
+  const whole = await student.expand("what causes tides");
+  assert.ok(whole.text.startsWith((await written).text));
+  const late = await student.expand("what causes tides", { signal: AbortSignal.abort() });
+  assert.deepEqual([late.text, late.fallback], ["", "the signal aborted before the first word"]);
 });
 
 test("it reads as Python does", { skip }, async () => {

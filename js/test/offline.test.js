@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { createServer } from "node:http";
 import { test } from "node:test";
 
-import { Student, embeddingReader, endpoint, readSpec } from "../src/index.js";
+import { Student, embeddingReader, endpoint, queries, readSpec } from "../src/index.js";
 
 const SPEC = {
   prompt: { id: "p", texts: { en: { system: "S", user: "Q: {query}" } }, max_tokens: 9, answer_prefix: "", end: "<|im_end|>" },
@@ -123,7 +123,22 @@ test("an endpoint gets both messages, and its errors are told", async () => {
   assert.deepEqual(body.messages.map((m) => m.content), ["S", "Q: tides"]);
   const slow = endpoint("http://x/v1", { fetch: (_, { signal }) => Promise.reject(signal.reason) });
   const late = await new Student(SPEC, slow).expand("tides", { signal: AbortSignal.abort() });
-  assert.deepEqual([late.text, late.fallback], ["", "it is empty"]);
+  assert.deepEqual([late.text, late.fallback], ["", "the signal aborted before the first word"]);
   const broken = endpoint("http://x/v1", { fetch: async () => new Response("no model", { status: 503 }) });
   await assert.rejects(new Student(SPEC, broken).expand("tides"), /HTTP 503: no model/);
+});
+
+test("what is of the wrong kind is refused by name", async () => {
+  const student = new Student(SPEC, says("moon"), { reader: embeddingReader((texts) => texts.map(() => [1, 0])) });
+  const refused = (work, message) => assert.rejects(async () => work(), { name: "TypeError", message });
+  await refused(() => student.expand(null), /a query must be a string, not null/);
+  await refused(() => new Student(SPEC, {}), /an engine has write/);
+  await refused(() => new Student(SPEC, says(""), { reader: "FILE.gguf" }), /a reader has read/);
+  await refused(() => new Student(SPEC, says(""), { maxTokens: 0 }), /maxTokens must be a whole number from 1, not 0/);
+  await refused(() => student.refine("tides", []), /search must be a function/);
+  await refused(() => student.refine("tides", () => [], { rounds: 0 }), /rounds must be a whole number from 1, not 0/);
+  await refused(() => student.refine("tides", () => [{ body: "moon" }]), /passages must be an array of strings/);
+  await refused(() => queries.fts5(["tap", "drips"]), /words must be a Map/);
+  await assert.rejects(readSpec("http://127.0.0.1:9/student.gguf"), /127\.0\.0\.1:9\/student\.gguf: /);
+  await assert.rejects(new Student(SPEC, endpoint("http://127.0.0.1:9/v1")).expand("tides"), /is the server running\?/);
 });

@@ -42,8 +42,8 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def before(self, query: str, scores: Sequence[float] = (), *, languages: Sequence[Lang] = ()) -> str:
         """Why a query is not to be expanded; empty if it is.
 
-        `scores` are those that plain BM25 found for it, best first, and `languages` the student's, where
-        they are known.
+        `scores` are those that plain BM25 found for it, best first (below zero as FTS5 gives them, or above),
+        and `languages` the student's, where they are known.
         """
         words = count_words(query)
         if self.max_words is not None and not words:
@@ -53,8 +53,9 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return f"the query is {where}, the student writes {' and '.join(languages)}"
         if self.max_words is not None and words > self.max_words:
             return f"the query has {words} words, over {self.max_words}"
-        if self.clear_lead is not None and len(scores) > 1 and scores[0] > 0:
-            lead = (scores[0] - scores[1]) / scores[0]
+        if self.clear_lead is not None and len(scores) > 1 and scores[0]:
+            best, second = map(abs, scores[:2])  # FTS5's are below zero, the best one farthest
+            lead = (best - second) / best
             if lead >= self.clear_lead:
                 return f"the plain query's best result leads by {lead:.0%}"
         return ""

@@ -116,7 +116,7 @@ def _prompt(name: str, prompt: Any) -> dict[str, Any]:
 
 
 def _gate(gate: Gate) -> dict[str, Any]:
-    lists = ([], [10.0, 7.5], [10.0, 9.9])
+    lists = ([], [10.0, 7.5], [10.0, 9.9], [-4.0, -1.0])
     before = [(text, scores, known) for text in TEXTS for scores in lists for known in (["en"], ["en", "zh"])]
     return {
         "gate": msgspec.to_builtins(gate),
