@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from qe_edge.errors import BadArgument
@@ -35,6 +36,28 @@ def check_whole(name: str, value: Any, least: int, most: int) -> None:
         raise BadArgument(f"{name} must be from {least} to {most}, not {value}")
 
 
+def check_kind(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Refuse what is of none of these kinds, in words that say what is `wanted`.
+
+    Raises:
+        TypeError: it is of another type.
+    """
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {wanted}, not {type(value).__name__}")
+
+
+def check_path(name: str, value: object) -> None:
+    """Refuse an empty path, which would be the current folder: a variable that isn't set becomes one.
+
+    Raises:
+        TypeError: it is no path.
+        BadArgument: it is empty.
+    """
+    check_kind(name, value, (str, Path), "a str or a Path")
+    if not str(value).strip():
+        raise BadArgument(f"{name} is empty; name a file")
+
+
 def check_text(name: str, value: object) -> None:
     """Refuse what is no text, bytes included.
 
@@ -49,6 +72,7 @@ def check_texts(name: str, values: object) -> None:
     """Refuse a single text where several belong: each of its characters would be taken for one."""
     if isinstance(values, str | bytes):
         raise TypeError(f"{name} must be several texts, such as a list, not one {type(values).__name__}")
+    check_kind(name, values, Iterable, "several texts, such as a list")
 
 
 def check_deadline(deadline_ms: float | None) -> None:
@@ -59,6 +83,7 @@ def check_deadline(deadline_ms: float | None) -> None:
 
 def check_scores(scores: Iterable[Any]) -> None:
     """What a search engine scored, best first."""
+    check_kind("scores", scores, Iterable, "numbers, such as a list")
     for score in scores:
         if not isinstance(score, Real) or not math.isfinite(score):
             raise BadArgument(f"scores must be finite numbers, not {score!r}")

@@ -84,7 +84,7 @@ for turn in range(4 if engine == "llama.cpp" else 2):
     for thread in threads:
         thread.join(30)
     assert not wrong, wrong
-    assert ended == ["the model was closed"] * 6, ended
+    assert ended == ["the model was closed; load it again"] * 6, ended
     expander.close()
 print("done")
 """

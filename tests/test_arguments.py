@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qe_edge import ExpandedQuery, Expander, Gate, Index
+from qe_edge import Encoder, ExpandedQuery, Expander, Gate, Index, queries, words_of
 from qe_edge.arguments import check_number, check_whole
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.records import configured
 from qe_edge.runtime.cache import ExpansionCache
-from qe_edge.student.join import Join
+from qe_edge.student.join import DEFAULT_JOIN, Join
 from qe_edge.student.spec import parse_spec, read_spec
 
 pytest.importorskip("llama_cpp")
@@ -38,9 +38,9 @@ def expander(gguf):
         ({"budget_tokens": 10**9}, "budget_tokens must be from 1 to 2047"),
         ({"passages": 51}, "passages must be from 1 to 50"),
         ({"stop_when_dry": 0}, "stop_when_dry must be from 1 to 2048"),
-        ({"gate": Gate(clear_lead=NAN)}, "clear-lead"),
-        ({"gate": Gate(max_words=-1)}, "max-words"),
-        ({"gate": Gate(min_distinct=2.0)}, "min-distinct"),
+        ({"gate": Gate(clear_lead=NAN)}, "the gate's clear_lead: expected"),
+        ({"gate": Gate(max_words=-1)}, "the gate's max_words: expected"),
+        ({"gate": Gate(min_distinct=2.0)}, "the gate's min_distinct: expected"),
     ],
 )
 def test_settings_of_a_load(gguf, settings, message):
@@ -132,7 +132,7 @@ def test_one_text_where_several_belong(expander):
         next(expander.expand_many("tides"))
     with pytest.raises(TypeError, match="a passage must be a str, not bytes"):
         expander.feedback("tides", [b"the moon"])
-    with pytest.raises(TypeError, match="a model is a str or a Path, not int"):
+    with pytest.raises(TypeError, match="model must be a str or a Path, not int"):
         Expander.load(5)  # type: ignore[arg-type]
 
 
@@ -270,6 +270,53 @@ def test_a_search_of_the_wrong_kind_is_named(expander):
         expander.refine("tides", later, written=written)
     with pytest.raises(TypeError, match="`arefine` awaits what its search returns, not list"):
         asyncio.run(expander.arefine("tides", lambda _: ["the moon"], written=written))
+
+
+@pytest.mark.parametrize(
+    ("work", "kind", "message"),
+    [
+        (lambda e: Expander("student.gguf"), TypeError, r"Expander\.load\(model\) takes a file"),
+        (lambda e: Expander.load(""), BadArgument, "model is empty; name a file"),
+        (lambda e: Expander.load("x.gguf", reader=3), TypeError, "reader must be a str or a Path, not int"),
+        (lambda e: Expander.load("x.gguf", reader=""), BadArgument, "reader is empty"),
+        (lambda e: Expander.load("x.gguf", cache=True), TypeError, "cache must be a str or a Path, not bool"),
+        (lambda e: ExpansionCache(":memory:"), BadArgument, "a cache is a file"),
+        (lambda e: e.refine("tides", None), TypeError, "search must be a function of the expanded query"),
+        (lambda e: e.refine("tides", str, written="moon"), TypeError, "written must be an ExpandedQuery"),
+        (lambda e: e.expand("tides", scores=None), TypeError, "scores must be numbers, such as a list, not"),
+        (lambda e: e.expand("tides", scores=3), TypeError, "scores must be numbers, such as a list, not int"),
+        (
+            lambda e: list(e.expand_many(None)),
+            TypeError,
+            "queries must be several texts, such as a list, not",
+        ),
+        (lambda e: Encoder(None), TypeError, "an encoder must be a str or a Path, not NoneType"),
+        (lambda e: Encoder("x.gguf", query_prefix=3), TypeError, "query_prefix must be a str, not int"),
+        (lambda e: words_of(None), TypeError, "a text must be a str, not NoneType"),
+        (lambda e: ExpandedQuery(None, "", DEFAULT_JOIN), TypeError, "a query must be a str, not NoneType"),
+        (
+            lambda e: plain().to_fts5(columns=3),
+            TypeError,
+            "columns must be several texts, such as a list, not",
+        ),
+        (lambda e: plain().to_fts5(columns=[1]), TypeError, "columns must be a str, not int"),
+        (lambda e: plain().to_elasticsearch(["a"]), TypeError, "a field must be a str, not list"),
+        (lambda e: queries.fts5(["tap"]), TypeError, "words must be a dict of words and weights"),
+        (lambda e: queries.fts5({"a": math.inf}), BadArgument, "the weight of 'a' must be from"),
+        (lambda e: queries.fts5({"a": "1"}), TypeError, "the weight of 'a' must be a number, not str"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(expander, work, kind, message):
+    with pytest.raises(kind, match=message):
+        work(expander)
+
+
+def plain():
+    return ExpandedQuery("tap drips", "", DEFAULT_JOIN)
+
+
+def test_no_column_is_all_columns():
+    assert plain().to_fts5(columns="") == plain().to_fts5(columns=[]) == plain().to_fts5()
 
 
 def test_a_gate_is_a_gate(expander):

@@ -141,7 +141,7 @@ def test_no_query_breaks_it(app: ModuleType, expander: Expander, query: str) -> 
 
 def test_it_stays_short() -> None:
     lines = [line for file in ("app.py", "page.html") for line in (EXAMPLE / file).read_text().splitlines()]
-    assert len(lines) < 175
+    assert len(lines) < 180
 
 
 def test_a_reader_adds_words_of_the_notes_that_are_found(

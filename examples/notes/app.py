@@ -107,13 +107,17 @@ if __name__ == "__main__":
     if not asked.folder.is_dir():
         parser.error(f"{asked.folder} is no folder")
     notes = Notes(asked.folder)
+    if not notes.db.execute("SELECT count(*) FROM notes").fetchone()[0]:
+        parser.error(f"{asked.folder} holds no .md and no .txt file")
     try:
         expander = Expander.load(
             asked.model, reader=asked.reader, budget_tokens=48, parallel=4, cache="notes-cache.db"
         )
         page = partial(Page, notes, expander, asked.reader is not None)
         server = ThreadingHTTPServer(("127.0.0.1", asked.port), page)
-    except (QeEdgeError, OSError) as error:  # no such model; a port in use
+    except OSError as error:
+        parser.error(f"port {asked.port}: {error.strerror}; --port takes another")
+    except (QeEdgeError, OverflowError) as error:  # no such model; no such port
         parser.error(str(error))
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
     with suppress(KeyboardInterrupt):

@@ -53,7 +53,7 @@ class Lifetime:
                 return
         if self._parent:
             self._parent.__exit__()
-        raise QeEdgeError("the model was closed")
+        raise QeEdgeError("the model was closed; load it again")
 
     def __exit__(self, *_: object) -> None:
         with self._changed:

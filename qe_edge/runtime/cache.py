@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import msgspec
 
-from qe_edge.arguments import check_number
+from qe_edge.arguments import check_number, check_path
 from qe_edge.console import note
-from qe_edge.errors import BadInput
+from qe_edge.errors import BadArgument, BadInput
 from qe_edge.work.files import remove, sha256
 
 T = TypeVar("T")
@@ -43,6 +43,11 @@ class ExpansionCache:
 
     def __init__(self, path: Path | str, *, max_mb: float = 64):
         check_number("max_mb", max_mb, 0, 1e9)
+        check_path("cache", path)
+        if str(path) == ":memory:":
+            raise BadArgument(
+                "a cache is a file: a database in memory holds nothing from one call to the next"
+            )
         self.path, self._limit = Path(path), max_mb * 1e6
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._is_damaged():

@@ -107,7 +107,7 @@ class Decoder:
         check_not_forked(self._process)  # a fork has no thread that would take it
         with self._lock:
             if self._closed:
-                raise QeEdgeError("the model was closed")
+                raise QeEdgeError("the model was closed; load it again")
             if self._thread is None:
                 arguments = self._inbox, weakref.ref(self)
                 # Not waited for when the interpreter ends: `Lifetime` sees to what is native by then.
@@ -125,7 +125,7 @@ class Decoder:
                 coming = self._inbox.get()
                 if coming is None:
                     self._closed = True  # the interpreter ends, if it wasn't yet
-                    self._fail(QeEdgeError("the model was closed"))
+                    self._fail(QeEdgeError("the model was closed; load it again"))
                     self._inbox.put(None)  # for `_serve`
                     return
                 self._take(coming)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
@@ -16,6 +15,8 @@ from qe_edge.arguments import (
     MOST_PARALLEL,
     MOST_THREADS,
     check_deadline,
+    check_kind,
+    check_path,
     check_text,
     check_texts,
     check_whole,
@@ -60,7 +61,10 @@ class Expander:
         cache: ExpansionCache | None = None,
         digest: str = "",
     ):
+        if isinstance(backend, str | Path):
+            raise TypeError("an Expander is made of a backend; Expander.load(model) takes a file")
         self.backend = backend
+        self.name = ""  # the student's file, folder, hub id or built-in, where it was loaded by one
         self.budget_tokens = backend.spec.prompt.max_tokens if budget_tokens is None else budget_tokens
         # A larger one would leave no room for any query, and each would fall back without a word.
         check_whole("budget_tokens", self.budget_tokens, 1, backend.context - 1)
@@ -119,9 +123,11 @@ class Expander:
             NotFound, BadInput, NotInstalled: see `qe_edge.student.models.resolve` and the backends.
             BadArgument: a number is out of its bounds.
         """
-        if not isinstance(model, str | Path):
-            raise TypeError(f"a model is a str or a Path, not {type(model).__name__}")
         # Before a large model is loaded.
+        check_path("model", model)
+        for name, path, kind in (("reader", reader, Encoder), ("cache", cache, ExpansionCache)):
+            if path is not None and not isinstance(path, kind):
+                check_path(name, path)
         if threads is not None:
             check_whole("threads", threads, 1, MOST_THREADS)
         if passages is not None:
@@ -141,6 +147,7 @@ class Expander:
             cache=kept if ref.path else None,
             digest=f"{kept.digest(ref.path)} {engine or ref.engine}" if kept and ref.path else "",
         )
+        expander.name = ref.public_name
         if encoder is not reader:  # nobody else has it
             expander._own_encoder = encoder
         return expander
@@ -253,6 +260,7 @@ class Expander:
             BadArgument: `rounds` are not from 1 to 10, or `written` is for another query; of a vector, see
                 `feedback`.
         """
+        check_kind("search", search, Callable, "a function of the expanded query")  # type: ignore[arg-type]
         return run(self._refining(query, written, rounds, _deadline(deadline_ms), scores), search)
 
     async def arefine(
@@ -266,6 +274,7 @@ class Expander:
         scores: Sequence[float] = (),
     ) -> ExpandedQuery:
         """`refine` for asyncio, with a search to be awaited, which is cancelled at the deadline."""
+        check_kind("search", search, Callable, "a function of the expanded query")  # type: ignore[arg-type]
         deadline = _deadline(deadline_ms)
         steps = self._refining(query, written, rounds, deadline, scores)
         return await arun(steps, search, self._helpers, deadline)
@@ -279,6 +288,8 @@ class Expander:
         scores: Sequence[float],
     ) -> Steps:
         check_whole("rounds", rounds, 1, MOST_ROUNDS)
+        if written is not None:
+            check_kind("written", written, ExpandedQuery, "an ExpandedQuery, such as `expand` returns")
         if written and written.query != query:
             raise BadArgument(f"what is written is for {written.query!r}, not for {query!r}")
         writing = written or self._writer.writing(query, deadline=deadline, scores=scores)
@@ -357,7 +368,7 @@ class Expander:
         Raises:
             BadInput: as `expand`, after the queries before it.
         """
-        with closing(self._in_turn(queries, parallel)) as turns:
+        with closing(self._in_turn(queries, parallel, [])) as turns:
             for writing in turns:
                 yield writing.wait()
 
@@ -365,38 +376,43 @@ class Expander:
         self, queries: Iterable[str], *, parallel: int = PARALLEL
     ) -> AsyncIterator[ExpandedQuery]:
         """`expand_many` for asyncio."""
-        turns = self._in_turn(queries, parallel)
+        waiting: list[Writing] = []
+        turns = self._in_turn(queries, parallel, waiting)
         step = self._helpers.submit(next, turns, None)
         try:
             while writing := await asyncio.wrap_future(step):
                 yield await writing.arrive(self._helpers, begun=True)
                 step = self._helpers.submit(next, turns, None)
         finally:  # which may come in the middle of a step
+            for writing in waiting.copy():
+                writing.cancel()
             step.add_done_callback(lambda _: turns.close())
 
-    def _in_turn(self, queries: Iterable[str], parallel: int) -> Generator[Writing, None, None]:
-        """The expansions of queries in their order, each with enough behind it on their way."""
+    def _in_turn(
+        self, queries: Iterable[str], parallel: int, waiting: list[Writing]
+    ) -> Generator[Writing, None, None]:
+        """The expansions of queries in their order, each with enough behind it: all `waiting`."""
         check_texts("queries", queries)
         self._room(parallel)
         coming: Iterator[str] | None = iter(queries)
         problem: Exception | None = None
-        waiting: deque[Writing] = deque()
         try:
             while True:
                 # As many again wait for their turn, or a place would be empty until the oldest is yielded.
                 while coming is not None and len(waiting) < 2 * parallel:
+                    begun = len(waiting)
                     try:
-                        writing = self._writer.writing(next(coming))
-                        writing.begin()
-                        waiting.append(writing)
+                        waiting.append(self._writer.writing(next(coming)))
+                        waiting[-1].begin()  # which may be cancelled meanwhile
                     except StopIteration:
                         coming = None
                     except Exception as error:  # when those before it are yielded
                         coming, problem = None, error
+                        del waiting[begun:]
                 if not waiting:
                     break
                 yield waiting[0]
-                waiting.popleft()
+                del waiting[0]
         finally:
             for writing in waiting:
                 writing.cancel()

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from qe_edge.arguments import check_whole
+from qe_edge.arguments import check_text, check_whole
 from qe_edge.runtime import queries
 from qe_edge.student.feedback import RelevanceModel
 from qe_edge.student.join import Join, Part, joined
 from qe_edge.text import analyzer_for, detect_language, get_analyzer, stop_words, words_of
 
-FinishReason = Literal["stop", "length", "dry", "deadline", "skipped"]
-"""The student ended by itself; the token budget cut it; new tokens brought no new words; time was up; it was
-not asked."""
+FinishReason = Literal["stop", "length", "dry", "deadline", "broken off", "skipped"]
+"""The student ended by itself; the token budget cut it; new tokens brought no new words; time was up; nobody
+read on (of a stream); it was not asked."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class ExpandedQuery:
     rejected: str = ""
     cached: bool = False
     relevance: RelevanceModel | None = None
+
+    def __post_init__(self) -> None:
+        check_text("a query", self.query)
+        check_text("a text", self.text)
 
     def __str__(self) -> str:
         return self.summary()

@@ -8,11 +8,13 @@ by their own analyzers and statistics. Where there is no word at all, the query 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from qe_edge.arguments import check_kind, check_number, check_text, check_texts
 from qe_edge.errors import BadArgument
 
 WORDS = 256  # the heaviest ones
@@ -24,10 +26,15 @@ def heaviest(words: Mapping[str, float], *, fields: int = 1) -> dict[str, float]
     """At most WORDS of them, and CLAUSES in all fields together; in their order. One without weight is none.
 
     Raises:
-        BadArgument: there are more fields than CLAUSES.
+        BadArgument: there are more fields than CLAUSES, or a weight is not finite.
+        TypeError: these are no weighted words.
     """
     if fields > CLAUSES:
         raise BadArgument(f"{fields} fields are too many: search engines take {CLAUSES} clauses at most")
+    check_kind("words", words, Mapping, "a dict of words and weights, such as ExpandedQuery.words()")
+    for word, weight in words.items():
+        check_text("a word", word)
+        check_number(f"the weight of {word!r}", weight, -sys.float_info.max, sys.float_info.max)
     most = min(WORDS, CLAUSES // fields)
     words = {word: weight for word, weight in words.items() if weight > 0}
     if len(words) <= most:
@@ -55,7 +62,7 @@ def fts5(words: Mapping[str, float], *, columns: str | Sequence[str] = ()) -> st
     `columns` restricts the match to one or several, which a table with `detail=none` can't do.
     """
     match = " OR ".join(map(_quoted, repeated(words))) or '""'
-    names = [columns] if isinstance(columns, str) else list(columns)
+    names = _names("columns", columns)
     if not names:
         return match
     return f"{{{' '.join(map(_quoted, names))}}} : ({match})"
@@ -90,10 +97,10 @@ def lucene(words: Mapping[str, float], *, field: str | Sequence[str] = "") -> st
 
     In one `field` or several; without one, in the parser's default field, of which it must have one only.
     """
-    fields = [field] if isinstance(field, str) else list(field)
+    fields = _names("field", field)
     kept = heaviest(words, fields=max(1, len(fields)))
     match = " OR ".join(f"{_quoted(word)}^{_number(weight)}" for word, weight in kept.items()) or "-*:*"
-    return " OR ".join(f"{name}:({match})" for name in fields if name) or match
+    return " OR ".join(f"{name}:({match})" for name in fields) or match
 
 
 def elasticsearch(words: Mapping[str, float], *, fields: Sequence[str]) -> dict[str, Any]:
@@ -104,6 +111,8 @@ def elasticsearch(words: Mapping[str, float], *, fields: Sequence[str]) -> dict[
     Raises:
         BadArgument: there is no field, which would mean all of an index, or too many.
     """
+    for field in fields:
+        check_text("a field", field)
     if not fields:
         raise BadArgument("name the fields to search, such as title^2 and body")
     kept = heaviest(words, fields=len(fields))
@@ -111,6 +120,16 @@ def elasticsearch(words: Mapping[str, float], *, fields: Sequence[str]) -> dict[
     if not clauses:
         return {"match_none": {}}
     return {"bool": {"should": clauses, "minimum_should_match": 1}}
+
+
+def _names(what: str, given: str | Sequence[str]) -> list[str]:
+    """One name or several; an empty one is none."""
+    if not isinstance(given, str):
+        check_texts(what, given)
+    names = [given] if isinstance(given, str) else list(given)
+    for name in names:
+        check_text(what, name)
+    return [name for name in names if name]
 
 
 def _match(word: str, weight: float, fields: Sequence[str]) -> dict[str, Any]:

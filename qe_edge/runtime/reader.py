@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from qe_edge.arguments import MOST_THREADS, check_number, check_text, check_texts, check_whole
+from qe_edge.arguments import MOST_THREADS, check_number, check_path, check_text, check_texts, check_whole
 from qe_edge.backends.protocol import Backend
 from qe_edge.errors import BadArgument, NotFound
 from qe_edge.runtime.decoder import Decoder
@@ -57,10 +57,10 @@ def known(passages: Iterable[str | Passage]) -> list[Passage]:
     Raises:
         TypeError: one is no text, or they are nothing that passages can be taken from.
     """
-    check_texts("passages", passages)
     if not isinstance(passages, Iterable):
         hint = "; `arefine` is for a search that is awaited" if isawaitable(passages) else ""
         raise TypeError(f"passages must be texts, such as a list, not {type(passages).__name__}{hint}")
+    check_texts("passages", passages)
     found = [p if isinstance(p, Passage) else Passage(p) for p in passages]
     for passage in found:
         check_text("a passage", passage.text)
@@ -119,13 +119,17 @@ class Encoder:
         query_prefix: str = "",
         passage_prefix: str = "",
     ):
+        check_path("an encoder", model)
+        check_text("query_prefix", query_prefix)
+        check_text("passage_prefix", passage_prefix)
         path = Path(model)
         if threads is not None:
             check_whole("threads", threads, 1, MOST_THREADS)
         check_number("temperature", temperature, 1e-6, 1e6)
         check_whole("tokens", tokens, 1, MOST_TOKENS)
         if not path.is_file():
-            raise NotFound(f"{path}: no such file; an encoder is a .gguf file")
+            what = "a folder" if path.is_dir() else "no such file"
+            raise NotFound(f"{path}: {what}; an encoder is a .gguf file")
         from qe_edge.backends.llama_encoder import LlamaEncoder
 
         self.path, self.temperature, self.tokens = path, temperature, tokens
@@ -140,11 +144,15 @@ class Encoder:
     def vectors(self, passages: Sequence[str]) -> np.ndarray:
         """Vectors [passages, size] of length 1, for an app to keep with its passages."""
         check_texts("passages", passages)
+        for passage in passages:
+            check_text("a passage", passage)
         groups = list(self._encode(passages))
         return np.concatenate(groups) if groups else np.zeros((0, self.size), np.float32)
 
     def query_vector(self, query: str, text: str = "") -> np.ndarray:
         """What a passage's vector is compared with: that of the query, or the mean with that of a text."""
+        check_text("a query", query)
+        check_text("a text", text)
         wanted = self._one(self._query_prefix + query)
         return _unit(wanted + self._one(self._passage_prefix + text)) if text else wanted
 
@@ -176,7 +184,10 @@ class Encoder:
         return next(self._model.encode([text]))[0]
 
     def _given(self, vector: Sequence[float] | np.ndarray) -> np.ndarray:
-        found = np.asarray(vector, np.float32)
+        try:
+            found = np.asarray(vector, np.float32)
+        except (TypeError, ValueError):  # no numbers, or of several lengths
+            found = np.zeros(0, np.float32)
         if found.shape != (self.size,) or not np.isfinite(found).all():
             raise BadArgument(f"a passage's vector must be {self.size} finite numbers, as its encoder gives")
         return _unit(found)

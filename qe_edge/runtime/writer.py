@@ -26,6 +26,8 @@ from qe_edge.text import words_of
 HOTTEST = 10  # temperature, above which all words are as likely
 PATIENCE = 0.1  # seconds for a cache that another process holds
 PAUSE = 1.0  # seconds after that in which nobody waits for it
+# Why a text ended before its student was done.
+CUT = {"deadline": "the deadline passed", "broken off": "it was broken off"}
 
 
 class Completion(NamedTuple):
@@ -205,13 +207,16 @@ class Writing(Pending):
     def finish(self) -> ExpandedQuery:
         if self.error:
             raise self.error
-        prompt_tokens = len(self._generation.prompt) if self._generation else 0
-        return self._judged(self._writer.written(self._generation), prompt_tokens=prompt_tokens)
+        return self._judged(self._writer.written(self._generation), prompt_tokens=self._prompt_tokens)
+
+    @property
+    def _prompt_tokens(self) -> int:
+        return len(self._generation.prompt) if self._generation else 0
 
     def wait(self) -> ExpandedQuery:
         expanded = super().wait()
         # A failed one may succeed the next time, and one that was cut says nothing about the next.
-        failed = expanded.fallback or expanded.finish_reason == "deadline"
+        failed = expanded.fallback or expanded.finish_reason in CUT
         if self._key and self._generation and not failed:
             self._writer.keep(self._key, self._writer.written(self._generation))
             self._key = ""
@@ -219,12 +224,13 @@ class Writing(Pending):
 
     def _judged(self, written: Completion, *, prompt_tokens: int = 0, cached: bool = False) -> ExpandedQuery:
         text = " ".join(written.text.split())
-        if written.finish_reason == "deadline" and not text:
-            reason = "the deadline passed before the first word"
+        cut = CUT.get(written.finish_reason, "")
+        if cut and not text:
+            reason = f"{cut} before the first word"
         else:
             reason = self._writer.gate.after(self._query, text)
-            if reason and written.finish_reason == "deadline":
-                reason = f"the deadline passed; so far, {reason}"
+            if reason and cut:
+                reason = f"{cut}; so far, {reason}"
         return ExpandedQuery(
             query=self._query,
             text="" if reason else text,
@@ -240,10 +246,13 @@ class Writing(Pending):
         )
 
     def cut(self) -> None:
-        """End it with what there is, as at a deadline."""
+        """End it with what there is, since nobody reads on."""
         self.cancel()
         if not (self.ready or self.error):
-            self.ready = self.finish()
+            written = self._writer.written(self._generation)
+            if written.finish_reason == "deadline" and time.perf_counter() < self.deadline:
+                written = written._replace(finish_reason="broken off")
+            self.ready = self._judged(written, prompt_tokens=self._prompt_tokens)
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Have it called from now on in the decoder's thread, after each token and at the end."""

@@ -161,9 +161,13 @@ def create_app(
     guarded = [Depends(HTTPBearer(auto_error=False))]  # for the documentation: `Guard` looks at the token
 
     @app.exception_handler(RequestValidationError)
-    async def unusable(_: Request, error: RequestValidationError) -> Response:
+    async def unusable(request: Request, error: RequestValidationError) -> Response:
         # Without the input, which may hold half a character that no answer can be encoded with.
         found = [{name: part[name] for name in ("type", "loc", "msg")} for part in error.errors()]
+        for part in found:
+            part["msg"] = part["msg"].removeprefix("Value error, ")
+            if part["loc"] == ("body",) and "json" not in request.headers.get("Content-Type", ""):
+                part["msg"] = "send the header Content-Type: application/json"
         return Response(json.dumps({"detail": found}), 422, media_type="application/json")
 
     @app.post("/expand", dependencies=guarded)
@@ -208,6 +212,8 @@ def create_app(
         """The best documents of an index for the expanded query, or for the plain one."""
         if request.feedback and request.refine:
             raise HTTPException(422, "give either feedback or refine")
+        if (request.feedback or request.refine) and not request.expand:
+            raise HTTPException(422, "feedback and refine expand the query: leave expand out")
         name = request.index or next(iter(collections), "")
         if name not in collections:
             known = ", ".join(collections) or "none; start the server with --index"
@@ -241,6 +247,7 @@ def create_app(
             status="ok",
             version=__version__,
             model=expander.spec.base_model,
+            file=expander.name,
             indexes=list(collections),
             pending=service.pending,
         )

@@ -51,7 +51,7 @@ Fields = Annotated[
 Passage = Annotated[str, StringConstraints(max_length=PASSAGE_CHARACTERS)]
 
 
-class ExpandRequest(BaseModel, extra="forbid"):
+class ExpandRequest(BaseModel, extra="forbid", strict=True):
     """One query, or several; `fields`, such as `title^2`, are those of an Elasticsearch index."""
 
     query: QueryTexts
@@ -59,7 +59,7 @@ class ExpandRequest(BaseModel, extra="forbid"):
     deadline_ms: Deadline = None
 
 
-class FeedbackRequest(BaseModel, extra="forbid"):
+class FeedbackRequest(BaseModel, extra="forbid", strict=True):
     """A query and the passages that your own index found for it, best first.
 
     With a `text` that `/expand` wrote for it, they are what the expanded query found, and both expand it.
@@ -137,7 +137,7 @@ class ExpandReply(BaseModel):
     expansions: list[Expanded]
 
 
-class SearchRequest(BaseModel, extra="forbid"):
+class SearchRequest(BaseModel, extra="forbid", strict=True):
     """A query over a named index, as it is with `expand` false.
 
     With `feedback` it is expanded by what it finds as it is, instead of by what the student writes; with
@@ -168,8 +168,11 @@ class SearchReply(BaseModel):
 
 
 class Health(BaseModel):
+    """`model` is what the student was made of, `file` its own name."""
+
     status: str
     version: str
     model: str
+    file: str
     indexes: list[str]
     pending: int

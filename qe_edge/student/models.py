@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from qe_edge.errors import BadInput, NotFound, NotInstalled
+from qe_edge.errors import BadArgument, BadInput, NotFound, NotInstalled
 from qe_edge.records import Lang
 from qe_edge.student.hub import PREFIX, fetch
 from qe_edge.student.join import DEFAULT_JOIN
@@ -83,15 +83,28 @@ def resolve(name: str | Path) -> ModelRef:
         return ModelRef(text, _folder_engine(path), path)
     if is_hub_id(text) and not text.startswith(".") and path.suffix.lower() != ".gguf":
         return ModelRef(text, "transformers", None)
+    home = path.expanduser()
+    hint = f"; write {str(home)!r}, since no shell replaces the ~" if home != path and home.exists() else ""
     raise NotFound(
-        f"no model {text!r}: it is neither a file, a folder, a hub id (org/name), "
+        f"no model {text!r}{hint}: it is neither a file, a folder, a hub id (org/name), "
         f"a hub's file (hf:org/name:Q4_K_M), nor one of {', '.join(BUILTIN_NAMES)}"
     )
 
 
 def default_spec(ref: ModelRef, chat_template: str | None) -> ModelSpec:
-    """The spec of a model that qe-edge has not trained: our default prompt in its chat format."""
-    prompt = prompt_for(chat_template, languages=ref.languages)
+    """The spec of a model that qe-edge has not trained: our default prompt in its chat format.
+
+    Raises:
+        BadArgument: it has no chat format, or one that is not ours.
+    """
+    if not chat_template:
+        raise BadArgument(
+            f"{ref.name} has no chat template, so it is no student; an encoder goes with one, as its reader"
+        )
+    try:
+        prompt = prompt_for(chat_template, languages=ref.languages)
+    except BadArgument as error:
+        raise BadArgument(f"{ref.name}: {error}") from None
     return ModelSpec(prompt=prompt, join=DEFAULT_JOIN, base_model=ref.public_name)
 
 
@@ -118,7 +131,7 @@ def _check_gguf(path: Path) -> None:
 def _folder_engine(path: Path) -> Engine:
     config = path / "config.json"
     if not config.is_file():
-        ggufs = sorted(path.glob("[!.]*.gguf"))
+        ggufs = sorted(path.glob("[!.]*.gguf"), key=lambda file: (not file.name.startswith("student"), file))
         hint = f"; did you mean {ggufs[0]}?" if ggufs else ""
         raise BadInput(f"holds no config.json, so it is no model folder{hint}", path=path)
     try:

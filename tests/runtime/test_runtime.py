@@ -93,7 +93,7 @@ def test_a_stream_is_the_text_in_pieces(gguf: Path) -> None:
         piece = next(iter(stopped))  # as a loop that is broken off
         # What is written by then can be searched with, and read for.
         assert stopped.expanded.text.startswith(piece.strip()) and stopped.expanded.tokens < 24
-        assert stopped.expanded.finish_reason == "deadline"
+        assert stopped.expanded.finish_reason == "broken off"
 
 
 def test_a_refused_stream_says_so_at_its_end(gguf: Path) -> None:
