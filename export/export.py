@@ -76,6 +76,8 @@ def export_model(
     _check_installed(formats, config.verify)
     source = Source(model)
     check_output(out, "export")
+    if out.is_dir() and any(out.iterdir()):
+        progress(f"{out} holds an older export, which this one replaces as a whole")
     if config.mixed:
         check_budget(source, _budget(config, source))
     if "mlx" in formats:

@@ -86,7 +86,10 @@ def source_of(exported: Path) -> Path:
         raise BadArgument(f"{exported} is a whole export; verify one of its files: {names}")
     made_from = read_record(exported.parent).get("inputs", {}).get("model", {}).get("path")
     if not made_from:
-        raise NotFound(f"{exported.parent} has no {MANIFEST} that names the source; name it with --source")
+        raise NotFound(
+            f"{exported}: no export of qe-edge, for no {MANIFEST} there names what it was made from; "
+            "name that with --source"
+        )
     source = exported.parent / made_from
     if not source.is_dir():
         raise NotFound(f"{source}, which {exported} was made from, isn't there; name it with --source")

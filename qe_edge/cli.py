@@ -31,6 +31,7 @@ from qe_edge.commands.verify import verify
 from qe_edge.console import prepare_streams
 from qe_edge.errors import DEBUG, PartlyDone, QeEdgeError, explained
 from qe_edge.redact import redact
+from qe_edge.work.machine import drowsy_threads
 
 UsageError: Any = typer.BadParameter.__base__  # Typer gives it no name of its own
 
@@ -78,11 +79,13 @@ def main() -> None:
     # As after Ctrl-C: children are ended, and what is half-written is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        code = app(standalone_mode=False) or 0
+        with drowsy_threads():  # of PyTorch and whatever else a command loads
+            code = app(standalone_mode=False) or 0
         if code == 130:  # as Typer returns Ctrl-C
-            print("interrupted", file=sys.stderr)
+            _interrupted()
         sys.exit(code)
     except UsageError as error:  # it shows the usage, and the options that are like it
+        error.message = error.message.replace("Value error, ", "")  # of pydantic, which reads choices
         error.show()
         if "--json" in sys.argv:
             emit(True, _command(), "", status="error", errors=[redact(error.format_message())])
@@ -91,12 +94,25 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _interrupted()
         sys.exit(130)
     except Exception as error:
         if os.environ.get(DEBUG):
             traceback.print_exc()
         sys.exit(_fail(error))
+
+
+def _interrupted() -> None:
+    """Say so, and what comes of the work that was done."""
+    goes_on = {
+        "bench": "; the same command goes on with what was written",
+        "pairs": "; the same command goes on with what was scored",
+        "export": "; nothing was changed",
+        "verify": "; nothing was changed",
+        "prune": "; nothing was changed",
+        "merge": "; nothing was changed",
+    }
+    print(f"interrupted{goes_on.get(_command(), '')}", file=sys.stderr)
 
 
 def _command() -> str:

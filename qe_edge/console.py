@@ -111,9 +111,13 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
             if total is None:
                 where, when = f"{made}", f"{tqdm.format_interval(took)} so far"
             elif made:
-                # By what the steps took that are made; the one under way has had its time since.
-                left = max(0.0, (at - start) * (total - done - made) / made - (time.monotonic() - at))
-                where, when = f"{done + made} of {total}", f"{tqdm.format_interval(left)} left"
+                # By what the steps took that are made. The one under way has had its time since; where it
+                # takes much longer than they did, nobody knows.
+                step, since = (at - start) / made, time.monotonic() - at
+                left = step * (total - done - made) - since
+                late = f"nothing new for {tqdm.format_interval(since)}"
+                when = late if since > max(2 * step, FIRST) else f"{tqdm.format_interval(left)} left"
+                where = f"{done + made} of {total}"
             else:
                 where, when = f"{done} of {total}", f"{tqdm.format_interval(took)} so far"
             note(f"{description}: {where}, {when}{known and f', {known}'}")

@@ -149,8 +149,13 @@ def numbered_jsonl(path: Path | str, kind: type[R]) -> Iterator[tuple[int, R]]:
         try:
             yield number, decoder.decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            what = str(error)[:1].lower() + str(error)[1:]
+            what = lowered(str(error))
             raise BadInput(f"not a valid {kind.__name__.lower()}: {what}", path=path, line=number) from None
+
+
+def lowered(message: str) -> str:
+    """A library's sentence within one of ours: "JSON is malformed" keeps its letters."""
+    return message if message[:2].isupper() else message[:1].lower() + message[1:]
 
 
 def configured(kind: type[R], **values: Any) -> R:
@@ -162,7 +167,7 @@ def configured(kind: type[R], **values: Any) -> R:
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
-        what = str(error)[:1].lower() + str(error)[1:]
+        what = lowered(str(error))
         raise BadArgument(what.replace("`$.", "`").replace("_", "-")) from None
 
 

@@ -117,7 +117,7 @@ def describe(report: dict[str, Any]) -> str:
     queries, plain = report["queries_with_candidates"], report["plain query"]
     each = report["candidates_of_each_query"]
     lines = [
-        f"nDCG@10 of {queries} queries; gain over the plain query [95 %]; best for how many",
+        f"nDCG@10 of {queries} queries; gain over plain [95 %]; best, or as good, for how many",
         f"  {plain['ndcg@10']:.3f}                          plain query, best for {plain['best_of']}",
         *(
             _line(row, f"{origin}, best for {row['best_of']}{_some(row, queries)}")
@@ -163,4 +163,7 @@ def _line(row: dict[str, Any], what: str) -> str:
 
 
 def _some(row: dict[str, Any], queries: int) -> str:
-    return "" if row["queries"] == queries else f" (of the {row['queries']} that it wrote for)"
+    if row["queries"] == queries:
+        return ""
+    plain = row["ndcg@10"] - row["vs_plain"]["mean"]
+    return f"\n         (of the {row['queries']} that it wrote for; plain has {plain:.3f} there)"

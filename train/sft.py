@@ -57,6 +57,8 @@ def sft(
     if marked := _marked(expansions, config):
         kinds = ", ".join(f"{count} {problem}" for problem, count in marked.items())
         note(f"sft: left out, as `teach` marked them: {kinds} (--accept takes such rows)")
+    if len(models := sorted({row.model for row in rows})) > 1:
+        note(f"sft: texts of several models: {', '.join(models)} (--teacher-model takes those of one)")
     out = out or workdir.new("sft")
     inputs = {f"expansions[{i}]": path for i, path in enumerate(expansions)}
     with on.main_process_first():

@@ -20,12 +20,11 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.backends.llama_model import SPIN
 from qe_edge.console import note
 from qe_edge.runtime.expander import Expander
 from qe_edge.student.gate import OPEN
 from qe_edge.student.models import DEFAULT_STUDENT
-from qe_edge.work.machine import usable_cores
+from qe_edge.work.machine import SPIN, usable_cores
 
 BUSY = (0, 1, 3)  # processes beside it
 SPINS = ("300000", SPIN, "0")

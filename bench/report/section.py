@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
-from qe_edge.bench.report.figures import percent, rate, score, signed
+from qe_edge.bench.report.figures import ALPHA, percent, rate, score, signed
 from qe_edge.bench.result import BenchResult, DatasetResult, Kind, System
 from qe_edge.retrieval.datasets import DatasetInfo
 from qe_edge.retrieval.measures import Interval
@@ -158,24 +158,28 @@ def headline(section: Section) -> str:
         f"{len(section.queries)} queries{_beside_bm25(row)}."
     ]
     if system.vs_bm25 is not None:
-        sentences.append(verdict(system.vs_bm25, len(section.queries)))
+        sentences.append(verdict(system.vs_bm25, len(section.queries), system.p_vs_bm25))
     if section.best:
         sentences += [_beside_teacher(section, row), _speed(row)]
     return " ".join(filter(None, sentences)).replace(" %", "\u00a0%")
 
 
-def verdict(difference: Interval, queries: int) -> str:
-    """What the interval of a difference to BM25 allows one to say."""
+def verdict(difference: Interval, queries: int, p: float | None) -> str:
+    """What a difference to BM25 allows one to say, by its interval and by its test.
+
+    `p` is corrected for all systems that were compared; None where there was no test.
+    """
     figures = (
         f"The difference of {signed(difference.mean)} has a 95 % interval from "
         f"{signed(difference.low)} to {signed(difference.high)}"
     )
     if difference.low == difference.high:
         return f"{figures}, which says nothing: the queries do not vary."
-    if difference.low > 0:
-        return f"{figures}: the gain is unlikely to be chance."
-    if difference.high < 0:
-        return f"{figures}: the loss is unlikely to be chance."
+    if difference.low > 0 or difference.high < 0:
+        if p is not None and p >= ALPHA:
+            return f"{figures}. Among all systems that were compared it may be chance (p {score(p)})."
+        what = "gain" if difference.low > 0 else "loss"
+        return f"{figures}: the {what} is unlikely to be chance."
     return f"{figures}, which includes 0: {queries} queries cannot tell the two apart."
 
 
@@ -191,6 +195,8 @@ def _beside_teacher(section: Section, row: Measurement) -> str:
     reached = f"{teacher.name}, the teacher, reaches {score(teacher.ndcg.mean)}"
     if row.bm25 and row.system.ndcg.mean <= row.bm25.ndcg.mean:
         return f"{reached}. The model doesn't pass plain BM25."
+    if row.bm25 and teacher.ndcg.mean <= row.bm25.ndcg.mean:
+        return f"{reached}. It doesn't pass plain BM25, so it is no yardstick here."
     text = f"{reached}: the model keeps "
     text += f"{percent(row.system.retention.mean)} of that"
     gain = row.system.gain_retention

@@ -15,12 +15,8 @@ from qe_edge.backends.gguf_check import check_gguf
 from qe_edge.backends.lifetime import Lifetime
 from qe_edge.backends.one_thread import OneThread
 from qe_edge.errors import BadInput, QeEdgeError, require
-from qe_edge.work.machine import usable_cores
+from qe_edge.work.machine import drowsy_threads, usable_cores
 
-# Turns that a thread of GNU's OpenMP waits awake. Its own 300,000 take the processor from the one that is
-# waited for, as soon as another process wants some of it too: on two cores beside a busy process, 3,000
-# brought 3 to 6 times the tokens, and as many without.
-SPIN = "3000"
 # All models compute here. GNU's OpenMP starts as many threads for each thread that calls it; as soon as it
 # has more than there are processors none of them waits awake, which halves the speed.
 THREAD = OneThread("llama.cpp")
@@ -122,13 +118,8 @@ class LlamaModel:
 
 def load_library() -> Any:
     """llama_cpp, with OpenMP threads that soon sleep, unless the user's environment says how they wait."""
-    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    with drowsy_threads():
         return require("llama_cpp", "llama")
-    os.environ["GOMP_SPINCOUNT"] = SPIN  # which is read when the library is loaded
-    try:
-        return require("llama_cpp", "llama")
-    finally:
-        del os.environ["GOMP_SPINCOUNT"]
 
 
 class FileName(str):

@@ -16,6 +16,7 @@ from qe_edge.commands.common import (
     named_columns,
     took,
 )
+from qe_edge.console import note
 from qe_edge.errors import BadArgument
 from qe_edge.work.folder import Workdir
 
@@ -71,6 +72,8 @@ def report(
     if latex:
         text = "\n".join(latex_table(data, shown) for result in read for data in result.datasets)
     in_text = markdown or latex
+    if in_text:
+        note(f"written, too: {', '.join(map(str, artifacts.values()))}")
     emit(
         json,
         "report",

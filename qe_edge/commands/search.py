@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -36,7 +37,10 @@ def search(
     lines = []
     if expander:
         expander.close()
-        lines.append(f"expansion: {expanded.summary() or f'none, since {expanded.fallback}'}\n")
+        lines.append(f"expansion: {expanded.summary() or f'none, since {expanded.fallback}'}")
+        if expanded.text and expanded.relevance:
+            lines.append(f"and read:  {replace(expanded, text='').summary()}")
+        lines[-1] += "\n"
     for hit in hits:
         before = "" if config.plain else f"  (plain: {hit.plain_rank or f'not in the first {CANDIDATES}'})"
         lines.append(f"{hit.rank:>2}. {hit.doc_id}{before}\n    {hit.text[:200]}")

@@ -52,7 +52,7 @@ def train_sft(
         return
     folder = sft(files, config, out=out, workdir=work)
     has_pairs = any((work.root / "pairs").glob("[0-9]*"))
-    _end_training(json, "train sft", folder, "qe-edge train dpo" if has_pairs else "")
+    _end_training(json, "train sft", folder, f"qe-edge train dpo --adapter {folder}" if has_pairs else "")
 
 
 @train_app.command("dpo")

@@ -60,12 +60,12 @@ def verify(
 
 def _closeness(exported: Path, found: dict[str, Any]) -> str:
     return (
-        f"{exported} is as close to its source as its kind allows\n"
+        f"{exported} loses no more than its kind usually does\n"
         f"  checksums      right\n"
         f"  token ids      identical for {found['probes']} texts\n"
         f"  logit cosine   {found['logit_cosine']:.4f}\n"
         f"  KL divergence  {found['kl_divergence']:.4f} nats, {found['answer_divergence']:.4f} of answers\n"
         f"  next token     the likeliest is the same at {found['top1_agreement']:.0%} of all places\n"
         f"  greedy answer  the same for {found['greedy_agreement']:.0%} of its length, then another\n"
-        f"compared at {found['positions']} places of {found['queries']} queries' prompts and answers"
+        f"compared at {found['positions']} places of the prompts and answers of {found['queries']} queries"
     )

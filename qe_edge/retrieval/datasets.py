@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import cached_property
 from importlib import resources
 from itertools import islice
@@ -118,7 +119,7 @@ class Dataset:
         missing = sorted({doc_id for grades in self.qrels.values() for doc_id in grades}.difference(known))
         if missing:
             raise BadInput(
-                f"the judgments of {self} name {len(missing)} documents that the collection lacks, "
+                f"the judgments of {self} name documents that the collection lacks ({len(missing)} in all), "
                 f"such as {', '.join(missing[:3])}; take them out of the judgments or add the documents",
                 path=self.folder,
             )
@@ -155,9 +156,12 @@ def _load(name: str) -> Dataset:
         return _load_beir(base, imported, split)
     if base in SHORT_NAMES or "/" in base:
         return _load_ir_datasets(base, split)
+    here = [path.parent.name for path in Path().glob("*/corpus.jsonl")]
+    close = get_close_matches(base.lower(), (*BUILTIN, *SHORT_NAMES, *here), 1)
+    hint = f". Did you mean {close[0]}?" if close else ""
     raise NotFound(
         f"no data set {base!r}: it is neither a folder, nor one of {', '.join((*BUILTIN, *SHORT_NAMES))}, "
-        "nor an ir_datasets id such as beir/nfcorpus/test"
+        f"nor an ir_datasets id such as beir/nfcorpus/test{hint}"
     )
 
 
@@ -306,7 +310,11 @@ def _load_ir_datasets(name: str, split: str) -> Dataset:
     try:
         source = ir_datasets.load(dataset_id)
     except KeyError:
-        raise NotFound(f"{name!r} is neither a folder nor an ir_datasets id ({dataset_id})") from None
+        path = Path(name)
+        named = path.suffix == ".tsv" and path.parent.name == "qrels"
+        hint = f"; a folder's split is {path.parents[1]}@{path.stem}" if named else ""
+        asked = "" if dataset_id == name else f" ({dataset_id})"
+        raise NotFound(f"{name!r} is neither a folder nor an ir_datasets id{asked}{hint}") from None
     try:
         queries = {query.query_id: query.default_text() for query in source.queries_iter()}
         qrels: Qrels = _read_qrels(elsewhere, queries) if elsewhere else {}

@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 
 from qe_edge.errors import BadArgument
-from qe_edge.records import Lang
+from qe_edge.records import Lang, lowered
 from qe_edge.text import count_words, detect_language, words_of
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -42,7 +42,7 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return msgspec.convert(msgspec.structs.asdict(self), Gate)
         except msgspec.ValidationError as error:
             what, _, where = str(error).partition(" - at `$.")
-            raise BadArgument(f"the gate's {where.rstrip('`')}: {what[:1].lower()}{what[1:]}") from None
+            raise BadArgument(f"the gate's {where.rstrip('`')}: {lowered(what)}") from None
 
     def before(self, query: str, scores: Sequence[float] = (), *, languages: Sequence[Lang] = ()) -> str:
         """Why a query is not to be expanded; empty if it is.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,28 @@ _PACKAGES = (
     ),
     *("gguf", "llama-cpp-python", "mlx", "mlx-lm"),
 )
+
+
+# Turns that a thread of GNU's OpenMP waits awake. Its own 300,000 take the processor from the one that is
+# waited for, as soon as another process wants some of it too: on two cores beside a busy process, 3,000
+# brought llama.cpp 3 to 6 times the tokens and halved the time of training, and cost next to nothing alone.
+SPIN = "3000"
+
+
+@contextmanager
+def drowsy_threads() -> Iterator[None]:
+    """Libraries that are loaded within it have threads that soon sleep, unless the user says how they wait.
+
+    OpenMP reads its environment when it is loaded.
+    """
+    own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}.isdisjoint(os.environ)
+    if own:
+        os.environ["GOMP_SPINCOUNT"] = SPIN
+    try:
+        yield
+    finally:
+        if own:
+            os.environ.pop("GOMP_SPINCOUNT", None)
 
 
 def versions() -> dict[str, str]:

@@ -172,8 +172,10 @@ def test_headline_claims_no_more_than_the_interval() -> None:
         "gpt-4.1 zero-shot, the teacher, reaches .800: the model keeps 61 % of that. "
         "The model writes 158 tokens/s, 385 ms per query, on laptop."
     )
-    assert verdict(Interval(0.05, 0.01, 0.1), 43).endswith("the gain is unlikely to be chance.")
-    assert verdict(Interval(-0.05, -0.1, -0.01), 43).endswith("the loss is unlikely to be chance.")
+    assert verdict(Interval(0.05, 0.01, 0.1), 43, 0.04).endswith("the gain is unlikely to be chance.")
+    assert verdict(Interval(0.05, 0.01, 0.1), 43, None).endswith("the gain is unlikely to be chance.")
+    assert verdict(Interval(0.05, 0.01, 0.1), 43, 0.2).endswith("it may be chance (p .200).")
+    assert verdict(Interval(-0.05, -0.1, -0.01), 43, 0.01).endswith("the loss is unlikely to be chance.")
 
 
 def test_two_runs_share_a_section_when_the_collection_is_the_same() -> None:

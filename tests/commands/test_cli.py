@@ -216,7 +216,8 @@ def test_report_draws_the_newest_bench_and_prints_markdown(qe_edge, tmp_path):
     folder = Workdir().new("bench")
     write_json(folder / "result.json", msgspec.to_builtins(bench("laptop")))
     code, out, err = qe_edge("report", "--png", tmp_path / "chart.png", "--markdown")
-    assert (code, err) == (0, f"result: {folder} (the newest; name another to use that)\n")
+    written = f"written, too: {folder / 'report.html'}, {tmp_path / 'chart.png'}\n"
+    assert (code, err) == (0, f"result: {folder} (the newest; name another to use that)\n{written}")
     assert out.startswith("### demo-en@test\n\n| system | join | nDCG@10 |")
     assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")

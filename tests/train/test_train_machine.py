@@ -255,3 +255,18 @@ def test_devices_and_precisions_that_are_not_there_are_refused(monkeypatch):
     monkeypatch.setattr("qe_edge.train.hardware._cpu_has_bf16", lambda: True)
     assert hardware(SftConfig()).precision == "bfloat16"
     assert hardware(SftConfig(precision="float32")).precision == "float32"
+
+
+@pytest.mark.parametrize(("given", "spin"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_of_a_training_soon_sleep_unless_the_user_says_otherwise(
+    given: dict[str, str], spin: str
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP", "GOMP"))}
+    # PyTorch is loaded before it is found that there is nothing to train on.
+    command = [sys.executable, "-m", "qe_edge.cli", "train", "sft", "--expansions", "nothing.jsonl"]
+    environment |= {"OMP_DISPLAY_ENV": "verbose", **given}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert "nothing.jsonl: no such file" in done.stderr
+    if "OPENMP DISPLAY ENVIRONMENT" not in done.stderr:
+        pytest.skip("PyTorch was built without OpenMP")
+    assert f"GOMP_SPINCOUNT = '{spin}'" in done.stderr
