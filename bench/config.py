@@ -72,7 +72,7 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         ),
     ] = ()
     threads: Annotated[Threads | None, said("CPU threads (default: the cores that are free).")] = None
-    max_tokens: Annotated[Count | None, said("Instead of the models' own token budget.")] = None
+    budget_tokens: Annotated[Count | None, said("Instead of the models' own token budget.")] = None
     feedback: Annotated[bool, said("Also have each model read what the plain query finds.")] = False
     refine: Annotated[bool, said("Also have it write, search, read and search.")] = False
     passages: Annotated[

@@ -33,7 +33,7 @@ def generate_once(
     """
     if digest is None:
         return generate(task)
-    settings = [task.lang, task.queries, task.engine, task.threads, task.max_tokens]
+    settings = [task.lang, task.queries, task.engine, task.threads, task.budget_tokens]
     key: list[Any] = [digest, *settings, cpu_name(), usable_cores(), versions(), *_engines()]
     if task.read:
         key += [task.read.written is not None, task.read.passages, task.read.analyzer, *also]

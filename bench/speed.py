@@ -94,7 +94,7 @@ class Task(msgspec.Struct, frozen=True):
     label: str
     engine: Engine | None = None
     threads: int | None = None
-    max_tokens: int | None = None
+    budget_tokens: int | None = None
     read: ReadTask | None = None
     key: str = ""
 
@@ -173,7 +173,7 @@ def work(task: Task) -> Loaded:
         task.model,
         engine=task.engine,
         threads=task.threads,
-        budget_tokens=task.max_tokens,
+        budget_tokens=task.budget_tokens,
         passages=task.read.passages if task.read else None,
         reader=task.read.reader if task.read else None,
         gate=OPEN,

@@ -207,7 +207,7 @@ class Systems:
             out=str(self.folder / "generated" / self.slug / f"{_slug(label)}-{_hash(label)}.jsonl"),
             label=f"{label} on {self.data}",
             threads=self.config.threads,
-            max_tokens=self.config.max_tokens,
+            budget_tokens=self.config.budget_tokens,
             read=read,
         )
         also = [self.data.collection_hash()] if read else []

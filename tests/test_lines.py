@@ -111,7 +111,7 @@ def test_a_query_on_stdin_is_one_line():
     command = [sys.executable, "-m", "qe_edge.cli", "expand", "-", "-m", "builtin:smollm2-135m"]
     asked = BOM + "what causes\u2028 tides\r\n".encode()
     done = subprocess.run(
-        [*command, "--max-tokens", "3", "--json"], input=asked, capture_output=True, check=True
+        [*command, "--budget-tokens", "3", "--json"], input=asked, capture_output=True, check=True
     )
     rows = json.loads(done.stdout)["metrics"]["expansions"]
     assert [row["query"] for row in rows] == ["what causes\u2028 tides"]

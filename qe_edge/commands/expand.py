@@ -17,7 +17,7 @@ from qe_edge.runtime.expansion import ExpandedQuery
 def expand(
     queries: Annotated[list[str], typer.Argument(help="Queries; `-` reads one per line from stdin.")],
     model: ModelOption = None,
-    max_tokens: Annotated[
+    budget_tokens: Annotated[
         int | None, typer.Option(min=1, help="Token budget (default: the model's own).")
     ] = None,
     terms: Annotated[
@@ -33,7 +33,7 @@ def expand(
             raise BadInput("stdin holds no query")
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    with load_expander(model, workdir, budget_tokens=max_tokens) as expander:
+    with load_expander(model, workdir, budget_tokens=budget_tokens) as expander:
         for query in queries:
             try:
                 expanded = expander.expand(query)

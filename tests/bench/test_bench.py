@@ -65,7 +65,7 @@ def done(student, tmp_path_factory):
         joins=("mass:0.5", "repeat:5"),
         measures=("R@100", "AP"),
         teachers=tuple(default_teachers(["demo-en"])),
-        max_tokens=20,
+        budget_tokens=20,
         hardware_label="a test machine",
     )
     return bench(config, workdir=work), work, config
@@ -175,7 +175,7 @@ def test_a_gate_has_a_row_of_its_own(tiny_qwen3, tmp_path):
     gate = Gate(lengths[len(lengths) // 3], None, None, None, False)
     spec = msgspec.structs.replace(spec, gate=gate, join=Join("mass", 5))
     student = convert_gguf(tiny_qwen3, tmp_path / "student.gguf", spec=spec)
-    config = BenchConfig(datasets=("demo-en",), models=(str(student),), max_tokens=8)
+    config = BenchConfig(datasets=("demo-en",), models=(str(student),), budget_tokens=8)
     (found,) = read_result(bench(config, workdir=Workdir(tmp_path))).datasets
     plain, _, free, gated = found.systems
     assert (free.name, gated.name) == ("student.gguf", "student.gguf + gate")
@@ -219,7 +219,7 @@ def test_the_join_is_chosen_on_other_queries(done, student, tmp_path):
         models=(f"tiny={student}",),
         tune_on="demo-en@train",
         tune_joins=("repeat:1", "mass:0.5", "repeat:50"),
-        max_tokens=4,
+        budget_tokens=4,
     )
     result = read_result(bench(config, workdir=Workdir(tmp_path)))
     (tuning,) = result.tuning
@@ -332,7 +332,7 @@ def test_a_row_for_write_search_read_search_by_each_reader(done, student, tmp_pa
         refine=True,
         readers=("itself", str(encoder)),
         passages=4,
-        max_tokens=20,
+        budget_tokens=20,
     )
     work = Workdir(tmp_path / "work")
     folder = bench(config, workdir=work)
@@ -369,7 +369,7 @@ def test_an_interrupted_bench_keeps_what_was_generated(done, student, tmp_path):
     written = next((folder / "generated").rglob("*.jsonl")).read_bytes().splitlines(keepends=True)
     request = Task(
         model=str(student), lang="en", queries=load_dataset("demo-en").queries, out=str(tmp_path / "g.jsonl"),
-        label="again", max_tokens=20, key=msgspec.json.decode(written[0])["key"],
+        label="again", budget_tokens=20, key=msgspec.json.decode(written[0])["key"],
     )  # fmt: skip
     marked = written[0].replace(b'"text":"', b'"text":"KEPT ', 1)
     (tmp_path / "g.jsonl").write_bytes(marked + b"".join(written[1:20]))
@@ -379,7 +379,7 @@ def test_an_interrupted_bench_keeps_what_was_generated(done, student, tmp_path):
 
 
 def test_what_an_earlier_bench_wrote_is_not_written_again(student, tmp_path, capsys):
-    config = BenchConfig(datasets=("demo-en",), models=(f"one={student}",), max_tokens=2)
+    config = BenchConfig(datasets=("demo-en",), models=(f"one={student}",), budget_tokens=2)
     work = Workdir(tmp_path)
 
     def generated(**changed):
@@ -392,7 +392,7 @@ def test_what_an_earlier_bench_wrote_is_not_written_again(student, tmp_path, cap
     # The times, too, are those of the first.
     assert generated(models=(f"two={student}",), joins=("mass:2",)) == first
     assert "two on demo-en@test: texts and times of an earlier run; delete " in capsys.readouterr().err
-    assert generated(max_tokens=3) != first
+    assert generated(budget_tokens=3) != first
     other = tmp_path / "other.gguf"
     other.write_bytes(student.read_bytes() + b"\0")
     assert generated(models=(f"one={other}",)) != first
@@ -420,7 +420,7 @@ def test_a_killed_benchs_child_ends_too(student, tmp_path, how):
 def test_a_failing_model_leaves_the_others(student, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(student.read_bytes()[:5000])
-    config = BenchConfig(datasets=("demo-en",), models=(str(broken), str(student)), max_tokens=2)
+    config = BenchConfig(datasets=("demo-en",), models=(str(broken), str(student)), budget_tokens=2)
     result = read_result(bench(config, workdir=Workdir(tmp_path)))
     assert [s.name for s in result.datasets[0].systems] == ["BM25", "BM25 + RM3", "student-F16.gguf"]
     (failure,) = result.failures
@@ -442,7 +442,7 @@ def test_labels_and_collections_of_one_name_do_not_share_generations(student, tm
     config = BenchConfig(
         datasets=(str(tmp_path / "one" / "tiny"), str(tmp_path / "two" / "tiny")),
         models=(f"a+b={student}", f"a b={student}"),
-        max_tokens=2,
+        budget_tokens=2,
     )
     folder = bench(config, workdir=Workdir(tmp_path))
     assert len(list(folder.glob("generated/*/*.jsonl"))) == 4
@@ -488,7 +488,7 @@ def test_too_long_queries_are_counted_and_searched_as_they_are(student, tmp_path
     )
     (collection / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td1\t1\n")
     folder = bench(
-        BenchConfig(datasets=(str(collection),), models=(str(student),), max_tokens=2),
+        BenchConfig(datasets=(str(collection),), models=(str(student),), budget_tokens=2),
         workdir=Workdir(tmp_path),
     )
     model = read_result(folder).datasets[0].systems[2]
@@ -526,7 +526,7 @@ def test_the_child_prints_one_json_object_whatever_the_engine_says(student, tmp_
     import msgspec
 
     request = Task(
-        model=str(student), lang="en", queries={"q": "x"}, out=str(tmp_path / "g"), label="x", max_tokens=1
+        model=str(student), lang="en", queries={"q": "x"}, out=str(tmp_path / "g"), label="x", budget_tokens=1
     )
     child = subprocess.run(
         [sys.executable, "-m", "qe_edge.bench.child", "qe_edge.bench.speed", "work"],

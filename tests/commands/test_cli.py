@@ -113,7 +113,7 @@ def test_a_users_mistake_is_one_line_and_its_code(qe_edge, arguments, code, mess
         (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "nan"], "--min-gap"),
         (["pairs", "-d", "demo-en", "-e", "x", "--max-per-query", "-1"], "--max-per-query"),
         (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--threads", "0"], "--threads"),
-        (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--max-tokens", "0"], "--max-tokens"),
+        (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--budget-tokens", "0"], "--budget-tokens"),
         (["search", "x", "--plain", "--analyzer", "german"], "no analyzer named 'german'"),
     ],
 )

@@ -52,7 +52,7 @@ def test_a_console_of_any_encoding(gguf, encoding):
 
 
 def test_an_argument_that_is_no_text(gguf):
-    out, _ = qe_edge("expand", CAFE, "-m", gguf, "--max-tokens", 2, "--json")
+    out, _ = qe_edge("expand", CAFE, "-m", gguf, "--budget-tokens", 2, "--json")
     envelope = json.loads(out.decode())
     assert envelope["metrics"]["expansions"][0]["query"] == "caf\ufffd"
     _, err = qe_edge("expand", "x", "-m", CAFE, code=4)
@@ -72,7 +72,7 @@ def test_names_of_files_that_are_no_text(gguf, tiny_qwen3, tmp_path, encoding):
     (data / "queries.jsonl").write_text('{"_id": "q1", "text": "moon"}\n')
     (data / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
     work = tmp_path / f"work-{CAFE}"
-    arguments = ("bench", "-d", data, "-m", model, "--max-tokens", 2, "--workdir", work)
+    arguments = ("bench", "-d", data, "-m", model, "--budget-tokens", 2, "--workdir", work)
     out, _ = qe_edge(*arguments, encoding=encoding)
     assert os.fsencode(work / "bench" / "001" / "result.json") in out
     record = read_json(work / "bench" / "001" / "run.json")
@@ -129,7 +129,7 @@ def test_a_gguf_is_known_by_its_first_bytes(gguf, tmp_path, name):
     file = Path(shutil.copy(gguf, tmp_path / name))
     ref = resolve(file)
     assert (ref.engine, ref.is_gguf, ref.size_bytes()) == ("llama.cpp", True, file.stat().st_size)
-    out, _ = qe_edge("expand", "tides", "-m", file, "--max-tokens", 2, "--json")
+    out, _ = qe_edge("expand", "tides", "-m", file, "--budget-tokens", 2, "--json")
     assert json.loads(out)["status"] == "ok"
 
 

@@ -61,7 +61,7 @@ def test_an_export_is_pushed_with_what_was_measured_and_loaded_again(
     export: Path, there: Hub, run: Run, tmp_path: Path
 ) -> None:
     file = export / "student-Q4_K_M.gguf"
-    done = run("bench", "--dataset", "demo-en", "--model", f"mine={file}", "--max-tokens", "4", "--json")
+    done = run("bench", "--dataset", "demo-en", "--model", f"mine={file}", "--budget-tokens", "4", "--json")
     assert done.returncode == 0, done.stderr + done.stdout
     done = run("push", "me/student", str(export), "--private", "--json")
     assert done.returncode == 0, done.stderr
@@ -81,16 +81,16 @@ def test_an_export_is_pushed_with_what_was_measured_and_loaded_again(
     assert str(tmp_path) not in card and str(export.parent) not in card
 
     for name in ("hf:me/student:Q4_K_M", "hf:me/student:q4_k_m", "hf:me/student/student-Q4_K_M.gguf@main"):
-        done = run("expand", "what causes tides", "--model", name, "--max-tokens", "2", "--json")
+        done = run("expand", "what causes tides", "--model", name, "--budget-tokens", "2", "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["inputs"]["model"] == name
     there.asked.clear()
     there.repos.clear()  # as good as no network
-    done = run("expand", "tides", "-m", "hf:me/student:Q4_K_M", "--max-tokens", "2", HF_HUB_OFFLINE="1")
+    done = run("expand", "tides", "-m", "hf:me/student:Q4_K_M", "--budget-tokens", "2", HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     assert there.asked == []
     dead = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # no network, which nobody said
-    done = run("expand", "tides", "-m", "hf:me/student:Q4_K_M", "--max-tokens", "2", **dead)
+    done = run("expand", "tides", "-m", "hf:me/student:Q4_K_M", "--budget-tokens", "2", **dead)
     assert done.returncode == 0, done.stderr
     assert "etry" not in done.stderr  # the hub's client would try for 23 seconds
 

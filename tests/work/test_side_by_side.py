@@ -28,7 +28,7 @@ def test_two_benches_at_once_keep_both_results_apart(gguf, tmp_path):
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "qe_edge.cli", "bench", "-d", "demo-en", "-m", gguf),
-                *("--workdir", work, "--max-tokens", str(budget), "--json"),
+                *("--workdir", work, "--budget-tokens", str(budget), "--json"),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -43,7 +43,7 @@ def test_two_benches_at_once_keep_both_results_apart(gguf, tmp_path):
     assert sorted(path.name for path in folders) == ["001", "002", "003"]
     for budget, folder in zip(budgets, folders, strict=True):
         result = json.loads((folder / "result.json").read_text())
-        assert result["settings"]["max_tokens"] == budget
+        assert result["settings"]["budget_tokens"] == budget
         files = list((folder / "generated").rglob("*.jsonl"))
         rows = [row for file in files for row in read_jsonl(file, Generated)]
         assert len(rows) == 26 and len({row.key for row in rows}) == 1
@@ -107,7 +107,7 @@ sys.stdin.read()
 
 def test_rows_of_other_settings_are_not_taken(gguf, tmp_path):
     request = Task(
-        str(gguf), "en", {"q1": "tides", "q2": "bread"}, str(tmp_path / "own.jsonl"), "x", max_tokens=3
+        str(gguf), "en", {"q1": "tides", "q2": "bread"}, str(tmp_path / "own.jsonl"), "x", budget_tokens=3
     )
     rows, _, _ = generate_once(request, "digest", tmp_path / "kept")
     (kept,) = (tmp_path / "kept").glob("*.jsonl")
