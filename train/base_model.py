@@ -188,6 +188,8 @@ def open_trained(folder: Path) -> Trained:
     """
     record, spec = read_record(folder), read_spec(folder)
     if spec is None or record.get("command") not in ("train sft", "train dpo"):
+        if not Path(folder).exists():
+            raise NotFound(f"{folder}: no such folder of `qe-edge train`")
         raise BadInput(f"holds no {MANIFEST} and spec of `qe-edge train`; train first", path=folder)
     return Trained(folder, record["base"], spec, full=not (folder / "adapter_config.json").is_file())
 

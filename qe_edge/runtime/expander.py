@@ -429,6 +429,7 @@ class Expander:
         Raises:
             BadInput: prompt and budget together don't fit the model's context.
         """
+        check_kind("prompt", prompt, list, "a list of token ids")
         return self._writer.complete(prompt, prefix=prefix, temperature=temperature, seed=seed)
 
     @property
