@@ -88,7 +88,7 @@ def source_of(exported: Path) -> Path:
     if not made_from:
         raise NotFound(
             f"{exported}: no export of qe-edge, for no {MANIFEST} there names what it was made from; "
-            "name that with --source"
+            "name it with --source"
         )
     source = exported.parent / made_from
     if not source.is_dir():
