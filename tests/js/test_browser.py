@@ -133,7 +133,9 @@ READ = """async ([query, passages]) => {
   const { spec } = await Student.load(file, engine);
   const values = await engine.read(query, "", passages, spec);
   const cut = await engine.read(query, "", passages, spec, AbortSignal.abort());
-  return [values, cut];
+  const messages = [{ role: "user", content: query }]; // the file prompts itself
+  const { usage } = await instance.createChatCompletion({ messages, temperature: 0, max_tokens: 1 });
+  return [values, cut, usage.prompt_tokens];
 }"""
 
 
@@ -156,8 +158,9 @@ def test_the_student_reads_in_a_tab_as_in_python(chromium: Any, address: str, st
             prompts, answer, prefix = feedback.encode(query, passages, prompt, backend.tokenize)
             read = expander._decoder.reader().log_likelihoods(prompts, answer, prefix=prefix)
             expected = [value / len(answer) for group in read for value in group]
-            found, cut = shown.evaluate(READ, [query, passages])
+            found, cut, asked = shown.evaluate(READ, [query, passages])
             assert cut == []
+            assert asked == len(prompt.encode(query, backend.tokenize))
             assert len(found) == len(expected)
             # In nats per token: WebAssembly's kernels multiply quantized weights otherwise, and where a long
             # passage ends is guessed there.
