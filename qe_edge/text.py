@@ -16,6 +16,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from qe_edge.arguments import check_text
 from qe_edge.errors import BadArgument, require
 from qe_edge.records import Lang
 
@@ -83,8 +84,7 @@ def count_words(text: str) -> int:
 
 def words_of(text: str, *, cjk: int = 2) -> list[str]:
     """Folded words as they stand, and overlapping pieces of `cjk` characters of Chinese."""
-    if not isinstance(text, str):
-        raise TypeError(f"a text must be a str, not {type(text).__name__}")
+    check_text("a text", text)
     terms: list[str] = []
     for run, word in _CJK_OR_WORD.findall(fold(text)):
         terms += [word] if word else [run[i : i + cjk] for i in range(max(1, len(run) - cjk + 1))]
