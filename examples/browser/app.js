@@ -14,7 +14,7 @@ const PAUSE = 300; // ms without a key, after which the student is asked
 const JOIN = { rule: "mass", value: 0.7 };
 const FOUND = 10; // shown
 const CHIPS = 12;
-const PASSAGES = 4; // that the student reads: one takes a second or two
+const PASSAGES = 4; // that the student reads: one takes a second or more
 
 const at = (id) => document.getElementById(id);
 let language = navigator.language.startsWith("zh") ? "zh" : "en";

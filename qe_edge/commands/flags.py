@@ -128,9 +128,8 @@ def _flag(name: str, hint: Any, default: Any, *, negated: bool) -> inspect.Param
     if not own_name:
         return None
     settings: dict[str, Any] = {"help": next(meta.description for meta in metas if meta.description)}
-    if (
-        negated and kind is bool and not own_name.startswith("--no-")
-    ):  # so that a recipe's true can be turned off
+    # So that a recipe's true can be turned off.
+    if negated and kind is bool and not own_name.startswith("--no-"):
         own_name = f"{own_name}/--no-{own_name.removeprefix('--')}"
     if get_origin(kind) is tuple:  # a flag that can be given several times
         item, _ = _unwrapped(get_args(kind)[0])
