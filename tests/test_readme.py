@@ -21,3 +21,9 @@ def test_its_python_runs(number: int, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "moon" in done.stdout  # found by what the student knows of tides
+
+
+def test_its_javascript_is_of_the_package_s_readme() -> None:
+    """Which tests/js runs, with the lines before these."""
+    (block,) = re.findall(r"```js\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert block in (README.parent / "js" / "README.md").read_text(encoding="utf-8")

@@ -4,11 +4,21 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { after, before, test } from "node:test";
 
-import { Student, endpoint, nodeLlama, pieces, readSpec, render, wordsOf } from "../src/index.js";
+import {
+  Student,
+  detectLanguage,
+  embeddingReader,
+  endpoint,
+  nodeLlama,
+  pieces,
+  readSpec,
+  render,
+  wordsOf,
+} from "../src/index.js";
 
 const OPEN = { max_words: null, clear_lead: null, min_new_words: null, min_distinct: null, same_language: false };
 
-const { gguf, expected, server } = JSON.parse(process.env.QE_EDGE_JS ?? "{}");
+const { gguf, encoder, expected, server } = JSON.parse(process.env.QE_EDGE_JS ?? "{}");
 const skip = gguf ? false : "run by tests/js/test_js.py, which makes the student";
 const python = skip ? {} : JSON.parse(readFileSync(expected, "utf8"));
 
@@ -124,18 +134,31 @@ test("search libraries find by it what the query alone doesn't", { skip }, async
   assert.equal(search(orama, expanded.toOrama()).hits[0].document.text, NOTES[0]);
 });
 
+const readme = readFileSync(new URL("../README.md", import.meta.url), "utf8");
+const [electron, embedding] = [...readme.matchAll(/```js\n(.*?)```/gs)].map((block) => block[1]);
+const AsyncFunction = (async () => {}).constructor;
+
 test("the README's Electron lines find it with FTS5", { skip }, async () => {
-  const readme = readFileSync(new URL("../README.md", import.meta.url), "utf8");
-  const block = /```js\n(.*?better-sqlite3.*?)```/s.exec(readme)[1];
   const { DatabaseSync } = await import("node:sqlite"); // the same calls; better-sqlite3 must be compiled
-  const lines = block
+  const lines = electron
     .replace(/^import Database from .*$/m, "")
     .replace(/^import .*node-llama-cpp.*$/m, "const { getLlama } = await import('node-llama-cpp');")
     .replace(/^import .*from "qe-edge";$/m, "")
     .replaceAll("student-Q4_K_M.gguf", gguf)
     .replaceAll("await getLlama()", "await getLlama({ gpu: false, build: 'never' })");
-  const AsyncFunction = (async () => {}).constructor;
   const run = new AsyncFunction("Database", "Student", "nodeLlama", `${lines}\nreturn rows;`);
   const rows = await run(DatabaseSync, Student, nodeLlama);
   assert.equal(rows[0].body, "The moon's pull moves the sea.");
+});
+
+test("the README's encoder lines make a reader of English", { skip }, async () => {
+  const lines = embedding.replaceAll("all-MiniLM-L6-v2-Q8_0.gguf", encoder);
+  const run = new AsyncFunction("getLlama", "embeddingReader", "detectLanguage", `${lines}\nreturn reader;`);
+  const reader = await run(async () => llama, embeddingReader, detectLanguage);
+  const student = await Student.load(gguf, engine, { maxTokens: python.budget, reader });
+  const { query, passages } = python.reading;
+  const { weights } = (await student.feedback(query, passages)).relevance;
+  assert.equal(weights.length, passages.length);
+  weights.forEach((weight, i) => assert.ok(Math.abs(weight - python.encoded[i]) < 0.01, `${weights}`));
+  assert.deepEqual([reader.knows(query), reader.knows("海水为什么涨落")], [true, false]);
 });

@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
 import pytest
 from chat_servers import llama_cpp_server
 from node import JS, program
+from tiny_encoder import save_tiny_encoder
 from vectors.make import ROOT, lines, stop_words_module, vectors
 
-from qe_edge import OPEN, Expander
+from qe_edge import OPEN, Encoder, Expander
 from qe_edge.backends.open import open_backend
 from qe_edge.export.probes import HOSTILE
 from qe_edge.student.models import resolve
@@ -59,13 +61,17 @@ def test_real_engines_write_and_read_as_in_python(student: Path, tmp_path: Path,
     with Expander(backend, gate=OPEN, budget_tokens=BUDGET) as expander:
         texts = [{"query": query, "text": expander.expand(query).text} for query in QUERIES[:2]]
         relevance = expander.feedback(QUERIES[0], PASSAGES).relevance
-    assert relevance
+    encoder = save_tiny_encoder(tmp_path / "encoder.gguf")
+    with closing(Encoder(encoder)) as reader, Expander.load(student, reader=reader) as expander:
+        encoded = expander.feedback(QUERIES[0], PASSAGES).relevance
+    assert relevance and encoded
     expected = tmp_path / "expected.json"
     reading = {"query": QUERIES[0], "passages": PASSAGES, "weights": relevance.weights}
     content = {"spec": msgspec.to_builtins(backend.spec), "prompts": prompts, "texts": texts}
-    expected.write_text(json.dumps(content | {"reading": reading, "budget": BUDGET}), encoding="utf-8")
+    content |= {"reading": reading, "encoded": encoded.weights, "budget": BUDGET}
+    expected.write_text(json.dumps(content), encoding="utf-8")
     with llama_cpp_server(student) as url:
-        where = {"gguf": str(student), "expected": str(expected), "server": url}
+        where = {"gguf": str(student), "encoder": str(encoder), "expected": str(expected), "server": url}
         node_test("engines.test.js", QE_EDGE_JS=json.dumps(where))
 
 
