@@ -32,7 +32,11 @@ def check_ids(ids: Sequence[str], source: Path | None) -> None:
     """
     twice = next((doc_id for doc_id, count in Counter(ids).items() if count > 1), None)
     if twice is not None:
-        raise BadInput(f"document {twice!r} is there twice", path=source)
+        first = ids.index(twice)
+        second = ids.index(twice, first + 1)
+        raise BadInput(
+            f"document {twice!r} is there twice, as number {first + 1} and as number {second + 1}", path=source
+        )
     for broken in filter(is_blank, ids):
         check_id(broken, "document", source)
 

@@ -72,7 +72,7 @@ class Service:
     async def place(self, queries: int) -> AsyncIterator[None]:
         """Room for so many queries; 429 if there is none, with the time until there may be."""
         if queries > self.most:
-            raise HTTPException(413, f"this server takes at most {self.most} queries at once")
+            raise HTTPException(413, f"this server takes at most {self.most} queries at once, not {queries}")
         if self.pending + queries > self.most:
             self.refused.inc(queries)
             over = self.pending + queries - self.most

@@ -116,7 +116,7 @@ def test_a_malformed_document_is_named_with_its_line(folder):
 def test_ids_must_be_unique_and_without_blanks(folder):
     corpus = (folder / "corpus.jsonl").read_text()
     (folder / "corpus.jsonl").write_text(corpus + '{"_id": "d1", "text": "again"}\n')
-    with pytest.raises(BadInput, match="document 'd1' is there twice"):
+    with pytest.raises(BadInput, match="document 'd1' is there twice, as number 1 and as number 3"):
         describe(load_dataset(str(folder)))
     (folder / "corpus.jsonl").write_text(corpus + '{"_id": "d 3", "text": "x"}\n')
     with pytest.raises(BadInput, match="'d 3' is empty or holds blanks"):

@@ -112,7 +112,7 @@ def test_chunks_change_nothing_and_every_score_is_bm25ss(tmp_path, monkeypatch, 
 
 
 def test_an_id_that_is_there_twice_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="document 'd1' is there twice"):
+    with pytest.raises(BadInput, match="document 'd1' is there twice, as number 1 and as number 2"):
         Index.build([("d1", "moon"), ("d1", "sun")], analyzer="english")
 
 
