@@ -25,6 +25,7 @@ from qe_edge.retrieval.datasets import Dataset
 from qe_edge.retrieval.dense import DenseIndex
 from qe_edge.retrieval.prf import read_texts
 from qe_edge.retrieval.trec import Ranking
+from qe_edge.student.hub import PREFIX, local_file
 from qe_edge.work.files import sha256
 from qe_edge.work.machine import usable_cores
 
@@ -68,8 +69,12 @@ def parse_baseline(text: str) -> Baseline:
         raise BadArgument(
             f"can't read the baseline {text!r}: write dense:MODEL, rerank:MODEL or hybrid:MODEL"
         )
+    if model.startswith(PREFIX):
+        model = str(local_file(model))
     if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise NotFound(f"{model}: neither a .gguf file, nor a model folder, nor a hub id (org/name)")
+        raise NotFound(
+            f"{model}: neither a .gguf file (here, or hf:…), nor a model folder, nor a hub id (org/name)"
+        )
     return Baseline(known[kind], model)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from qe_edge.bench.baselines import parse_baseline
-from qe_edge.bench.config import BenchConfig
+from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.bench.inputs import Model, parse_model, parse_run
 from qe_edge.bench.result import RESULT, BenchResult
 from qe_edge.bench.systems import Systems, is_of
@@ -18,6 +19,7 @@ from qe_edge.records import Expansion, read_jsonl
 from qe_edge.retrieval.datasets import Dataset, load_dataset
 from qe_edge.retrieval.measures import RESAMPLES, check_measure
 from qe_edge.retrieval.trec import read_run
+from qe_edge.student.hub import local_file
 from qe_edge.student.join import Join
 from qe_edge.student.models import resolve
 from qe_edge.work.files import write_json
@@ -59,6 +61,8 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     rankings = {label: read_run(path) for label, path in runs.items()}  # a bad file is found before the work
     inputs |= {f"runs[{label}]": path for label, path in runs.items()}
     run = RunFolder("bench", msgspec.to_builtins(config), inputs, out or workdir.new("bench"))
+    readers = tuple(name if name == ITSELF else str(local_file(name)) for name in config.readers)
+    config = replace(config, readers=readers)
     hashes = {label: run.record["inputs"][label]["sha256"] for label in named}
     models = [Model(label, name, hashes[label], config.joins) for label, name in named.items()]
     warnings: list[str] = []

@@ -24,6 +24,7 @@ from qe_edge.export.export import export_model
 from qe_edge.export.prune import fingerprint_of, prune
 from qe_edge.recipe import PairsPart, Recipe, SamplesPart, SftPart, check
 from qe_edge.retrieval.datasets import Dataset, load_dataset
+from qe_edge.student.hub import local_file
 from qe_edge.student.join import DEFAULT_JOIN, Join
 from qe_edge.student.models import resolve
 from qe_edge.student.spec import read_spec
@@ -223,7 +224,10 @@ class _Stages:
         joins = part.joins or (str(self.join),)
         config = replace(part, models=(*models, *part.models), joins=joins)
         inputs = [load_dataset(name).fingerprint() for name in part.datasets]
-        files: list[str | Path] = [*part.teachers, *(reader for reader in part.readers if reader != ITSELF)]
+        files: list[str | Path] = [
+            *part.teachers,
+            *(local_file(reader) for reader in part.readers if reader != ITSELF),
+        ]
         files += [parse_run(text)[1] for text in part.runs]
         inputs += [digest_of(parse_baseline(text).model) for text in part.baselines]
         inputs += [*map(sha256, files), *(sha256(self.out[f"export {name}"]) for name in exported)]

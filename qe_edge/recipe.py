@@ -35,6 +35,7 @@ from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import check_choices
 from qe_edge.records import Count, Positive
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
+from qe_edge.student.hub import local_file
 from qe_edge.student.models import resolve
 from qe_edge.train.config import DpoConfig, PairsConfig, SftConfig
 from qe_edge.train.synthetic.config import QueriesConfig
@@ -195,7 +196,7 @@ def check(recipe: Recipe) -> None:
         load_dataset(name)
     for text in recipe.bench.baselines:
         parse_baseline(text)
-    readers = [reader for reader in recipe.bench.readers if reader != ITSELF]
+    readers = [str(local_file(reader)) for reader in recipe.bench.readers if reader != ITSELF]
     runs = [str(parse_run(text)[1]) for text in recipe.bench.runs]
     expansions = recipe.pairs.expansions if recipe.pairs else ()
     for path in (*expansions, *readers, *runs, *recipe.sft.expansions, *recipe.bench.teachers):

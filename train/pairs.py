@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from qe_edge.errors import BadInput
 from qe_edge.records import Candidate, Expansion, Pair, Problem, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import Dataset, load_dataset
 from qe_edge.retrieval.index import Index
 from qe_edge.retrieval.opensearch import OpenSearchIndex
+from qe_edge.student.hub import local_file
 from qe_edge.student.join import Join
 from qe_edge.text import count_words
 from qe_edge.train.config import PairsConfig, Strategy
@@ -51,6 +53,8 @@ def pairs(
     join, reward = Join.parse(config.join), Reward.parse(config.reward, config.length_penalty)
     out = out or workdir.new("pairs")
     check_output(out, "pairs")
+    if config.reader:
+        config = replace(config, reader=str(local_file(config.reader)))
     data = load_dataset(dataset)
     rows = [row for path in expansions for row in read_jsonl(path, Expansion)]
     known, dropped = usable(rows, data, config.accept)

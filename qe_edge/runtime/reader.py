@@ -16,6 +16,7 @@ from qe_edge.errors import BadArgument, NotFound
 from qe_edge.runtime.decoder import Decoder
 from qe_edge.runtime.generation import Reading
 from qe_edge.student.feedback import MOST_PASSAGES, MOST_TOKENS, Feedback
+from qe_edge.student.hub import local_file
 from qe_edge.student.prompt import clean_query
 
 # Of a query's tokens, for an encoder to read it: all-MiniLM lacks 25 to 100 % of a Chinese query's, none
@@ -99,6 +100,7 @@ class Encoder:
     (their mean, as in HyDE, arXiv 2212.10496). Expanders may share one.
 
     Args:
+        model: a GGUF, here or on the hub (`hf:owner/name:Q8_0`).
         threads: that compute, 1 to 512; by default all cores that other processes leave free.
         temperature: that cosines are divided by before they become weights.
         tokens: of a passage that count.
@@ -122,14 +124,14 @@ class Encoder:
         check_path("an encoder", model)
         check_text("query_prefix", query_prefix)
         check_text("passage_prefix", passage_prefix)
-        path = Path(model)
+        path = local_file(model)
         if threads is not None:
             check_whole("threads", threads, 1, MOST_THREADS)
         check_number("temperature", temperature, 1e-6, 1e6)
         check_whole("tokens", tokens, 1, MOST_TOKENS)
         if not path.is_file():
             what = "a folder" if path.is_dir() else "no such file"
-            raise NotFound(f"{path}: {what}; an encoder is a .gguf file")
+            raise NotFound(f"{path}: {what}; an encoder is a .gguf file, here or on the hub (hf:…)")
         from qe_edge.backends.llama_encoder import LlamaEncoder
 
         self.path, self.temperature, self.tokens = path, temperature, tokens
@@ -170,7 +172,7 @@ class Encoder:
             yield [float(wanted @ ready.pop(0))]
 
     def knows(self, query: str) -> bool:
-        """Whether it has tokens for the query: an English encoder's are none of Chinese, say."""
+        """Whether it has tokens for the query: an English encoder, for example, has none for Chinese."""
         return self._model.unknown(query) <= MOST_UNKNOWN
 
     def close(self) -> None:

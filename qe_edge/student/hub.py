@@ -62,6 +62,12 @@ def fetch(name: str) -> Path:
         raise NotFound(f"can't fetch {name}: {_reason(error)}") from None
 
 
+def local_file(name: str | Path) -> Path:
+    """A path as it is, or the hub's file that `hf:…` names, see `fetch`."""
+    path = Path(name)
+    return fetch(str(name)) if str(name).startswith(PREFIX) and not path.exists() else path
+
+
 def _is(file: str, pattern: str) -> bool:
     return fnmatchcase(file.lower(), pattern.lower())
 

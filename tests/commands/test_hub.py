@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import Hub, hub
+from tiny_encoder import save_tiny_encoder
 
 from qe_edge.errors import BadArgument
 from qe_edge.export.config import ExportConfig
@@ -117,6 +118,31 @@ def test_what_the_hub_lacks_or_refuses_is_said_in_one_line(
     done = run("push", "me/student", str(tmp_path))
     assert done.returncode == 5 and "holds no run.json of `qe-edge export`" in done.stderr
     assert "me/student" not in there.repos
+
+
+def test_an_encoder_on_the_hub_reads(export: Path, there: Hub, run: Run, tmp_path: Path) -> None:
+    there.repos["me/encoder"] = {"tiny-F32.gguf": save_tiny_encoder(tmp_path / "tiny.gguf").read_bytes()}
+    student, encoder = str(export / "student-Q8_0.gguf"), "hf:me/encoder:F32"
+    asked = ("tides", "-d", "demo-en", "-m", student, "--refine", "--reader", encoder)
+    done = run("search", *asked)
+    assert done.returncode == 0 and " 1. en-" in done.stdout, done.stderr
+    measured = (
+        "-d",
+        "demo-en",
+        "-m",
+        student,
+        "--refine",
+        "--reader",
+        encoder,
+        "--baseline",
+        f"dense:{encoder}",
+    )
+    work = tmp_path / "work"
+    done = run("bench", *measured, "--budget-tokens", "2", "--columns", "ndcg", QE_EDGE_WORKDIR=str(work))
+    assert done.returncode == 0, done.stderr
+    assert "refine by tiny-F32" in done.stdout and "dense tiny-F32" in done.stdout, done.stdout
+    record = json.loads((work / "bench" / "001" / "run.json").read_text(encoding="utf-8"))
+    assert record["settings"]["readers"] == [encoder]
 
 
 def test_a_changed_file_is_not_published(export: Path, there: Hub, run: Run, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.records import Document, Problem, Query, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import SYNTHETIC
 from qe_edge.retrieval.official import QRELS_HEADER
+from qe_edge.student.hub import local_file
 from qe_edge.text import count_words
 from qe_edge.train.synthetic.config import QueriesConfig
 from qe_edge.train.synthetic.filters import KnownItem, clean_answer, distinct, fault_of, found_again
@@ -141,7 +142,7 @@ def write_queries(folder: Path, config: QueriesConfig, *, workdir: Workdir) -> t
         else:
             query_id = f"q-{row.key}"
             written[query_id] = KnownItem(query_id, row.text, job.document.id)
-    reader = Path(config.reader) if config.reader else None
+    reader = local_file(config.reader) if config.reader else None
     found = found_again(folder, list(written.values()), first=config.found_in, reader=reader, workdir=workdir)
     kept = distinct(found)
     dropped["not found again"] += len(written) - len(found)
