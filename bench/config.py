@@ -44,10 +44,10 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         ),
     ] = ()
     joins: Annotated[
-        tuple[str, ...], said("Instead of the models' own join; several make several rows.", flag="--join")
+        tuple[str, ...], said("A join in place of each model's own; several make a row each.", flag="--join")
     ] = ()
     tune_on: Annotated[str, said("Choose each model's join on this data set's queries instead.")] = ""
-    tune_joins: Annotated[tuple[str, ...], said("What is chosen from.", flag="")] = TUNE_JOINS
+    tune_joins: Annotated[tuple[str, ...], said("The joins that are tried.", flag="")] = TUNE_JOINS
     measures: Annotated[
         tuple[str, ...],
         said("Another measure of ir_measures, such as R@100; repeat for more.", flag="--measure"),
@@ -72,16 +72,16 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         ),
     ] = ()
     threads: Annotated[Threads | None, said("CPU threads (default: the cores that are free).")] = None
-    budget_tokens: Annotated[Count | None, said("Instead of the models' own token budget.")] = None
-    feedback: Annotated[bool, said("Also have each model read what the plain query finds.")] = False
-    refine: Annotated[bool, said("Also have it write, search, read and search.")] = False
+    budget_tokens: Annotated[Count | None, said("A token budget in place of each model's own.")] = None
+    feedback: Annotated[bool, said("Add a row per model: it reads what the plain query finds.")] = False
+    refine: Annotated[bool, said("Add a row per model: write, search, read, search.")] = False
     passages: Annotated[
-        Passages | None, said("That are read of what a search found (default: the model's own number).")
+        Passages | None, said("Found passages to read (default: the model's own number).")
     ] = None
     readers: Annotated[
         tuple[str, ...],
         said(
-            f"Who reads them: an encoder's GGUF, or {ITSELF} (the default) for the model; repeat it.",
+            f"An encoder's GGUF that reads them, or {ITSELF} (the default) for the model; repeat for more.",
             flag="--reader",
         ),
     ] = (ITSELF,)

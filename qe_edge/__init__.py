@@ -1,4 +1,4 @@
-"""Distil a big model's query expansions into a small model that runs on your own device.
+"""Train, export and measure a small model that expands search queries on your own device.
 
     from qe_edge import Expander
 

@@ -36,7 +36,7 @@ from qe_edge.work.machine import drowsy_threads
 UsageError: Any = typer.BadParameter.__base__  # Typer gives it no name of its own
 
 app = typer.Typer(
-    help="Distil a big model's query expansions into a small model that runs on your own device.",
+    help="Train, export and measure a small model that expands search queries on your own device.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -14,17 +14,19 @@ from qe_edge.work.folder import Workdir
 class Overrides(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Each is empty where the recipe's stays."""
 
-    student: Annotated[str, said("Hub id, folder or GGUF instead of the recipe's.")] = ""
-    dataset: Annotated[str, said("Judged training queries, or a folder of notes, instead.", short="-d")] = ""
+    student: Annotated[str, said("Hub id, folder or GGUF, in place of the recipe's student.")] = ""
+    dataset: Annotated[
+        str, said("Judged training queries, or a folder of notes, in place of the recipe's.", short="-d")
+    ] = ""
     expansions: Annotated[
         tuple[str, ...], said("Their expansions (default: what `teach` collected).", short="-e")
     ] = ()
-    test: Annotated[tuple[str, ...], said("What the student is measured on instead.")] = ()
+    test: Annotated[tuple[str, ...], said("Data to measure the student on, in place of the recipe's.")] = ()
     teacher: Annotated[tuple[str, ...], said("A teacher's expansions of the test queries.")] = ()
-    model: Annotated[str, said("Who writes queries and expansions for notes.", short="-m")] = ""
-    endpoint: Annotated[str, said("Where it is asked (default: on this machine).", env="OPENAI_BASE_URL")] = (
-        ""
-    )
+    model: Annotated[str, said("Model that writes queries and expansions for notes.", short="-m")] = ""
+    endpoint: Annotated[
+        str, said("Its OpenAI-compatible URL (default: the model is loaded here).", env="OPENAI_BASE_URL")
+    ] = ""
     extra: Annotated[
         dict[str, Any], said("More fields of its requests as JSON, as `teach --extra` takes them.")
     ] = {}

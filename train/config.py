@@ -40,10 +40,10 @@ class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         float, said("Difference of rewards from which two candidates make a pair.", gt=0, le=1)
     ] = 0.05
     max_per_query: Annotated[Count, said("Pairs kept of each query.")] = 4
-    seed: Annotated[int, said("Of what best-vs-sampled draws.")] = 0
+    seed: Annotated[int, said("Random seed of best-vs-sampled.")] = 0
     accept: Annotated[
         tuple[Problem, ...],
-        said("Let in rows that `teach` marked so, such as cut (others need its --keep-bad)."),
+        said("Also use rows that `teach` marked so, e.g. cut (others need `teach --keep-bad`)."),
     ] = ()
     analyzer: Annotated[str, said(ANALYZER)] = ""
     retriever: Annotated[str, said(RETRIEVER)] = ""
@@ -51,7 +51,7 @@ class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         str, said("An encoder's GGUF: candidates are scored as it refines them, see Expander.refine.")
     ] = ""
     passages: Annotated[
-        Passages | None, said("That it reads at a time (default: the number of a student's spec).")
+        Passages | None, said("Passages it reads in a round (default: the number of a student's spec).")
     ] = None
     executor: Annotated[Executor, said("local, or ray for a Ray cluster.")] = "local"
     workers: Annotated[int, said("Processes; 0 is one per core.", ge=0, le=512)] = 0
@@ -69,10 +69,10 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     Rows over `max_length` tokens are dropped and counted, never cut.
     """
 
-    learning_rate: Annotated[float, Share, said("Peak; a cosine takes it to zero.")] = 1e-4
+    learning_rate: Annotated[float, Share, said("Peak learning rate; a cosine takes it to zero.")] = 1e-4
     epochs: Annotated[float, Share, said("Passes over the rows.")] = 1.0
     max_steps: Annotated[
-        int, Meta(ge=0, le=10**9), said("Steps instead of epochs, such as a few to try; 0: epochs decide.")
+        int, Meta(ge=0, le=10**9), said("Stop after so many steps, whatever --epochs says; 0: epochs decide.")
     ] = 0
     batch_size: Annotated[int, Size, said("Rows in memory at a time.")] = 4
     accumulate: Annotated[int, Size, said("Batches per step.")] = 2
@@ -84,7 +84,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     ] = False
     device: Annotated[Device, said("auto is cuda where there is one.")] = "auto"
     precision: Annotated[
-        Precision, said("Of the arithmetic; auto is the fastest one that the device has.", rare=True)
+        Precision, said("Number format of the arithmetic; auto: the device's fastest.", rare=True)
     ] = "auto"
     eval_dataset: Annotated[
         str,
@@ -94,11 +94,11 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         ),
     ] = ""
     eval_join: Annotated[
-        str, said("How query and expansion are joined for that (default: the student's join).", rare=True)
+        str, said("Join of query and expansion for it (default: the student's join).", rare=True)
     ] = ""
-    eval_steps: Annotated[int, Size, said("Steps between two of these.", rare=True)] = 50
+    eval_steps: Annotated[int, Size, said("Steps between two of its measurements.", rare=True)] = 50
     eval_queries: Annotated[int, Size, said("Dev queries, drawn at random.", rare=True)] = 50
-    seed: Annotated[int, Meta(ge=0, lt=2**32), said("Of all that is drawn.")] = 0
+    seed: Annotated[int, Meta(ge=0, lt=2**32), said("Random seed.")] = 0
     save_steps: Annotated[int, Size, said("Steps between checkpoints to resume from.", rare=True)] = 20
     logging_steps: Annotated[int, Size, said("Steps between entries of the log.", rare=True)] = 5
     tensorboard: Annotated[bool, said("Also log for TensorBoard.", rare=True)] = False
@@ -133,15 +133,15 @@ class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ] = 0
     accept: Annotated[
         tuple[Problem, ...],
-        said("Let in rows that `teach` marked so, such as cut (others need its --keep-bad).", rare=True),
+        said("Also use rows that `teach` marked so, e.g. cut (others need `teach --keep-bad`).", rare=True),
     ] = ()
     tuning: Annotated[
         Literal["lora", "full"], said("An adapter, or all weights of a small student.", rare=True)
     ] = "lora"
-    rank: Annotated[int, Size, said("Of the LoRA adapter.")] = 32
+    rank: Annotated[int, Size, said("Rank of the LoRA adapter.")] = 32
     alpha: Annotated[int, Size, said("LoRA's alpha: its output counts alpha / rank.", rare=True)] = 64
     packing: Annotated[bool, said("Several short rows in one; for a GPU.", rare=True)] = False
-    learning_rate: Annotated[float, Share, said("Peak; a cosine takes it to zero.")] = 3e-4
+    learning_rate: Annotated[float, Share, said("Peak learning rate; a cosine takes it to zero.")] = 3e-4
 
     def __post_init__(self) -> None:
         if len(set(self.tasks)) < len(self.tasks):
@@ -164,7 +164,7 @@ class DpoConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ] = ("sigmoid",)
     loss_weights: Annotated[
         tuple[Annotated[float, Share], ...],
-        said("Of each loss, in their order.", flag="--loss-weight", rare=True),
+        said("A weight for each --loss, in their order.", flag="--loss-weight", rare=True),
     ] = ()
     length_weight: Annotated[
         float,
@@ -174,7 +174,7 @@ class DpoConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     precompute: Annotated[bool, said("Compute the reference's log-probabilities beforehand.", rare=True)] = (
         False
     )
-    learning_rate: Annotated[float, Share, said("Peak; a cosine takes it to zero.")] = 5e-5
+    learning_rate: Annotated[float, Share, said("Peak learning rate; a cosine takes it to zero.")] = 5e-5
     batch_size: Annotated[int, Size, said("Pairs in memory at a time.")] = 2
     accumulate: Annotated[int, Size, said("Batches per step.")] = 4
 

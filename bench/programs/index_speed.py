@@ -63,7 +63,7 @@ def main(
     expansions: Annotated[Path, typer.Option(help="Expansions of its queries.")],
     documents: Annotated[int, typer.Option(min=1000)] = 8_800_000,
     ways: Annotated[
-        list[str] | None, typer.Option("--way", help="ours, bm25s or tantivy (default: ours).")
+        list[str] | None, typer.Option("--way", help="ours, ours-alone, bm25s or tantivy (default: ours).")
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where the indexes go (default: temporary).")] = None,
     out: Annotated[Path | None, typer.Option(help="Write all that was measured to this JSON file.")] = None,

@@ -6,9 +6,10 @@ python docs/site/api.py > docs/python-api.md
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, ForwardRef
 
 import qe_edge
 
@@ -62,7 +63,16 @@ def described(name: str, thing: Any, *, heading: bool = True, prop: bool = False
 
 
 class Plain(str):
-    """An annotation as it is written."""
+    """An annotation as one would write it."""
+
+    @classmethod
+    def of(cls, annotation: Any) -> Plain:
+        if isinstance(annotation, str):
+            return cls(annotation)
+        if isinstance(annotation, ForwardRef):
+            return cls(annotation.__forward_arg__)
+        text = re.sub(r"(?:typing\.)?Annotated\[(\w+), .*?\)\]", r"\1", inspect.formatannotation(annotation))
+        return cls(re.sub(r"(?:typing\.)?Optional\[(.*)\]", r"\1 | None", text))
 
     def __repr__(self) -> str:
         return str(self)
@@ -71,13 +81,13 @@ class Plain(str):
 def signature_of(thing: Any) -> str:
     signature = inspect.signature(thing)
     kept = [
-        p.replace(annotation=p.annotation if p.annotation is p.empty else Plain(p.annotation))
+        p.replace(annotation=p.annotation if p.annotation is p.empty else Plain.of(p.annotation))
         for p in signature.parameters.values()
         if p.name not in ("self", "cls")
     ]
     result = signature.return_annotation
     plain = signature.replace(
-        parameters=kept, return_annotation=result if result in (None, signature.empty) else Plain(result)
+        parameters=kept, return_annotation=result if result in (None, signature.empty) else Plain.of(result)
     )
     return str(plain)
 

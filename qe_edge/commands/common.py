@@ -44,7 +44,7 @@ ColumnsOption = Annotated[
     str,
     typer.Option(
         "--columns",
-        help="Of the table, such as ndcg,of-teacher,file; a wrong one names them all.",
+        help="Columns to show, such as ndcg,of-teacher,file; an unknown one lists all.",
     ),
 ]
 

@@ -96,7 +96,7 @@ def data_import(
     out: OutOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Make a data set of official topics, judgments and passages, where the host is out of reach."""
+    """Make a data set from official topics, judgments and passages, without a download."""
     import msgspec
 
     from qe_edge.errors import BadArgument

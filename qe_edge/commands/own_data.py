@@ -23,13 +23,15 @@ SHOWN = 5  # files that can't be read
 
 
 def data_make(
-    folder: Annotated[Path, typer.Argument(help="Of notes: text, Markdown, HTML, JSON Lines, PDF, Office.")],
-    words: Annotated[int, typer.Option(min=20, max=2000, help="Of a passage, about.")] = 100,
+    folder: Annotated[
+        Path, typer.Argument(help="A folder of notes: text, Markdown, HTML, JSON Lines, PDF, Office.")
+    ],
+    words: Annotated[int, typer.Option(min=20, max=2000, help="Words of a passage, about.")] = 100,
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
-    """Make a collection of passages of a folder of notes. Run again, it reads what has changed."""
+    """Make a collection from a folder of notes. Run it again to read what has changed."""
     from qe_edge.documents.folder import CORPUS, make_collection
 
     out = out or Workdir(workdir).made_folder(folder)
@@ -58,7 +60,9 @@ def data_make(
 
 @flags_of(QueriesConfig, "queries")
 def data_queries(
-    folder: Annotated[Path, typer.Argument(help="That `data make` made, or any with a corpus.jsonl.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A folder that `data make` made, or any with a corpus.jsonl.")
+    ],
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
     *,
@@ -92,7 +96,9 @@ def data_queries(
 
 @flags_of(JudgeConfig, "judge")
 def data_judge(
-    dataset: Annotated[str, typer.Argument(help="Whose queries' results to grade, as NAME or NAME@SPLIT.")],
+    dataset: Annotated[
+        str, typer.Argument(help="The queries whose results are graded, as NAME or NAME@SPLIT.")
+    ],
     run: Annotated[
         list[str] | None,
         typer.Option(help="A TREC run to grade too: FILE or LABEL=FILE (default: the newest bench's)."),

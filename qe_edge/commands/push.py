@@ -13,13 +13,13 @@ from qe_edge.work.folder import Workdir
 
 
 def push(
-    repo: Annotated[str, typer.Argument(help="Where to: OWNER/NAME, made if need be.")],
+    repo: Annotated[str, typer.Argument(help="The repository, OWNER/NAME; created if it isn't there.")],
     folder: Annotated[Path | None, typer.Argument(help="An export's folder (default: the newest).")] = None,
     result: Annotated[
         list[Path] | None,
         typer.Option(help="Bench results for the card (default: the newest, if it measured these files)."),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Nobody else sees it.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch instead of main.")] = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,

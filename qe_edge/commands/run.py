@@ -30,7 +30,7 @@ def run(
     *,
     settings: Settings[Overrides],
 ) -> None:
-    """Run a recipe: pairs, SFT, DPO, merge, export, bench and report. Run again, it goes on."""
+    """Run a recipe: pairs, SFT, DPO, merge, export, bench, report. Run it again to go on where it stopped."""
     from qe_edge.recipe import recipe_file
 
     if show:

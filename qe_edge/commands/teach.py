@@ -39,7 +39,7 @@ def teach(
         Path | None, typer.Option("--import", help="Take the expansions in this file instead of asking.")
     ] = None,
     format: Annotated[
-        str, typer.Option(help="Of the imported file: querygym, query2doc or jsonl.")
+        str, typer.Option(help="Format of the imported file: querygym, query2doc or jsonl.")
     ] = "jsonl",
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
@@ -47,7 +47,7 @@ def teach(
     *,
     settings: Settings[TeachConfig],
 ) -> None:
-    """Ask a teacher for candidate expansions. Run again, it asks for what is still missing."""
+    """Ask a teacher for candidate expansions. Run it again to ask for what is missing."""
     from qe_edge.train.teach.teach import EXPANSIONS
     from qe_edge.train.teach.teach import teach as verb
 

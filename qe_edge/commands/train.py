@@ -27,7 +27,7 @@ def train_sft(
         typer.Option(
             "--expansions",
             "-e",
-            help="Teacher expansions (JSON Lines; default: what `teach` collected, of one data set).",
+            help="Expansions (JSON Lines; default: what `teach` collected, of one data set).",
         ),
     ] = None,
     show_example: ShowOption = False,
@@ -37,7 +37,7 @@ def train_sft(
     *,
     settings: Settings[SftConfig],
 ) -> None:
-    """Fine-tune a student on teacher expansions. Run again after Ctrl-C, it goes on."""
+    """Fine-tune a student on expansions, a teacher's or its own. Run it again after Ctrl-C to go on."""
     from qe_edge.train.sft import example, sft
 
     named = settings.values.pop("expansions", [])
@@ -69,7 +69,7 @@ def train_dpo(
     *,
     settings: Settings[DpoConfig],
 ) -> None:
-    """Align the SFT student with retrieval's own preferences. Run again after Ctrl-C, it goes on."""
+    """Align the SFT student with retrieval's own preferences. Run it again after Ctrl-C to go on."""
     from qe_edge.train.dpo import dpo, example
     from qe_edge.train.pairs import PAIRS
 

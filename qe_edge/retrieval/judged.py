@@ -35,7 +35,8 @@ def check_ids(ids: Sequence[str], source: Path | None) -> None:
         first = ids.index(twice)
         second = ids.index(twice, first + 1)
         raise BadInput(
-            f"document {twice!r} is there twice, as number {first + 1} and as number {second + 1}", path=source
+            f"document {twice!r} is there twice, as number {first + 1} and as number {second + 1}",
+            path=source,
         )
     for broken in filter(is_blank, ids):
         check_id(broken, "document", source)

@@ -44,8 +44,7 @@ MOST_ROUNDS = 10
 class Expander:
     """A student ready to expand queries, in as many threads as you like.
 
-    expander = Expander.load("student-Q4_K_M.gguf")
-    expander.expand("what causes tides").text
+    `Expander.load("student-Q4_K_M.gguf").expand("what causes tides").text` is an expansion.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class Expander:
             parallel: queries from several threads or tasks that are decoded together, on llama.cpp and MLX;
                 as many as the engine can, if that is fewer.
             stop_when_dry: end an expansion after so many tokens that brought no new word.
-            gate: when the plain query is searched instead; `qe_edge.student.gate.OPEN` for never.
+            gate: when the plain query is searched instead; `qe_edge.OPEN` for never.
             cache: a SQLite file for greedy expansions, to be used again by this and other processes. A hub
                 id's, whose weights may change, are not kept.
 

@@ -16,7 +16,7 @@ class ReadingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """What is read, and by whom."""
 
     passages: Annotated[
-        Passages | None, said("That are read of what a search found (default: the model's own number).")
+        Passages | None, said("Found passages to read (default: the model's own number).")
     ] = None
     reader: Annotated[str | None, said("An encoder's GGUF that reads them (default: the model itself).")] = (
         None
@@ -30,7 +30,7 @@ class SearchConfig(ReadingConfig, frozen=True, forbid_unknown_fields=True, kw_on
     plain: Annotated[bool, said("Without expansion.")] = False
     feedback: Annotated[bool, said("Expand by what the plain query finds, as the student weighs it.")] = False
     refine: Annotated[
-        bool, said("Expand also by what the written query finds: write, search, read, search.")
+        bool, said("Expand by a written text and what it finds: write, search, read, search.")
     ] = False
     k: Annotated[int, said("Results to show.", flag="-k", ge=1, le=1000)] = 5
     analyzer: Annotated[str, said(ANALYZER)] = ""
@@ -54,13 +54,14 @@ class ServeConfig(StudentConfig, frozen=True, forbid_unknown_fields=True, kw_onl
     """A student behind an address."""
 
     host: Annotated[
-        str, said("Where to listen: this machine alone reaches 127.0.0.1; any other address wants a --token.")
+        str,
+        said("Address to listen on; only this machine reaches 127.0.0.1, any other address needs a --token."),
     ] = "127.0.0.1"
-    port: Annotated[int, said("0: a free one.", ge=0, le=65535)] = 8017
+    port: Annotated[int, said("Port to listen on; 0 picks a free one.", ge=0, le=65535)] = 8017
     token: Annotated[str, said("Clients must send it as a bearer token.", env="QE_EDGE_TOKEN")] = ""
     parallel: Annotated[int, said("Queries that are decoded together.", ge=1, le=64)] = 16
     queue: Annotated[int, said("Queries that may wait beside them.", ge=0, le=192)] = 64
-    deadline_ms: Annotated[float, said("The most that a query may take.", ge=1, le=LONGEST_MS)] = 10_000
+    deadline_ms: Annotated[float, said("Time limit of a query.", ge=1, le=LONGEST_MS)] = 10_000
 
     def __post_init__(self) -> None:
         if not self.loopback and not self.token:

@@ -23,21 +23,23 @@ class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     broke off is not known and not counted. `extra` takes a field out of the request where it is null.
     """
 
-    model: Annotated[str, said("The endpoint's model, or a local one as everywhere else.", short="-m")]
+    model: Annotated[
+        str, said("The endpoint's model, or a local one: a .gguf, a folder, builtin:NAME.", short="-m")
+    ]
     endpoint: Annotated[
         str, said("An OpenAI-compatible URL, such as http://localhost:8080/v1.", env="OPENAI_BASE_URL")
     ] = ""
     api_key_env: Annotated[str, said("The environment variable that holds the key.")] = DEFAULT_KEY
     concurrency: Annotated[Count, said("The most requests at once; rate limits lower it.")] = 16
     timeout: Annotated[Positive, said("Seconds for one request.")] = 120.0
-    patience: Annotated[Positive, said("Seconds in which a failed request is sent again.")] = 900.0
+    patience: Annotated[Positive, said("Keep trying a failed request for so many seconds.")] = 900.0
     max_tokens_total: Annotated[int, said("Stop before so many tokens are used.", ge=0, lt=10**15)] = 0
     max_cost: Annotated[Amount, said("Stop before so much is spent; needs the prices.")] = 0.0
     price_in: Annotated[Amount, said("Price of a million prompt tokens.")] = 0.0
     price_out: Annotated[Amount, said("Price of a million answer tokens.")] = 0.0
-    keep_bad: Annotated[bool, said("Keep the text of unusable answers, marked, to look at.")] = False
+    keep_bad: Annotated[bool, said("Also keep unusable answers, marked, to look at.")] = False
     extra: Annotated[
-        dict[str, Any], said('More fields of the request as JSON, e.g. {"top_p": 0.9}; null takes one out.')
+        dict[str, Any], said('More fields of the request as JSON, e.g. {"top_p": 0.9}; null removes one.')
     ] = {}
 
     def __post_init__(self) -> None:
@@ -61,12 +63,13 @@ class TeachConfig(AskConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         tuple[Mode, ...],
         Meta(min_length=1),
         said(
-            "zero-shot, few-shot, or both by a comma; student: a local student's own prompt.", flag="--mode"
+            "zero-shot, few-shot, or both with a comma between; student: a local student's own prompt.",
+            flag="--mode",
         ),
     ] = ("zero-shot", "few-shot")
     n: Annotated[Count, said("Candidates of each query in each mode.")] = 1
     temperature: Annotated[float, said("0 is greedy.", ge=0, le=10)] = 1.0
-    seed: Annotated[Seed, said("Of the first sample; the others count on from it.")] = 0
+    seed: Annotated[Seed, said("Random seed; a query's later candidates count on from it.")] = 0
     max_tokens: Annotated[Count, said("Token budget of one answer.")] = 256
     prompt: Annotated[str, said("A shipped prompt's id, or a TOML file.")] = DEFAULT_TEACHER_PROMPT
     exemplars: Annotated[
