@@ -87,12 +87,7 @@ export class Student {
   feedback(
     query: string,
     passages: string[],
-    options?: {
-      scores?: number[];
-      written?: ExpandedQuery | null;
-      worth?: Map<string, number>;
-      signal?: AbortSignal;
-    },
+    options?: { scores?: number[]; written?: ExpandedQuery | null; worth?: Map<string, number>; signal?: AbortSignal },
   ): Promise<ExpandedQuery>;
   /** Write, search, read, search: `search` returns texts, best first. The result is to be searched with. */
   refine(
@@ -111,11 +106,7 @@ export interface Relevance {
 
 /** A query with its expansion; `text` is "" where the plain query is searched, and `fallback` says why. */
 export class ExpandedQuery {
-  constructor(
-    query: string,
-    join: Join,
-    found?: { text?: string; fallback?: string; rejected?: string; relevance?: Relevance | null },
-  );
+  constructor(query: string, join: Join, found?: Partial<Pick<ExpandedQuery, "text" | "fallback" | "rejected" | "relevance">>);
   readonly query: string;
   readonly join: Join;
   readonly text: string;
@@ -131,7 +122,7 @@ export class ExpandedQuery {
   /** Arguments of FlexSearch's `search`. */
   toFlexSearch(most?: number): [query: string, options: { suggest: true }];
   /** Parameters of Orama's `search`. */
-  toOrama(): { term: string; threshold: number };
+  toOrama(): { term: string; threshold: number; limit?: number };
   toText(): string;
 }
 

@@ -130,7 +130,7 @@ def test_one_text_where_several_belong(expander):
         expander.feedback("tides", "the moon")
     with pytest.raises(TypeError, match="queries must be several texts, such as a list, not one str"):
         next(expander.expand_many("tides"))
-    with pytest.raises(TypeError, match="a passage must be a str, not bytes"):
+    with pytest.raises(TypeError, match="a passage, such as a search returns, must be a str, not bytes"):
         expander.feedback("tides", [b"the moon"])
     with pytest.raises(TypeError, match="model must be a str or a Path, not int"):
         Expander.load(5)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 // read what that finds: an encoder, or at a click the student, for which it is work.
 
 import MiniSearch from "minisearch";
-import { ExpandedQuery, Student, embeddingReader, queries, wllama, wordsOf } from "qe-edge";
+import { ExpandedQuery, Student, embeddingReader, gate, queries, wllama, wordsOf } from "qe-edge";
 import { Wllama } from "@wllama/wllama";
 
 import { SAMPLES, TEXTS } from "./texts.js";
@@ -62,9 +62,14 @@ at("language").onclick = () => {
 
 // Notes
 
+/** A Markdown heading belongs to the paragraph below it. */
+function withHeadings(content) {
+  return content.replace(/^(#{1,6} .*)\n\s*\n/gm, "$1\n");
+}
+
 function take(notes) {
   const passages = notes.flatMap(([file, content]) =>
-    content.split(/\n\s*\n/).filter((part) => part.trim()).map((part) => ({ file, text: part.trim() })),
+    withHeadings(content).split(/\n\s*\n/).filter((part) => part.trim()).map((part) => ({ file, text: part.trim() })),
   );
   index = newIndex();
   index.addAll(passages.map((passage, id) => ({ id, ...passage })));
@@ -194,7 +199,9 @@ function better(label, next, start) {
   expanded = next;
   show();
   const took = (performance.now() - start).toFixed(0);
-  say(() => (next.fallback ? text.held : label(took)));
+  const languages = Object.keys(student.spec.prompt.texts);
+  const unasked = gate.before(student.gate, next.query, { languages });
+  say(() => (!next.fallback ? label(took) : unasked ? text.unasked : text.held));
 }
 
 /** What was written finds passages, which are read, and once more with their words. */
@@ -266,6 +273,7 @@ async function serviceWorker() {
   const registration = await workers.register("worker.js");
   if (registration.active) return; // a reload that was to leave it out
   await new Promise((done) => workers.addEventListener("controllerchange", done, { once: true }));
+  if (index.documentCount) return; // notes were chosen meanwhile, and would be lost
   location.reload();
   await new Promise(() => {});
 }

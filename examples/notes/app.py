@@ -99,10 +99,12 @@ class Page(BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     parser = ArgumentParser(description="Search a folder of notes (.md, .txt) on this machine.")
-    parser.add_argument("folder", type=Path, nargs="?", default=HERE / "sample")
-    parser.add_argument("--model", default="builtin:smollm2-135m", help="the student")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=HERE / "sample", help="of notes; ours if left out"
+    )
+    parser.add_argument("--model", default="builtin:smollm2-135m", help="the student (default: %(default)s)")
     parser.add_argument("--reader", help="an encoder's .gguf, to read what the student's text finds")
-    parser.add_argument("--port", type=int, default=8018)
+    parser.add_argument("--port", type=int, default=8018, help="to listen on (default: %(default)s)")
     asked = parser.parse_args()
     if not asked.folder.is_dir():
         parser.error(f"{asked.folder} is no folder")

@@ -3,7 +3,7 @@
 // When the signal aborts, what there is by then counts.
 
 import { encode, readingPrompts, readingTexts } from "./prompt.js";
-import { cleanQuery } from "./text.js";
+import { check, cleanQuery } from "./text.js";
 
 const LONGEST = 512; // tokens of a prompt
 
@@ -12,6 +12,7 @@ export class TooLong extends Error {}
 
 /** node-llama-cpp: `model` is a LlamaModel, `sequence` one of its context's. One request at a time. */
 export function nodeLlama(model, sequence) {
+  check(model?.tokenize && sequence?.evaluate, "nodeLlama takes a model and a sequence: context.getSequence()");
   const tokenize = (text, special) => model.tokenize(text, special);
   let last = Promise.resolve();
   const alone = (work) => {
@@ -102,6 +103,7 @@ export function wllama(instance) {
 
 /** An OpenAI-compatible endpoint that serves the student, such as llama-server: `http://localhost:8080/v1`. */
 export function endpoint(url, { model = "student", key = "", fetch = globalThis.fetch } = {}) {
+  check(/^https?:/.test(url), `an endpoint begins with http:// or https://, not ${JSON.stringify(url)}`);
   const where = `${url.replace(/\/$/, "")}/chat/completions`;
   const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
   return {
@@ -114,7 +116,7 @@ export function endpoint(url, { model = "student", key = "", fetch = globalThis.
         const answer = await fetch(where, { method: "POST", headers, body, signal }).catch((error) => {
           throw new Error(`${where}: ${error.cause?.message ?? error.message}; is the server running?`, { cause: error });
         });
-        if (!answer.ok) throw new Error(`${where}: HTTP ${answer.status}: ${(await answer.text()).slice(0, 200)}`);
+        if (!answer.ok) throw new Error(`${where}: HTTP ${answer.status}: ${(await answer.text()).slice(0, 200)}${answer.status === 404 ? " (does the address end in /v1?)" : ""}`);
         text = (await answer.json()).choices[0].message.content ?? "";
       });
     },
@@ -138,12 +140,15 @@ async function untilAborted(signal, found, work) {
 
 /** An encoder as reader: `embed(texts)` gives vectors of length 1. The query's is the mean of query and text. `knows(query)` tells whether it has tokens for it at all: an English one has none for Chinese. */
 export function embeddingReader(embed, { temperature = 0.05, tokens = 256, knows, ...settings } = {}) {
+  check(typeof embed === "function", "embed must be a function of texts, which returns a vector for each");
   const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
   return {
     settings: { temperature, tokens, ...settings },
     knows,
     async read(query, text, passages) {
-      const [ofQuery, ...others] = await embed([query, ...(text ? [text] : []), ...passages]);
+      const texts = [query, ...(text ? [text] : []), ...passages];
+      const [ofQuery, ...others] = await embed(texts);
+      check(others.length === texts.length - 1, `embed must return ${texts.length} vectors, not ${others.length + 1}`);
       const wanted = text ? ofQuery.map((value, i) => value + others[0][i]) : [...ofQuery];
       const length = Math.sqrt(dot(wanted, wanted)) || 1;
       return others.slice(text ? 1 : 0).map((vector) => dot(wanted, vector) / length);

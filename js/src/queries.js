@@ -80,7 +80,8 @@ export function flexSearch(words, most = 12) {
 
 /** Parameters of Orama's `search`, which weighs words by itself: any of them. */
 export function orama(words) {
-  return { term: [...heaviest(words).keys()].join(" "), threshold: 1 };
+  const term = [...heaviest(words).keys()].join(" ");
+  return { term, threshold: 1, ...(!term && { limit: 0 }) }; // without a word all would be found
 }
 
 /** Words in a row, heavier ones repeated, for any engine that takes a plain text. */

@@ -14,20 +14,22 @@ const ARRAY = 9;
  */
 export async function readSpec(source, { fetch = globalThis.fetch } = {}) {
   if (typeof source === "object" && !(source instanceof URL) && !(source instanceof Blob)) return checked(source);
+  const name = source instanceof Blob ? (source.name ?? "the file") : source;
   if (/\.json$/.test(String(source))) {
     const read = await reader(source, fetch);
     return checked(JSON.parse(new TextDecoder().decode(await read(0, 1 << 16))));
   }
   const text = await headerText(await reader(source, fetch), KEY).catch((error) => {
-    throw new Error(`${source instanceof Blob ? (source.name ?? "the file") : source}: ${error.message}`, { cause: error });
+    throw new Error(`${name}: ${error.cause?.message ?? error.message}`, { cause: error });
   });
-  if (text === undefined) throw new Error(`${source} has no ${KEY}: it was not exported by qe-edge`);
+  if (text === undefined) throw new Error(`${name} has no ${KEY}: it is no export of qe-edge; give its spec beside it (js/README.md)`);
   return checked(JSON.parse(text));
 }
 
 function checked(spec) {
-  if (spec.schema_version !== VERSION)
-    throw new Error(`the spec is of version ${spec.schema_version}, and this qe-edge reads version ${VERSION}`);
+  const version = spec?.schema_version;
+  if (version === undefined) throw new Error("this is no student's spec, which has a schema_version");
+  if (version !== VERSION) throw new Error(`the spec is of version ${version}, and this qe-edge reads version ${VERSION}`);
   return spec;
 }
 

@@ -6,13 +6,9 @@ import { beginning, messages, pieces } from "./prompt.js";
 import * as queries from "./queries.js";
 import { readSpec } from "./spec.js";
 import { TooLong } from "./engines.js";
-import { cleanQuery, cut, oneLine, wordsOf } from "./text.js";
+import { check, cleanQuery, cut, oneLine, wordsOf } from "./text.js";
 
 const LATE = "the signal aborted";
-
-function check(fits, message) {
-  if (!fits) throw new TypeError(message);
-}
 
 /** A query with what was written for it, or found and read; `text` is "" where the plain query is searched. */
 export class ExpandedQuery {
@@ -42,7 +38,7 @@ export class ExpandedQuery {
   }
 
   toElasticsearch(...fields) {
-    return queries.elasticsearch(this.words(), fields);
+    return queries.elasticsearch(this.words(), fields.flat());
   }
 
   toMiniSearch() {
@@ -68,7 +64,7 @@ export class Student {
   constructor(spec, engine, { reader = null, gate = spec.gate, maxTokens = spec.prompt.max_tokens } = {}) {
     check(engine?.write, "an engine has write({ … }), such as nodeLlama(model, context.getSequence())");
     check(!reader || reader.read, "a reader has read(…), such as the engine itself or embeddingReader(embed)");
-    check(Number.isInteger(maxTokens) && maxTokens > 0, `maxTokens must be a whole number from 1, not ${maxTokens}`);
+    check(Number.isInteger(maxTokens) && maxTokens > 0, `maxTokens must be a whole number from 1, not ${JSON.stringify(maxTokens)}`);
     Object.assign(this, { spec, engine, reader, gate, maxTokens });
   }
 
@@ -115,7 +111,7 @@ export class Student {
     const texts = Array.isArray(passages) && passages.every((passage) => typeof passage === "string");
     check(texts, "passages must be an array of strings; a search returns the texts that it found, best first");
     const settings = { ...this.spec.feedback, ...this.reader?.settings };
-    if (!this.reader) throw new Error("nobody reads: give the student a reader");
+    if (!this.reader) throw new Error("nobody reads: load the student with { reader }");
     const cleaned = cleanQuery(query);
     const languages = Object.keys(this.spec.prompt.texts);
     const reason = gates.before(this.gate, cleaned, { scores, languages });
@@ -124,9 +120,9 @@ export class Student {
     const heads = new Set(passages.slice(0, settings.passages).map((passage) => beginning(settings, passage)));
     if (![...heads].some(Boolean)) return plain("there was no passage to read");
     const known = new Set(wordsOf(query));
-    const fresh = new Set([...heads].flatMap((head) => wordsOf(head)).filter((word) => !known.has(word))).size;
+    const fresh = new Set([...heads].flatMap((head) => cut(head, { more: true })).filter((word) => !known.has(word))).size;
     if (this.gate.min_new_words !== null && fresh < this.gate.min_new_words)
-      return plain("what the search found adds nothing to it");
+      return plain("the passages add nothing to the query");
     const unread = [...heads].filter((head) => !worth.has(head));
     const text = written?.text ?? "";
     const values = unread.length ? await this.reader.read(cleaned, text, unread, this.spec, signal) : [];
@@ -143,7 +139,7 @@ export class Student {
    */
   async refine(query, search, { rounds = 2, scores = [], signal } = {}) {
     check(typeof search === "function", "search must be a function of the expanded query, which returns texts");
-    check(Number.isInteger(rounds) && rounds > 0, `rounds must be a whole number from 1, not ${rounds}`);
+    check(Number.isInteger(rounds) && rounds > 0, `rounds must be a whole number from 1, not ${JSON.stringify(rounds)}`);
     const written = await this.expand(query, { scores, signal });
     if (!this.reader || (written.fallback && !written.rejected)) return written;
     let expanded = written;

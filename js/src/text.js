@@ -61,6 +61,10 @@ export function cut(text, { more = false, all = false, cjk = 2 } = {}) {
   return wordsOf(text, cjk).filter((word) => /[\p{L}\p{N}]/u.test(word) && (all || !without.has(word)));
 }
 
+export function check(fits, message) {
+  if (!fits) throw new TypeError(message);
+}
+
 /** Without surrounding blanks, each run of white space one blank. */
 export function oneLine(text) {
   return text.split(WHITE).filter(Boolean).join(" ");

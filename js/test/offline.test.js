@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { createServer } from "node:http";
 import { test } from "node:test";
 
-import { Student, embeddingReader, endpoint, queries, readSpec } from "../src/index.js";
+import { ExpandedQuery, Student, embeddingReader, endpoint, nodeLlama, queries, readSpec } from "../src/index.js";
 
 const SPEC = {
   prompt: { id: "p", texts: { en: { system: "S", user: "Q: {query}" } }, max_tokens: 9, answer_prefix: "", end: "<|im_end|>" },
@@ -70,7 +70,7 @@ test("what is no student is refused by name", async () => {
   await rejects({ ...SPEC, schema_version: 1 }, /of version 1, and this qe-edge reads version 2/);
   const other = header(SPEC);
   other.write("xx_edge.spec", other.indexOf("qe_edge.spec"));
-  await rejects(new Blob([other]), /has no qe_edge.spec: it was not exported by qe-edge/);
+  await rejects(new Blob([other]), /: the file has no qe_edge.spec: it is no export of qe-edge/);
 });
 
 const says = (text) => ({ asked: [], async write(request) { this.asked.push(request); return text; } });
@@ -126,6 +126,8 @@ test("an endpoint gets both messages, and its errors are told", async () => {
   assert.deepEqual([late.text, late.fallback], ["", "the signal aborted before the first word"]);
   const broken = endpoint("http://x/v1", { fetch: async () => new Response("no model", { status: 503 }) });
   await assert.rejects(new Student(SPEC, broken).expand("tides"), /HTTP 503: no model/);
+  const elsewhere = endpoint("http://x", { fetch: async () => new Response("", { status: 404 }) });
+  await assert.rejects(new Student(SPEC, elsewhere).expand("tides"), /does the address end in \/v1\?/);
 });
 
 test("what is of the wrong kind is refused by name", async () => {
@@ -139,6 +141,22 @@ test("what is of the wrong kind is refused by name", async () => {
   await refused(() => student.refine("tides", () => [], { rounds: 0 }), /rounds must be a whole number from 1, not 0/);
   await refused(() => student.refine("tides", () => [{ body: "moon" }]), /passages must be an array of strings/);
   await refused(() => queries.fts5(["tap", "drips"]), /words must be a Map/);
+  await refused(() => new Student(SPEC, says(""), { maxTokens: "9" }), /from 1, not "9"/);
+  await refused(() => nodeLlama({ tokenize() {} }, { getSequence() {} }), /takes a model and a sequence/);
+  await refused(() => endpoint("localhost:8080/v1"), /begins with http:\/\/ or https:\/\/, not "localhost:8080\/v1"/);
+  await refused(() => embeddingReader(), /embed must be a function/);
+  const fewer = new Student(SPEC, says("moon"), { reader: embeddingReader(() => [[1, 0]]) });
+  await refused(() => fewer.feedback("tides", ["the moon"]), /embed must return 2 vectors, not 1/);
+  await assert.rejects(readSpec({}), /this is no student's spec/);
   await assert.rejects(readSpec("http://127.0.0.1:9/student.gguf"), /127\.0\.0\.1:9\/student\.gguf: /);
   await assert.rejects(new Student(SPEC, endpoint("http://127.0.0.1:9/v1")).expand("tides"), /is the server running\?/);
+});
+
+test("a query without any word finds nothing, and passages without a new one don't count", async () => {
+  assert.deepEqual(new ExpandedQuery("?!", SPEC.join).toOrama(), { term: "", threshold: 1, limit: 0 });
+  const student = new Student(SPEC, says(""), { reader: embeddingReader(() => assert.fail("not asked")) });
+  const { fallback, relevance } = await student.feedback("tides", ["the of and", "Tides"]);
+  assert.deepEqual([fallback, relevance], ["the passages add nothing to the query", null]);
+  const fields = new ExpandedQuery("tides", SPEC.join);
+  assert.deepEqual(fields.toElasticsearch(["a", "b"]), fields.toElasticsearch("a", "b"));
 });

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import get_args
 
 from qe_edge.backends.lifetime import check_not_forked
 from qe_edge.backends.protocol import Backend
@@ -24,6 +25,8 @@ def open_backend(ref: ModelRef, *, engine: Engine | None = None, threads: int | 
     global _loaded_in
     _loaded_in = _loaded_in or os.getpid()
     check_not_forked(_loaded_in)  # a model of its own would hang just so
+    if engine is not None and engine not in get_args(Engine):
+        raise BadArgument(f"engine must be one of {', '.join(get_args(Engine))}, not {engine!r}")
     engine = engine or ref.engine
     if (engine == "llama.cpp") != ref.is_gguf:
         raise BadArgument(

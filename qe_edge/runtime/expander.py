@@ -107,12 +107,14 @@ class Expander:
         Prompt, join, gate and token budget come from the model itself.
 
         Args:
-            threads: that compute, 1 to 512; by default all cores that other processes leave free.
-            budget_tokens: of an expansion, instead of the model's own.
-            passages: that are read of what a search found, instead of the model's own number; 1 to 50.
-            reader: who reads them: an `Encoder` or its GGUF. The student does so by default.
-            parallel: queries from several threads or tasks that are decoded together, on llama.cpp and MLX;
-                as many as the engine can, if that is fewer.
+            engine: llama.cpp, mlx or transformers, for a folder that more than one can run.
+            threads: how many compute, 1 to 512; by default all cores that other processes leave free.
+            budget_tokens: most tokens of an expansion, instead of the model's own number.
+            passages: how many that a search found are read, instead of the model's own number; 1 to 50.
+            reader: what reads them: an `Encoder`, or its GGUF, here or on the hub (`hf:…`). By default
+                the student does.
+            parallel: how many queries from several threads or tasks are decoded together, on llama.cpp and
+                MLX; as many as the engine can, if that is fewer.
             stop_when_dry: end an expansion after so many tokens that brought no new word.
             gate: when the plain query is searched instead; `qe_edge.OPEN` for never.
             cache: a SQLite file for greedy expansions, to be used again by this and other processes. A hub
@@ -211,8 +213,8 @@ class Expander:
         """Expand a query with the passages that the plain one found, best first; the student writes nothing.
 
         The reader weighs the beginnings of the first few, at most the expander's `passages` (see
-        `qe_edge.student.feedback`). At `deadline_ms` those count that were read by then, one or two at a
-        time. `scores` are plain BM25's, for the gate.
+        `qe_edge.student.feedback`). At `deadline_ms` those count that were read by then, in steps of one
+        long passage or several short ones. `scores` are plain BM25's, for the gate.
 
         Raises:
             BadInput: the query is blank or, with an open gate, too long.

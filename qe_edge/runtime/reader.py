@@ -64,7 +64,7 @@ def known(passages: Iterable[str | Passage]) -> list[Passage]:
     check_texts("passages", passages)
     found = [p if isinstance(p, Passage) else Passage(p) for p in passages]
     for passage in found:
-        check_text("a passage", passage.text)
+        check_text("a passage, such as a search returns,", passage.text)
     return found
 
 
@@ -101,9 +101,9 @@ class Encoder:
 
     Args:
         model: a GGUF, here or on the hub (`hf:owner/name:Q8_0`).
-        threads: that compute, 1 to 512; by default all cores that other processes leave free.
-        temperature: that cosines are divided by before they become weights.
-        tokens: of a passage that count.
+        threads: how many compute, 1 to 512; by default all cores that other processes leave free.
+        temperature: cosines are divided by it before they become weights.
+        tokens: how many of a passage count.
         query_prefix, passage_prefix: what the encoder wants before a text, such as "query: " for E5.
 
     Raises:

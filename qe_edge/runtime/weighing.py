@@ -18,7 +18,7 @@ from qe_edge.student.feedback import RelevanceModel
 from qe_edge.student.gate import OPEN, Gate
 from qe_edge.student.prompt import clean_query
 from qe_edge.student.spec import ModelSpec
-from qe_edge.text import words_of
+from qe_edge.text import stop_words, words_of
 
 
 class Weighing(Pending):
@@ -74,9 +74,10 @@ class Weighing(Pending):
             return "the reader doesn't know the query's letters"
         if not any(heads):
             return "there was no passage to read"
-        new = {word for head in heads for word in words_of(head)} - set(words_of(self._written.query))
+        found = {word for head in heads for word in words_of(head)} - stop_words(more=True)
+        new = found - set(words_of(self._written.query))
         if self._gate.min_new_words is not None and len(new) < self._gate.min_new_words:
-            return "what the search found adds nothing to it"
+            return "the passages add nothing to the query"
         return ""
 
     def finish(self) -> ExpandedQuery:

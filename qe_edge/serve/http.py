@@ -217,7 +217,7 @@ def create_app(
         name = request.index or next(iter(collections), "")
         if name not in collections:
             known = ", ".join(collections) or "none; start the server with --index"
-            raise HTTPException(404, f"no index {name!r}; there are: {known}")
+            raise HTTPException(404, f"no index {name!r}; the indexes here: {known}")
         collection = collections[name]
         async with service.place(1):
             plain = await run_in_threadpool(collection.plain, request.query)

@@ -278,8 +278,8 @@ def test_what_adds_no_word_is_not_used(gguf: Path) -> None:
     from qe_edge.student.gate import Gate
 
     with Expander.load(gguf, gate=Gate()) as expander:
-        expanded = expander.feedback("high tides", ["High tides!", "tides"])
-    assert expanded.fallback == "what the search found adds nothing to it"
+        expanded = expander.feedback("high tides", ["High tides!", "tides", "the of and"])
+    assert expanded.fallback == "the passages add nothing to the query"
     assert expanded.terms() == {"high": 1, "tide": 1}
 
 
