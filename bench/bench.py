@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from qe_edge.bench.baselines import parse_baseline
 from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.bench.inputs import Model, parse_model, parse_run
-from qe_edge.bench.result import RESULT, BenchResult
-from qe_edge.bench.systems import Systems, is_of
+from qe_edge.bench.result import BUSY, RESULT, BenchResult
+from qe_edge.bench.systems import OURS, Systems, is_of
 from qe_edge.console import note
 from qe_edge.errors import BadArgument, QeEdgeError
 from qe_edge.records import Expansion, read_jsonl
@@ -26,8 +26,6 @@ from qe_edge.work.files import write_json
 from qe_edge.work.folder import Workdir
 from qe_edge.work.machine import busy, cpu_name, machine, versions
 from qe_edge.work.runs import RunFolder, now
-
-BUSY = 0.2  # share of the processors, from which others disturb what is timed
 
 
 def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> Path:
@@ -56,6 +54,8 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     inputs: dict[str, Path | str] = {label: resolve(name).path or name for label, name in named.items()}
     inputs |= {f"teachers[{i}]": path for i, path in enumerate(config.teachers)}
     runs = dict(parse_run(text) for text in config.runs)
+    if taken := (runs.keys() | named.keys()) & OURS:
+        raise BadArgument(f"{', '.join(taken)} is a row of ours; give yours a name: --run LABEL=FILE")
     if len(runs) < len(config.runs) or runs.keys() & named.keys():
         raise BadArgument("two rows have the same name; tell them apart with --run LABEL=FILE")
     rankings = {label: read_run(path) for label, path in runs.items()}  # a bad file is found before the work

@@ -24,7 +24,23 @@ TUNE_JOINS = (
 )
 
 
-class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class BenchConfig(
+    msgspec.Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    kw_only=True,
+    rename={
+        "datasets": "dataset",
+        "models": "model",
+        "joins": "join",
+        "measures": "measure",
+        "teachers": "teacher",
+        "teacher_models": "teacher_model",
+        "runs": "run",
+        "baselines": "baseline",
+        "readers": "reader",
+    },
+):
     """What to measure.
 
     Several `joins` make several rows of one generation. The best of the teachers is what retention refers to.
@@ -32,43 +48,35 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     What is read has a join of its own (`Expander.feedback`, `Expander.refine`).
     """
 
-    datasets: Annotated[
-        tuple[str, ...], said("NAME or NAME@SPLIT; repeat for several.", flag="--dataset", short="-d")
-    ]
+    datasets: Annotated[tuple[str, ...], said("NAME or NAME@SPLIT; repeat for several.", short="-d")]
     models: Annotated[
         tuple[str, ...],
         said(
             "MODEL or LABEL=MODEL; repeat for several (default: the newest export).",
-            flag="--model",
             short="-m",
         ),
     ] = ()
     joins: Annotated[
-        tuple[str, ...], said("A join in place of each model's own; several make a row each.", flag="--join")
+        tuple[str, ...], said("A join in place of each model's own; several make a row each.")
     ] = ()
     tune_on: Annotated[str, said("Choose each model's join on this data set's queries instead.")] = ""
     tune_joins: Annotated[tuple[str, ...], said("The joins that are tried.", flag="")] = TUNE_JOINS
     measures: Annotated[
         tuple[str, ...],
-        said("Another measure of ir_measures, such as R@100; repeat for more.", flag="--measure"),
+        said("Another measure of ir_measures, such as R@100; repeat for more."),
     ] = ()
-    teachers: Annotated[
-        tuple[str, ...], said("Teacher expansions of these queries (JSON Lines).", flag="--teacher")
-    ] = ()
-    teacher_models: Annotated[
-        tuple[str, ...], said("Take only this teacher's rows.", flag="--teacher-model")
-    ] = ()
+    teachers: Annotated[tuple[str, ...], said("Teacher expansions of these queries (JSON Lines).")] = ()
+    teacher_models: Annotated[tuple[str, ...], said("Take only this teacher's rows.")] = ()
     teacher_join: Annotated[str, said("How a teacher's texts are joined.")] = str(TEACHER_JOIN)
     runs: Annotated[
         tuple[str, ...],
-        said("Another system's TREC run, for a row: FILE or LABEL=FILE; repeat for more.", flag="--run"),
+        said("Another system's TREC run, for a row: FILE or LABEL=FILE; repeat for more."),
     ] = ()
     baselines: Annotated[
         tuple[str, ...],
         said(
             "A ranker without a student: dense:MODEL (all documents), rerank:MODEL (BM25's first fifty, by a "
             "cross-encoder too) or hybrid:MODEL (dense beside BM25); a GGUF, a folder or a hub id.",
-            flag="--baseline",
         ),
     ] = ()
     threads: Annotated[Threads | None, said("CPU threads (default: the cores that are free).")] = None
@@ -82,7 +90,6 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         tuple[str, ...],
         said(
             f"An encoder's GGUF that reads them, or {ITSELF} (the default) for the model; repeat for more.",
-            flag="--reader",
         ),
     ] = (ITSELF,)
     analyzer: Annotated[str, said(ANALYZER)] = ""

@@ -105,6 +105,9 @@ class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chosen: str
 
 
+BUSY = 0.2  # share of the processors at work for others, from which they disturb what is timed
+
+
 class BenchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One bench run on one machine.
 

@@ -31,6 +31,8 @@ from qe_edge.student.spec import ModelSpec
 from qe_edge.work.files import sha256
 from qe_edge.work.folder import Workdir
 
+OURS = {"BM25", "BM25 + RM3"}  # names of rows that are always there
+
 
 class Systems:
     """One data set, its index, and the rows measured on it so far.
@@ -80,7 +82,7 @@ class Systems:
             missing = len(self.data.queries) - len(expansions)
             if missing:
                 self.warn(
-                    f"{name} has no expansion of {missing} queries of {self.data}, searched as they are"
+                    f"{name} has no expansion of {_queries(missing)} of {self.data}, searched without one"
                 )
             run = self.retrieve(expansions, Join.parse(self.config.teacher_join))
             more = {"failed": missing, "expansions": expansions}
@@ -162,7 +164,7 @@ class Systems:
             self.warn(f"{name} holds no query of {self.data}")
             return
         if missing:
-            self.warn(f"{name} lacks {missing} queries of {self.data}, which count as nothing found")
+            self.warn(f"{name} lacks {_queries(missing)} of {self.data}, counted as nothing found")
         self.add(name, "run", "", known)
 
     def add_baselines(self, index: Index) -> None:
@@ -178,7 +180,7 @@ class Systems:
             kept = self.workdir.root / "vectors"
             ours = EncoderSystem(model, self.data, index.ids, kept, self.config.threads)
             if lost := ours.unknown():
-                self.warn(f"{label_of(model)} has no tokens for {lost} queries of {self.data}")
+                self.warn(f"{label_of(model)} has no tokens for {_queries(lost)} of {self.data}")
             more: dict[str, Any] = {"sha256": digest_of(model)}
             if name := kinds.get("rerank"):
                 run, speed = ours.rerank(self.runs["BM25"])
@@ -321,6 +323,10 @@ class Systems:
             if cut[name]:
                 self.warn(f"{cut[name]} of {len(texts)} texts of {name} on {self.data} ended at its budget")
             yield name, {query_id: text for query_id, text in texts.items() if text}
+
+
+def _queries(count: int) -> str:
+    return f"{count} {'query' if count == 1 else 'queries'}"
 
 
 def is_of(row: Expansion, data: Dataset) -> bool:

@@ -22,7 +22,13 @@ class PruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     ] = None
 
 
-class ExportConfig(PruneConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ExportConfig(
+    PruneConfig,
+    frozen=True,
+    forbid_unknown_fields=True,
+    kw_only=True,
+    rename={"kinds": "quant", "formats": "format"},
+):
     """Which files a student becomes.
 
     With `budget_mb` or `target_bpw` comes a mixed GGUF of at most so much, whose tensors have the types that
@@ -31,10 +37,8 @@ class ExportConfig(PruneConfig, frozen=True, forbid_unknown_fields=True, kw_only
     hand. Bits or a recipe of MLX take the place of what the kinds say.
     """
 
-    kinds: Annotated[tuple[str, ...], said("Another of llama.cpp's kinds, such as Q6_K.", flag="--quant")] = (
-        "Q4_K_M",
-    )
-    formats: Annotated[tuple[str, ...], said("gguf or mlx; repeat for both.", flag="--format")] = (
+    kinds: Annotated[tuple[str, ...], said("Another of llama.cpp's kinds, such as Q6_K.")] = ("Q4_K_M",)
+    formats: Annotated[tuple[str, ...], said("gguf or mlx; repeat for both.")] = (
         "gguf",
         "mlx",
     )

@@ -45,7 +45,7 @@ def training_selection(model: Path) -> SftConfig:
     """The settings by which a merged model's SFT chose its rows; the defaults where they aren't known."""
     for record in training_records(model):
         if record["command"] == "train sft":
-            names = SftConfig.__struct_fields__
+            names = SftConfig.__struct_encode_fields__
             return configured(SftConfig, **{k: v for k, v in record["settings"].items() if k in names})
     return SftConfig()
 

@@ -83,6 +83,10 @@ def source_of(exported: Path) -> Path:
         return Path(record["inputs"]["model"]["path"])
     if (exported / MANIFEST).is_file():
         names = ", ".join(str(exported / name) for name in record.get("files", {}))
+        if not names:
+            raise BadArgument(
+                f"{exported} is no export; verify what `qe-edge export` or `qe-edge prune` made"
+            )
         raise BadArgument(f"{exported} is a whole export; verify one of its files: {names}")
     made_from = read_record(exported.parent).get("inputs", {}).get("model", {}).get("path")
     if not made_from:

@@ -107,10 +107,12 @@ def _interrupted() -> None:
     goes_on = {
         "bench": "; the same command goes on with what was written",
         "pairs": "; the same command goes on with what was scored",
-        "export": "; nothing was changed",
-        "verify": "; nothing was changed",
-        "prune": "; nothing was changed",
-        "merge": "; nothing was changed",
+        "train sft": "; the same command goes on",
+        "train dpo": "; the same command goes on",
+        "export": "; no half-written file is left: give the same command again",
+        "verify": "; no half-written file is left: give the same command again",
+        "prune": "; no half-written file is left: give the same command again",
+        "merge": "; no half-written file is left: give the same command again",
     }
     print(f"interrupted{goes_on.get(_command(), '')}", file=sys.stderr)
 

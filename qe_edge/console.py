@@ -116,7 +116,9 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
                 step, since = (at - start) / made, time.monotonic() - at
                 left = step * (total - done - made) - since
                 late = f"nothing new for {tqdm.format_interval(since)}"
-                when = late if since > max(2 * step, FIRST) else f"{tqdm.format_interval(left)} left"
+                when = (
+                    late if since > max(2 * step, FIRST) or left < 0 else f"{tqdm.format_interval(left)} left"
+                )
                 where = f"{done + made} of {total}"
             else:
                 where, when = f"{done} of {total}", f"{tqdm.format_interval(took)} so far"

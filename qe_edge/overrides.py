@@ -57,10 +57,10 @@ class Overrides(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         if self.dataset and not (expansions or own or notes):
             expansions = (str(workdir.taught(str(load_dataset(self.dataset)))),)
         given: dict[str, dict[str, Any]] = {
-            "samples": {"datasets": [self.dataset] if own and self.dataset else None},
+            "samples": {"dataset": [self.dataset] if own and self.dataset else None},
             "pairs": {"dataset": None if own or notes else self.dataset, "expansions": expansions},
             "sft": {"expansions": expansions, "student": self.student},
-            "bench": {"datasets": self.test, "teachers": self.teacher},
+            "bench": {"dataset": self.test, "teacher": self.teacher},
         }
         if notes:
             asked = {"model": self.model, "endpoint": self.endpoint, "extra": self.extra}

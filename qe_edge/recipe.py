@@ -22,7 +22,7 @@ import tomllib
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import msgspec
 
@@ -33,7 +33,7 @@ from qe_edge.documents.passages import WORDS
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import check_choices
-from qe_edge.records import Count, Positive
+from qe_edge.records import Count, Positive, misfit
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
 from qe_edge.student.hub import local_file
 from qe_edge.student.models import resolve
@@ -47,7 +47,13 @@ NAME_NOTES = (
 NAME_YOURS = "name your data with --dataset, --expansions and --test, or write it into the recipe"
 
 
-class SamplesPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class SamplesPart(
+    msgspec.Struct,
+    frozen=True,
+    forbid_unknown_fields=True,
+    kw_only=True,
+    rename={"datasets": "dataset"},
+):
     """Judged queries for which the student itself writes what it then learns from."""
 
     datasets: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
@@ -169,7 +175,17 @@ def load_recipe(
         if "missing required field" in str(error):
             hint = NAME_NOTES if "notes" in content else NAME_YOURS
             raise BadInput(f"{hint} ({error})", path=path) from None
-        raise BadInput(f"not a valid recipe: {error}", path=path) from None
+        where, what = misfit(error, _struct_of)
+        raise BadInput(f"not a valid recipe: {f'[{where}] ' if where else ''}{what}", path=path) from None
+
+
+def _struct_of(section: str) -> type | None:
+    """The settings of a section, or a whole recipe's; of what stands deeper, none."""
+    if not section:
+        return Recipe
+    hint = get_type_hints(Recipe).get(section)
+    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, msgspec.Struct)), None)
 
 
 def check(recipe: Recipe) -> None:

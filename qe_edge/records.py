@@ -5,7 +5,9 @@ Unknown, missing and mistyped keys are errors that name the file and the line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -167,8 +169,35 @@ def configured(kind: type[R], **values: Any) -> R:
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
-        what = lowered(str(error))
-        raise BadArgument(what.replace("`$.", "`").replace("_", "-")) from None
+        where, what = misfit(error, lambda _: kind)
+        raise BadArgument((f"`{where}`: {what}" if where else what).replace("_", "-")) from None
+
+
+# What msgspec calls the types of JSON and TOML.
+_TYPES = {
+    "array": "a list",
+    "str": "a text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+}
+_TYPES |= {"object": "a table", "null": "nothing"}
+
+
+def misfit(error: msgspec.ValidationError, struct_at: Callable[[str], type | None]) -> tuple[str, str]:
+    """Where a configuration doesn't fit, such as `sft.rank`, and why, in words that are not msgspec's.
+
+    `struct_at` gives the struct at a place, whose fields are told where one is unknown.
+    """
+    what, _, where = lowered(str(error)).partition(" - at `")
+    where = where.rstrip("`").removeprefix("$").removeprefix(".")
+    if unknown := re.fullmatch(r"object contains unknown field `(.+)`", what):
+        kind = struct_at(where)
+        names = kind.__struct_encode_fields__ if kind else ()  # type: ignore[attr-defined]
+        near = difflib.get_close_matches(unknown[1], names, 1)
+        known = f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(names)}"
+        return where, f"there is no setting `{unknown[1]}`; {known}"
+    return where, re.sub(r"`(\w+)`", lambda found: _TYPES.get(found[1], found[0]), what)
 
 
 def encode_jsonl(rows: Iterable[msgspec.Struct]) -> bytes:

@@ -211,7 +211,7 @@ def test_settings_from_flags_and_recipes(kind, name, value):
         "pairs": (PairsConfig, {}),
         "sft": (SftConfig, {}),
         "dpo": (DpoConfig, {}),
-        "bench": (BenchConfig, {"datasets": ["x"], "feedback": True}),
+        "bench": (BenchConfig, {"dataset": ["x"], "feedback": True}),
         "export": (ExportConfig, {}),
         "serve": (ServeConfig, {}),
     }

@@ -104,7 +104,13 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     tensorboard: Annotated[bool, said("Also log for TensorBoard.", rare=True)] = False
 
 
-class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class SftConfig(
+    TrainConfig,
+    frozen=True,
+    forbid_unknown_fields=True,
+    kw_only=True,
+    rename={"teacher_models": "teacher_model", "modes": "mode", "tasks": "task"},
+):
     """SFT settings.
 
     `teacher_models` and `modes` select rows, empty meaning all; rows that `teach` marked with a problem
@@ -116,17 +122,13 @@ class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     student: Annotated[str, said("Hub id, folder, GGUF file or builtin:NAME.")] = DEFAULT_STUDENT
-    teacher_models: Annotated[
-        tuple[str, ...], said("Take only this teacher's rows.", flag="--teacher-model")
-    ] = ()
-    modes: Annotated[
-        tuple[Mode, ...], said("Take only zero-shot or few-shot rows.", flag="--mode", rare=True)
-    ] = ()
+    teacher_models: Annotated[tuple[str, ...], said("Take only this teacher's rows.")] = ()
+    modes: Annotated[tuple[Mode, ...], said("Take only zero-shot or few-shot rows.", rare=True)] = ()
     max_rows: Annotated[int, Meta(ge=0), said("Rows drawn at random; 0 takes all.")] = 0
     tasks: Annotated[
         tuple[Task, ...],
         Meta(min_length=1),
-        said("write, read (for feedback), or both: each makes a row of its own.", flag="--task"),
+        said("write, read (for feedback), or both: each makes a row of its own."),
     ] = ("write",)
     budget_tokens: Annotated[
         int, Meta(ge=0, le=10**6), said("Tokens it will write at most (default: as its prompt says, 128).")
@@ -148,7 +150,13 @@ class SftConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ValueError("a task is there twice")
 
 
-class DpoConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class DpoConfig(
+    TrainConfig,
+    frozen=True,
+    forbid_unknown_fields=True,
+    kw_only=True,
+    rename={"loss_weights": "loss_weight"},
+):
     """DPO settings (Rafailov et al., arXiv 2305.18290). `beta` weighs the pull towards the SFT model.
 
     `loss` names TRL's losses, summed with `loss_weights` (1 each by default): `sigmoid` is DPO,
@@ -164,7 +172,7 @@ class DpoConfig(TrainConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ] = ("sigmoid",)
     loss_weights: Annotated[
         tuple[Annotated[float, Share], ...],
-        said("A weight for each --loss, in their order.", flag="--loss-weight", rare=True),
+        said("A weight for each --loss, in their order.", rare=True),
     ] = ()
     length_weight: Annotated[
         float,

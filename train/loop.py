@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from qe_edge.backends.free_cores import FreeCores
 from qe_edge.console import is_main_process, note, progress
 from qe_edge.errors import BadInput, QeEdgeError, require
 from qe_edge.student.spec import ModelSpec, write_spec
@@ -20,6 +21,7 @@ from qe_edge.train.curve import draw
 from qe_edge.train.dev import BEST, Best, DevSet, keep_best, take_best
 from qe_edge.train.hardware import Hardware, explain_out_of_memory
 from qe_edge.work.files import read_json, remove, write_bytes
+from qe_edge.work.machine import usable_cores
 from qe_edge.work.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -94,6 +96,8 @@ class TrainingRun(RunFolder):
         self.resumed = checkpoint is not None
         watch = _callback_class()(self.label, self.partial / LOG, self.on.processes)
         trainer.add_callback(watch)
+        if self.on.device == "cpu" and self.on.processes == 1 and "OMP_NUM_THREADS" not in os.environ:
+            trainer.add_callback(_threads_class()(FreeCores(usable_cores())))
         if dev:
             trainer.add_callback(keep_best(trainer, dev, self.partial, self.config.eval_steps, saved))
         with watch, explain_out_of_memory(self.config, self.on, full):
@@ -200,6 +204,27 @@ def trainer_arguments(config: TrainConfig, on: Hardware, folder: Path) -> dict[s
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": on.device == "cuda",
     }
+
+
+def _threads_class() -> type:
+    import torch
+    from transformers import TrainerCallback
+
+    class FreeThreads(TrainerCallback):
+        """Computes each batch in as many threads as find a core free: beside other work fewer are faster."""
+
+        def __init__(self, free: FreeCores):
+            self._free = free
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            torch.set_num_threads(self._free())
+
+        on_substep_end = on_step_begin
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            torch.set_num_threads(usable_cores())
+
+    return FreeThreads
 
 
 def _callback_class() -> type:

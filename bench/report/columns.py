@@ -17,7 +17,7 @@ from qe_edge.bench.report.figures import (
     significance,
     with_interval,
 )
-from qe_edge.bench.result import DatasetResult, System
+from qe_edge.bench.result import BUSY, BenchResult, DatasetResult, System
 from qe_edge.bench.speed import BUDGETS
 from qe_edge.errors import BadArgument
 from qe_edge.retrieval.measures import Interval
@@ -108,11 +108,17 @@ def narrow(dataset: DatasetResult) -> list[Column]:
     return chosen(dataset, [*keys, *(key for key in NARROW if key != "of-teacher" or dataset.teacher)])
 
 
-def notes(dataset: DatasetResult, columns: Sequence[Column]) -> list[str]:
-    """What a reader of a table must know: its size, its teacher, its failures, and what its columns say."""
+def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | None = None) -> list[str]:
+    """What a reader of a table must know: its size, its teacher, its failures, and what its columns say.
+
+    With the `run` that it is of, also whether other work made its times long.
+    """
     keys = {column.key for column in columns}
-    lines = [caveat(dataset.info.name, len(dataset.queries))]
-    if "vs-bm25" in keys and any(system.p_vs_bm25 is not None for system in dataset.systems):
+    hint = ": see the interval of “vs BM25”" if "vs-bm25" in keys else ""
+    lines = [caveat(dataset.info.name, len(dataset.queries), hint=hint)]
+    if run and (load := run.machine.get("busy", 0)) > BUSY and keys & {"speed", "ms"}:
+        lines.append(f"Other work took {load:.0%} of the processors at the start: the times say little.")
+    if "vs-bm25" in keys and any((system.p_vs_bm25 or 1) < ALPHA for system in dataset.systems):
         others = len(dataset.systems) - 1
         corrected = f", corrected by Holm over {others} systems" if others > 1 else ""
         lines.append(f"* p < {score(ALPHA).rstrip('0')} against BM25: paired randomization test{corrected}.")
@@ -121,7 +127,15 @@ def notes(dataset: DatasetResult, columns: Sequence[Column]) -> list[str]:
     if dataset.teacher is not None and "of-teacher" in keys:
         lines.append(f"of teacher: {dataset.measure} as a share of that of {dataset.teacher}.")
     if dataset.teacher is not None and "of-gain" in keys:
-        lines.append(f"of its gain: of what {dataset.teacher} gains over BM25, the share that is gained too.")
+        none = all(system.gain_retention is None for system in dataset.systems)
+        lines.append(
+            f"of its gain: of what {dataset.teacher} gains over BM25, the share that is gained too"
+            + (f". {MISSING}: it gains nothing here." if none else ".")
+        )
+    if "helped" in keys:
+        lines.append(f"helped/hurt: queries whose {dataset.measure} is above, or below, BM25's.")
+    if "memory" in keys:
+        lines.append("MB mem: the most memory of the process that ran the model.")
     if "join" not in keys:
         names: dict[str, list[str]] = {}
         for system in dataset.systems:

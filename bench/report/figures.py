@@ -48,11 +48,11 @@ def with_interval(interval: Interval | None, write: Callable[[float], str]) -> s
     return f"{write(interval.mean)} {bounds(interval, write)}"
 
 
-def caveat(name: str, queries: int) -> str:
-    """How many queries a data set has, and what so few, or a model's, cannot show."""
+def caveat(name: str, queries: int, *, hint: str = "") -> str:
+    """How many queries a data set has, and what so few, or a model's, can't show; `hint` says where it is."""
     text = f"{queries} {'query' if queries == 1 else 'queries'}, 95 % bootstrap intervals."
     if queries < FEW_QUERIES:
-        text += " So few cannot tell small differences from chance: see the interval of “vs BM25”."
+        text += f" So few cannot tell small differences from chance{hint}."
     base, _, split = name.partition("@")
     if base.endswith("-synthetic"):
         text += (

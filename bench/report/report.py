@@ -84,7 +84,7 @@ def _view(section: Section) -> dict[str, Any]:
     return {
         "section": section,
         "headline": headline(section),
-        "caveat": caveat(section.info.name, len(section.queries)),
+        "caveat": caveat(section.info.name, len(section.queries), hint=": see the interval of “vs BM25”"),
         "pareto": charts.pareto(section, paint, "container").to_dict() if section.drawn else None,
         "by_budget": charts.by_budget(section, paint, "container").to_dict() if section.has_budgets else None,
         "tested": any(row.system.p_vs_bm25 is not None for row in section.rows),

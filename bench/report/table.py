@@ -28,7 +28,7 @@ def console_table(result: BenchResult, columns: Sequence[str] = ()) -> str:
         having = [s for s in dataset.systems if any(column.cell(s) != MISSING for column in more)]
         if having:
             lines += [*_aligned(having, more), ""]
-        lines += [*(line for note in notes(dataset, [*shown, *more]) for line in _wrapped(note)), ""]
+        lines += [*(line for note in notes(dataset, [*shown, *more], result) for line in _wrapped(note)), ""]
     for tuning in result.tuning:
         chose = f"the best of {len(tuning.curve)} on {tuning.dataset}"
         lines.append(f"{tuning.model}: join {tuning.chosen}, {chose}")
@@ -78,20 +78,22 @@ def _head(title: str, height: int) -> list[str]:
     return [""] * (height - len(lines)) + lines
 
 
-def markdown_table(dataset: DatasetResult, columns: Sequence[str] = ()) -> str:
+def markdown_table(
+    dataset: DatasetResult, columns: Sequence[str] = (), run: BenchResult | None = None
+) -> str:
     """One data set as a Markdown table with its notes, for a README; all columns where none are named."""
     shown = chosen(dataset, columns) if columns else all_columns(dataset)
     titles, rows = _cells(dataset, shown)
     lines = [titles, [":--" if column.justify == "left" else "--:" for column in [NAME, *shown]]]
     lines += [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *notes(dataset, shown), ""])
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *notes(dataset, shown, run), ""])
 
 
-def latex_table(dataset: DatasetResult, columns: Sequence[str] = ()) -> str:
+def latex_table(dataset: DatasetResult, columns: Sequence[str] = (), run: BenchResult | None = None) -> str:
     """One data set as a table for a paper, with its caption and notes; it needs the package booktabs."""
     shown = chosen(dataset, columns) if columns else [*narrow(dataset), *added(dataset)]
     titles, rows = _cells(dataset, shown)
-    caption = f"{dataset.measure} on {dataset.info.name}."
+    caption = f"{dataset.measure} on {dataset.info.name}{f', {run.label}' if run else ''}."
     lines = [
         "\\begin{table}",
         "\\centering",
@@ -105,7 +107,7 @@ def latex_table(dataset: DatasetResult, columns: Sequence[str] = ()) -> str:
         "\\end{tabular}",
         "",
         "\\par\\smallskip\\footnotesize",
-        *(_latex(note) for note in notes(dataset, shown)),
+        *(_latex(note) for note in notes(dataset, shown, run)),
         "\\end{table}",
     ]
     return "\n".join(lines) + "\n"

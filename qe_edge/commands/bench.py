@@ -52,17 +52,17 @@ def bench(
     from qe_edge.retrieval.datasets import load_dataset
 
     work, values = Workdir(workdir), settings.values
-    if not values.get("datasets"):
+    if not values.get("dataset"):
         raise BadArgument("name at least one data set with --dataset")
-    values["teachers"] = values.get("teachers") or default_teachers(values["datasets"])
-    if not values.get("models"):
+    values["teacher"] = values.get("teacher") or default_teachers(values["dataset"])
+    if not values.get("model"):
         try:
-            values["models"] = default_models(work)
-            took("models", ", ".join(values["models"]))
+            values["model"] = default_models(work)
+            took("models", ", ".join(values["model"]))
         except NotFound as error:
-            for name in values["datasets"]:
+            for name in values["dataset"]:
                 load_dataset(name)  # of two mistakes, the one that ends it
-            note(f"no model is run: {error}")
+            note(f"BM25 is measured without a model: {error}")
     config, shown = settings.config(), named_columns(columns)
     check_columns(shown, config.measures)
     emit_bench(json, "bench", verb(config, out=out, workdir=work), columns=shown)
@@ -129,6 +129,7 @@ def emit_bench(
         json,
         command,
         f"{console_table(result, columns)}\nresult: {folder / RESULT}\n{following}",
+        inputs={name: result.settings[name] for name in ("dataset", "model", "teacher", "run")},
         artifacts={"folder": folder} | ({"report": report} if report else {}),
         metrics={"ndcg@10": rows},
         warnings=result.warnings,

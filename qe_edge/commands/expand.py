@@ -51,7 +51,15 @@ def expand(
     if json:
         metrics = {"expansions": rows}
         status = "partial" if failures else "ok"
-        emit(True, "expand", "", inputs={"model": model}, metrics=metrics, warnings=failures, status=status)
+        emit(
+            True,
+            "expand",
+            "",
+            inputs={"model": model or expander.name},
+            metrics=metrics,
+            warnings=failures,
+            status=status,
+        )
     if failures:
         raise typer.Exit(PartlyDone.exit_code)
 

@@ -32,7 +32,7 @@ def export(
 
     named = {"Q4_K_M": q4, "Q8_0": q8, "F16": f16, "BF16": bf16}
     if kinds := [kind for kind, wanted in named.items() if wanted]:
-        settings.values["kinds"] = [*kinds, *settings.values.get("kinds", [])]
+        settings.values["quant"] = [*kinds, *settings.values.get("quant", [])]
     config = settings.config()
     work = Workdir(workdir)
     check_choices(config)
@@ -44,6 +44,8 @@ def export(
         model = prune(model, config, workdir=work)
     out = out or work.new("export")
     report = export_model(model, out, config, progress=note)
+    # Without a GGUF, the MLX folder must be named.
+    named_model = "" if "gguf" in config.formats else f" --model {out / next(iter(report['files']))}"
     lines = [f"{out / name}  {size / 1e6:.1f} MB" for name, size in report["files"].items()]
     emit(
         json,
@@ -53,7 +55,7 @@ def export(
         artifacts={"folder": out},
         metrics=report,
         warnings=report["warnings"],
-        following="qe-edge bench --dataset NAME@SPLIT" if "gguf" in config.formats else "",
+        following=f"qe-edge bench --dataset NAME@SPLIT{named_model}",
     )
 
 

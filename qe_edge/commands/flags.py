@@ -1,8 +1,8 @@
 """A command's flags, made of the settings that they fill: one name, bound, default and help for both.
 
-A field's `Meta` has its help as `description`. In `extra` stand the flag's name as `flag` where that differs
-(empty: the field has none), a `short` one, as `env` an environment variable that sets it too, and `rare`
-where --help-all alone shows it.
+A field's `Meta` has its help as `description`. A flag is named as the field is in a recipe. In `extra` stand
+another name as `flag` (empty: the field has none), a `short` one, as `env` an environment variable that sets
+it too, and `rare` where --help-all alone shows it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 import typer
 from msgspec import Meta
 
-from qe_edge.commands.common import finite
+from qe_edge.commands.common import emit, finite
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.records import configured
 from qe_edge.redact import redact
@@ -49,22 +49,29 @@ PrintOption = Annotated[
 
 
 class Settings(Generic[S]):
-    """What a command was given: by its flags, or else by a section of a recipe."""
+    """What a command was given: by its flags, or else by a section of a recipe. `values` have their names."""
 
-    def __init__(self, kind: type[S], section: str, values: dict[str, Any], shown: bool):
-        self._kind, self._section, self._shown = kind, section, shown
+    def __init__(self, kind: type[S], section: str, values: dict[str, Any], *, recipe: str | None = None):
+        self._kind, self._section, self._recipe = kind, section, recipe
         self.values = values
+        self.shown, self.json = False, False
 
-    def config(self, **more: Any) -> S:
-        """The checked settings; `more` are values for what was not given. With --print-config, it ends here.
+    def config(self) -> S:
+        """The checked settings. With --print-config, it ends here.
 
         Raises:
             BadArgument: a value is out of its bounds, or missing.
         """
-        config = configured(self._kind, **(more | self.values))
-        if self._shown:
+        try:
+            config = configured(self._kind, **self.values)
+        except BadArgument as error:
+            where = f" (in [{self._section}] of {self._recipe}, or as a flag)" if self._recipe else ""
+            raise BadArgument(f"{error}{where}") from None
+        if self.shown:
             content = {self._section: redact(msgspec.to_builtins(config))}
-            print(msgspec.toml.encode(_without_none(content)).decode().rstrip())
+            verb = f"train {self._section}" if self._section in ("sft", "dpo") else self._section
+            text = msgspec.toml.encode(_without_none(content)).decode().rstrip()
+            emit(self.json, verb, text, metrics={"config": content})
             raise typer.Exit
         return config
 
@@ -76,7 +83,8 @@ def flags_of(kind: type[S], section: str, *, recipe: bool = False) -> Callable[.
     --data too, whose section of that name may hold further keys.
     """
     hints = get_type_hints(kind, include_extras=True)
-    defaults = {field.name: field.default for field in msgspec.structs.fields(kind)}
+    hints = {field.encode_name: hints[field.name] for field in msgspec.structs.fields(kind)}
+    defaults = {field.encode_name: field.default for field in msgspec.structs.fields(kind)}
     found = {name: _flag(name, hints[name], defaults[name], negated=bool(section)) for name in defaults}
     flags = {name: flag for name, flag in found.items() if flag}
     common: dict[str, Any] = {"recipe": RecipeOption, "data": DataOption} if recipe else {}
@@ -93,8 +101,11 @@ def flags_of(kind: type[S], section: str, *, recipe: bool = False) -> Callable[.
             given = {name: parsed(name, hints[name], value) for name, value in given.items()}
             shown = values.pop("print_config", False)
             values.pop("help_all", None)
-            written = _read(values.pop("recipe"), section, values.pop("data")) if recipe else {}
-            command(settings=Settings(kind, section, written | given, shown), **values)
+            file, data = (values.pop("recipe"), values.pop("data")) if recipe else (None, None)
+            written = _read(file, section, data)
+            settings = Settings(kind, section, written | given, recipe=file)
+            settings.shown, settings.json = shown, values.get("json", False)
+            command(settings=settings, **values)
 
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.name != "settings"]

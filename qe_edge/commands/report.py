@@ -66,11 +66,13 @@ def report(
     text = "\n".join(str(path) for path in artifacts.values())
     if markdown:
         tables = [
-            (data.info.name, markdown_table(data, shown)) for result in read for data in result.datasets
+            (data.info.name, markdown_table(data, shown, result))
+            for result in read
+            for data in result.datasets
         ]
         text = "\n".join(f"### {name}\n\n{table}" for name, table in tables)
     if latex:
-        text = "\n".join(latex_table(data, shown) for result in read for data in result.datasets)
+        text = "\n".join(latex_table(data, shown, result) for result in read for data in result.datasets)
     in_text = markdown or latex
     if in_text:
         note(f"written, too: {', '.join(map(str, artifacts.values()))}")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from qe_edge.commands.bench import emit_bench
-from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption
+from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit
 from qe_edge.commands.flags import DataOption, Settings, flags_of
 from qe_edge.overrides import Overrides
 from qe_edge.work.folder import Workdir
@@ -34,7 +34,8 @@ def run(
     from qe_edge.recipe import recipe_file
 
     if show:
-        print(recipe_file(recipe).read_text(encoding="utf-8"), end="")
+        text = recipe_file(recipe).read_text(encoding="utf-8")
+        emit(json, "run", text.rstrip(), metrics={"recipe": text})
         return
     _run(recipe, settings.config(), data, workdir, json)
 

@@ -48,7 +48,8 @@ def train_sft(
         files = [work.only_taught()]
         took("expansions", files[0], "what `teach` collected")
     if show_example:
-        print(example(files, config, workdir=work), end="")
+        shown = example(files, config, workdir=work)
+        emit(json, "train sft", shown.rstrip(), metrics={"example": shown})
         return
     folder = sft(files, config, out=out, workdir=work)
     has_pairs = any((work.root / "pairs").glob("[0-9]*"))
@@ -82,7 +83,8 @@ def train_dpo(
         adapter = work.newest("sft")
         took("adapter", adapter)
     if show_example:
-        print(example(pairs, adapter, config), end="")
+        shown = example(pairs, adapter, config)
+        emit(json, "train dpo", shown.rstrip(), metrics={"example": shown})
         return
     _end_training(json, "train dpo", dpo(pairs, adapter, config, out=out, workdir=work))
 

@@ -124,7 +124,7 @@ def test_vectors_are_kept_for_the_next_bench(encoder: Path, tmp_path: Path) -> N
 def test_mistakes_are_found_before_the_work(encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(BadArgument, match="write dense:MODEL, rerank:MODEL or hybrid:MODEL"):
         parse_baseline(f"colbert:{encoder}")
-    with pytest.raises(NotFound, match=r"neither a \.gguf file, nor a model folder"):
+    with pytest.raises(NotFound, match=r"neither a \.gguf file \(here, or hf:…\), nor a model folder"):
         parse_baseline(f"dense:{tmp_path / 'none.gguf'}")
     twice = msgspec.structs.replace(config(encoder), baselines=(f"dense:{encoder}",) * 2)
     with pytest.raises(BadArgument, match="two baselines have the same name"):

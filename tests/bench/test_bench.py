@@ -19,7 +19,7 @@ from qe_edge.bench.bench import bench
 from qe_edge.bench.config import BenchConfig
 from qe_edge.bench.inputs import default_teachers, parse_model
 from qe_edge.bench.quality import retrieve, values_of
-from qe_edge.bench.report.table import markdown_table
+from qe_edge.bench.report.table import latex_table, markdown_table
 from qe_edge.bench.result import read_result
 from qe_edge.bench.speed import Generated, Task, generate
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
@@ -114,11 +114,13 @@ def test_another_systems_run_is_a_row_beside_bm25_and_needs_no_model(done, tmp_p
     assert (theirs.name, theirs.kind, less.name) == ("theirs", "run", "part.trec")
     assert theirs.per_query == rm3.per_query and theirs.vs_bm25 == rm3.vs_bm25
     assert less.per_query == rm3.per_query | {queries[0]: 0.0}
-    assert result.warnings == ["part.trec lacks 1 queries of demo-en@test, which count as nothing found"]
+    assert result.warnings == ["part.trec lacks 1 query of demo-en@test, counted as nothing found"]
     for line in ("q1 Q0 d1 1", "q1 Q0 d1 1 nan x"):
         part.write_text(f"{line}\n")
         with pytest.raises(BadInput, match=r"part.trec:1: not a line of a TREC run"):
             bench(config, workdir=Workdir(tmp_path / "work"))
+    with pytest.raises(BadArgument, match=r"BM25 is a row of ours; give yours a name: --run LABEL=FILE"):
+        bench(BenchConfig(datasets=("demo-en",), runs=(f"BM25={own}",)), workdir=Workdir(tmp_path / "work"))
     part.write_text("q1 Q0 d1 1 2.5 x\nq1 Q0 d1 2 2.0 x\n")
     with pytest.raises(BadInput, match=r"part.trec:2: has document d1 twice"):
         bench(config, workdir=Workdir(tmp_path / "work"))
@@ -130,6 +132,11 @@ def test_a_busy_machine_is_noted_before_the_work(tmp_path, monkeypatch, capsys):
     assert result.machine["busy"] == 0.9
     assert result.warnings == ["other work took 90% of the processors at the start: times say little"]
     assert "bench: other work took 90%" in capsys.readouterr().err
+    told = "Other work took 90% of the processors at the start: the times say little."
+    (data,) = result.datasets
+    assert told in markdown_table(data, ["ms"], result) and told in latex_table(data, ["ms"], result)
+    assert told not in markdown_table(data, ["ndcg"], result)
+    assert f"on demo-en@test, {result.label}." in latex_table(data, run=result)
 
 
 def test_the_judgments_stand_beside_the_runs(done):

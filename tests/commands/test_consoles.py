@@ -76,7 +76,7 @@ def test_names_of_files_that_are_no_text(gguf, tiny_qwen3, tmp_path, encoding):
     out, _ = qe_edge(*arguments, encoding=encoding)
     assert os.fsencode(work / "bench" / "001" / "result.json") in out
     record = read_json(work / "bench" / "001" / "run.json")
-    assert record["settings"]["datasets"] == [shown(str(data))]
+    assert record["settings"]["dataset"] == [shown(str(data))]
     envelope = json.loads(qe_edge(*arguments, "--json", encoding=encoding)[0].decode())
     assert "caf\ufffd@test" in envelope["metrics"]["ndcg@10"]
     qe_edge("report", "--workdir", work, encoding=encoding)

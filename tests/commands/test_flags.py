@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -25,7 +27,7 @@ VERBS: dict[str, tuple[list[str], type[msgspec.Struct], dict[str, Any]]] = {
     "train sft": ([], SftConfig, {}),
     "train dpo": ([], DpoConfig, {}),
     "export": ([], ExportConfig, {}),
-    "bench": (["-d", "demo-zh", "--teacher", "x"], BenchConfig, {"datasets": ["demo-zh"], "teachers": ["x"]}),
+    "bench": (["-d", "demo-zh", "--teacher", "x"], BenchConfig, {"dataset": ["demo-zh"], "teacher": ["x"]}),
     "serve": ([], ServeConfig, {}),
     "mcp": ([], StudentConfig, {}),
 }
@@ -50,18 +52,8 @@ def test_every_field_has_its_help_and_a_flag_or_none_by_intent(verb: str) -> Non
     shown = "--help-all" if verb.startswith("train") else "--help"
     listed = CliRunner().invoke(app, [*verb.split(), shown], env={"COLUMNS": "300"}).stdout
     hidden = {"verify", "tune_joins"}  # for those who call the verb itself
-    names = {"modes": "mode", "models": "model", "datasets": "dataset", "joins": "join", "kinds": "quant"}
-    names |= {"measures": "measure", "teachers": "teacher", "formats": "format"}
-    names |= {
-        "tasks": "task",
-        "runs": "run",
-        "baselines": "baseline",
-        "readers": "reader",
-        "teacher_models": "teacher-model",
-        "loss_weights": "loss-weight",
-    }
-    for field in kind.__struct_fields__:
-        flag = "--" + names.get(field, field.replace("_", "-"))
+    for field in kind.__struct_encode_fields__:  # as it is named in a recipe
+        flag = "--" + field.replace("_", "-")
         assert (flag in listed) != (field in hidden), flag
 
 
@@ -69,7 +61,7 @@ def test_flags_go_before_a_recipe_and_a_recipe_before_defaults() -> None:
     section = printed("pairs", "--recipe", "demo", "--min-gap", "0.2")["pairs"]
     assert (section["max_per_query"], section["min_gap"], section["strategy"]) == (1, 0.2, "all-above-gap")
     section = printed("bench", "--recipe", "demo", "-d", "demo-zh")["bench"]
-    assert (section["datasets"], section["refine"]) == (["demo-zh"], True)
+    assert (section["dataset"], section["refine"]) == (["demo-zh"], True)
 
 
 def test_a_secret_is_not_printed() -> None:
@@ -115,3 +107,25 @@ def test_each_kind_of_field_has_its_flag(call: Callable[..., dict[str, Any]]) ->
     assert call("--fields", '{"a": [1, null]}') == default | {"fields": {"a": [1, None]}}
     for wrong in (["--perhaps", "2"], ["--perhaps", "nan"], ["--hidden", "1"], ["--no-no-off"]):
         assert call(*wrong)["exit"] == 2, wrong
+
+
+def test_what_a_recipe_names_wrongly_is_told_with_the_file_and_what_there_is(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    for written, message in (
+        ('modes = ["few-shot"]', "there is no setting `modes`; did you mean `mode`?"),
+        ("zzz = 1", "there is no setting `zzz`; there are: learning-rate, epochs,"),
+        ('mode = "few-shot"', "`mode`: expected a list, got a text"),
+        ("epochs = -1", "`epochs`: expected a number > 0.0"),
+    ):
+        file.write_text(f"[sft]\n{written}\n", encoding="utf-8")
+        result = CliRunner().invoke(app, ["train", "sft", "--recipe", str(file), "--print-config"])
+        assert message in str(result.exception), result.exception
+        assert str(result.exception).endswith(f"(in [sft] of {file}, or as a flag)")
+
+
+def test_printed_settings_are_one_object_with_json() -> None:
+    result = CliRunner().invoke(app, ["pairs", "--min-gap", "0.2", "--print-config", "--json"])
+    found = json.loads(result.stdout)
+    assert (found["command"], found["metrics"]["config"]["pairs"]["min_gap"]) == ("pairs", 0.2)
+    result = CliRunner().invoke(app, ["run", "demo", "--show", "--json"])
+    assert "[sft]" in json.loads(result.stdout)["metrics"]["recipe"]

@@ -142,7 +142,7 @@ def test_an_encoder_on_the_hub_reads(export: Path, there: Hub, run: Run, tmp_pat
     assert done.returncode == 0, done.stderr
     assert "refine by tiny-F32" in done.stdout and "dense tiny-F32" in done.stdout, done.stdout
     record = json.loads((work / "bench" / "001" / "run.json").read_text(encoding="utf-8"))
-    assert record["settings"]["readers"] == [encoder]
+    assert record["settings"]["reader"] == [encoder]
 
 
 def test_a_changed_file_is_not_published(export: Path, there: Hub, run: Run, tmp_path: Path) -> None:

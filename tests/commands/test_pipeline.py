@@ -35,11 +35,11 @@ rank = 4
 [dpo]
 learning_rate = {rate}
 [export]
-kinds = ["Q4_K_M"]
-formats = ["gguf"]
+quant = ["Q4_K_M"]
+format = ["gguf"]
 [bench]
-datasets = ["demo-en"]
-teachers = ["{{builtin}}/demo-en/expansions/test.jsonl"]
+dataset = ["demo-en"]
+teacher = ["{{builtin}}/demo-en/expansions/test.jsonl"]
 """
 
 
@@ -93,7 +93,7 @@ OWN = """
 title = "a tiny student of its own texts"
 join = "mass:1"
 [samples]
-datasets = ["demo-en@train", "demo-zh@train"]
+dataset = ["demo-en@train", "demo-zh@train"]
 n = 2
 [sft]
 student = "{student}"
@@ -101,10 +101,10 @@ budget_tokens = 8
 max_rows = 8
 rank = 4
 [export]
-kinds = ["Q4_K_M"]
-formats = ["gguf"]
+quant = ["Q4_K_M"]
+format = ["gguf"]
 [bench]
-datasets = ["demo-en"]
+dataset = ["demo-en"]
 """
 
 
@@ -114,9 +114,9 @@ def test_a_recipe_of_the_students_own_texts_names_no_others(tmp_path):
     with pytest.raises(BadInput, match=r"\[samples\] has datasets and makes expansions"):
         load_recipe(file)
     file.write_text(OWN.format(student="builtin:smollm2-135m"))
-    given = {"samples": {"datasets": ["cisi@train"]}, "pairs": {}, "sft": {"student": "other"}}
+    given = {"samples": {"dataset": ["cisi@train"]}, "pairs": {}, "sft": {"student": "other"}}
     assert load_recipe(file, given=given).samples.datasets == ("cisi@train",)
-    given = {"pairs": {"dataset": "demo-en@train", "expansions": ["x"]}, "bench": {"datasets": ["demo-en"]}}
+    given = {"pairs": {"dataset": "demo-en@train", "expansions": ["x"]}, "bench": {"dataset": ["demo-en"]}}
     with pytest.raises(BadInput, match=r"\[sft\] needs expansions; name your data"):
         load_recipe("qwen3-0.6b-24gb", given=given)
 
@@ -163,13 +163,13 @@ def test_a_student_learns_from_its_own_best_texts(tiny_qwen3, tmp_path, capsys, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (('kinds = ["Q4_K_M"]', 'kinds = ["Q4"]'), "unknown kind Q4"),
-        (('formats = ["gguf"]', 'formats = ["onnx"]'), "unknown format onnx"),
+        (('quant = ["Q4_K_M"]', 'quant = ["Q4"]'), "unknown kind Q4"),
+        (('format = ["gguf"]', 'format = ["onnx"]'), "unknown format onnx"),
         (('join = "mass:2"', 'join = "lots"'), "can't read the join"),
-        (('datasets = ["demo-en"]', 'datasets = ["demo-fr"]'), "no data set 'demo-fr'"),
+        (('dataset = ["demo-en"]', 'dataset = ["demo-fr"]'), "no data set 'demo-fr'"),
         (("expansions/test.jsonl", "expansions/nothing.jsonl"), "no such file; the recipe names it"),
-        (("[bench]\n", '[bench]\nrefine = true\nreaders = ["no.gguf"]\n'), "no.gguf: no such file"),
-        (("[bench]\n", '[bench]\nruns = ["no.trec"]\n'), "no.trec: no such file"),
+        (("[bench]\n", '[bench]\nrefine = true\nreader = ["no.gguf"]\n'), "no.gguf: no such file"),
+        (("[bench]\n", '[bench]\nrun = ["no.trec"]\n'), "no.trec: no such file"),
         (("rank = 4", 'eval_dataset = "demo-fr"'), "no data set 'demo-fr'"),
         (('student = "', 'student = "/nowhere'), "no model"),
     ],
@@ -232,7 +232,7 @@ title = "tiny notes"
 words = 20
 [queries]
 [teach]
-modes = ["zero-shot"]
+mode = ["zero-shot"]
 n = 2
 [pairs]
 min_gap = 0.01
@@ -242,10 +242,10 @@ max_rows = 8
 rank = 4
 [dpo]
 [export]
-kinds = ["Q4_K_M"]
-formats = ["gguf"]
+quant = ["Q4_K_M"]
+format = ["gguf"]
 [bench]
-datasets = []
+dataset = []
 """
 PLANTS = {
     "tomato": "red, and grown under glass",

@@ -43,7 +43,7 @@ def test_flags_override_a_recipe_which_overrides_the_defaults(monkeypatch, capsy
     assert code == 0
     config = msgspec.convert(tomllib.loads(shown.out)["sft"], SftConfig)
     recipe = read_recipe("qwen3-4b-24gb")["sft"]
-    assert config == msgspec.convert(recipe | {"rank": 8, "modes": ["few-shot"]}, SftConfig)
+    assert config == msgspec.convert(recipe | {"rank": 8, "mode": ["few-shot"]}, SftConfig)
     assert config.student == "Qwen/Qwen3-4B"
 
 
@@ -97,7 +97,7 @@ def test_a_recipe_of_settings_alone_takes_data_from_flags(tmp_path):
     given = {
         "pairs": {"dataset": DEV, "expansions": ["a"]},
         "sft": {"expansions": ["a"]},
-        "bench": {"datasets": ["demo-en"]},
+        "bench": {"dataset": ["demo-en"]},
     }
     recipe = load_recipe("qwen3-0.6b-24gb", given=given)
     assert (recipe.pairs.dataset, recipe.sft.expansions, recipe.bench.datasets) == (DEV, ("a",), ("demo-en",))

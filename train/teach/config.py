@@ -53,7 +53,13 @@ class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             )
 
 
-class TeachConfig(AskConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class TeachConfig(
+    AskConfig,
+    frozen=True,
+    forbid_unknown_fields=True,
+    kw_only=True,
+    rename={"modes": "mode"},
+):
     """What is asked for; a change of any of this makes new candidates.
 
     Of each query `n` candidates per mode, with the seeds `seed`, `seed + 1`, …
@@ -64,7 +70,6 @@ class TeachConfig(AskConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         Meta(min_length=1),
         said(
             "zero-shot, few-shot, or both with a comma between; student: a local student's own prompt.",
-            flag="--mode",
         ),
     ] = ("zero-shot", "few-shot")
     n: Annotated[Count, said("Candidates of each query in each mode.")] = 1

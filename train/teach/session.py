@@ -277,10 +277,10 @@ class _Session(Generic[J, R]):
             self.stop(why, QeEdgeError(why))
 
     def _info(self) -> str:
-        spent = self.budget
-        parts = [f"{spent.prompt_tokens + spent.completion_tokens:,} tokens"]
-        if spent.cost:
-            parts.append(f"cost {spent.cost:.2f}")
+        now = self.outcome
+        parts = [f"{now.prompt_tokens + now.completion_tokens:,} tokens"]
+        if cost := self.budget.price(now.prompt_tokens, now.completion_tokens):
+            parts.append(f"cost {cost:.2f}")
         parts.append(f"{int(self.pace.allowed)} at once")
         if self.outcome.failed:
             parts.append(f"{self.outcome.failed} failed")
