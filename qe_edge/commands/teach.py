@@ -57,7 +57,9 @@ def teach(
         _import(import_file, data, out, format, json, settings)
         return
     if data is None or not settings.values.get("model"):
-        raise BadArgument("name the queries with --dataset or --queries, and the teacher with --model")
+        raise BadArgument(
+            "name the queries with --dataset or --queries, and the teacher with --model (and --endpoint)"
+        )
     config = settings.config()
     outcome = verb(data, config, out=out)
     text = f"{outcome.done} of {outcome.candidates} candidates are in {out / EXPANSIONS}"

@@ -131,9 +131,12 @@ def _before(folder: Path, out: Path, words: int) -> tuple[dict[str, Source], dic
 
 
 def _files(folder: Path, out: Path) -> Iterator[Path]:
-    """All files that are not hidden, sorted; not what we wrote ourselves."""
+    """All files that are not hidden, sorted; not what we wrote ourselves, nor a judged collection's queries."""
     for place, folders, names in os.walk(folder):
         here = Path(place)
+        if CORPUS in names:
+            folders[:] = [name for name in folders if name != "qrels"]
+            names = [name for name in names if name != "queries.jsonl"]
         folders[:] = sorted(name for name in folders if not name.startswith(".") and here / name != out)
         yield from (here / name for name in sorted(names) if not name.startswith("."))
 

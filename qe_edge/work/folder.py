@@ -86,7 +86,7 @@ class Workdir:
         return file
 
     def only_taught(self) -> Path:
-        """The candidates that `teach` collected.
+        """The candidates that `teach` collected, but for those of test queries, beside others.
 
         Raises:
             NotFound: there are none.
@@ -95,6 +95,7 @@ class Workdir:
         files = sorted(self.root.glob("teach/*/expansions.jsonl"))
         if not files:
             raise NotFound(f"{self.root} holds no output of `qe-edge teach`; name a file with --expansions")
+        files = [file for file in files if not file.parent.name.endswith("@test")] or files
         _refuse_several("`qe-edge teach` collected", [file.parent.name for file in files], "--expansions")
         return files[0]
 

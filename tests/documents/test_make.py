@@ -265,3 +265,13 @@ def test_the_command_says_what_it_left_out(notes, tmp_path):
     metrics = json.loads(done.stdout)["metrics"]
     assert (metrics["unchanged"], list(metrics["problems"])) == (4, ["latin.txt"])
     assert read_json(tmp_path / "out" / "sources.json")["words"] == 100
+
+
+def test_a_judged_collections_queries_are_no_notes(tmp_path):
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text('{"_id": "d1", "text": "The moon pulls the sea."}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "what causes tides"}\n')
+    (folder / "qrels" / "test.txt").write_text("q1 d1 1\n")
+    made = make_collection(folder, tmp_path / "out")
+    assert made.passages == 1 and made.problems == {}

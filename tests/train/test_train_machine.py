@@ -270,3 +270,32 @@ def test_threads_of_a_training_soon_sleep_unless_the_user_says_otherwise(
     if "OPENMP DISPLAY ENVIRONMENT" not in done.stderr:
         pytest.skip("PyTorch was built without OpenMP")
     assert f"GOMP_SPINCOUNT = '{spin}'" in done.stderr
+
+
+def test_it_computes_in_as_many_threads_as_find_a_core_free(
+    tiny_qwen3: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from qe_edge.train import loop
+
+    before, used = torch.get_num_threads(), []
+
+    class Free:
+        def __init__(self, most: int):
+            self.most = most
+
+        def __call__(self) -> int:
+            used.append(torch.get_num_threads())
+            return 1
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(loop, "FreeCores", Free)
+    run_sft(tiny_qwen3, data, tmp_path, batch_size=1, accumulate=2)
+    assert len(used) >= 8 and set(used[1:]) == {1}  # once before each batch
+    assert torch.get_num_threads() == loop.usable_cores()
+    used.clear()
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    run_sft(tiny_qwen3, data, tmp_path / "fixed", batch_size=1, accumulate=2)
+    assert used == []
+    torch.set_num_threads(before)

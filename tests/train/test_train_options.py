@@ -214,6 +214,8 @@ def test_what_to_train_on_is_not_guessed(tmp_path):
         if number < 3:
             assert work.only_taught() == taught / "expansions.jsonl"
             assert work.newest_pairs() == paired
+    (tmp_path / "teach" / "a@test").mkdir()  # to compare with, not to train on
+    (tmp_path / "teach" / "a@test" / "expansions.jsonl").write_text("")
     with pytest.raises(BadArgument, match=r"sets \(a@train, b@train\); name a file with --expansions"):
         work.only_taught()
     with pytest.raises(BadArgument, match=r"sets \(a@train, b@train\); name a file with --pairs"):
