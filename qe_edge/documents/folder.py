@@ -131,7 +131,7 @@ def _before(folder: Path, out: Path, words: int) -> tuple[dict[str, Source], dic
 
 
 def _files(folder: Path, out: Path) -> Iterator[Path]:
-    """All files that are not hidden, sorted; not what we wrote ourselves, nor a judged collection's queries."""
+    """All files that are not hidden, sorted; not what we wrote, nor a judged collection's queries."""
     for place, folders, names in os.walk(folder):
         here = Path(place)
         if CORPUS in names:
