@@ -55,7 +55,9 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     inputs |= {f"teachers[{i}]": path for i, path in enumerate(config.teachers)}
     runs = dict(parse_run(text) for text in config.runs)
     if taken := (runs.keys() | named.keys()) & OURS:
-        raise BadArgument(f"{', '.join(taken)} is a row of ours; give yours a name: --run LABEL=FILE")
+        raise BadArgument(
+            f"{', '.join(taken)}: a row of ours has this name; name yours otherwise, as LABEL=FILE"
+        )
     if len(runs) < len(config.runs) or runs.keys() & named.keys():
         raise BadArgument("two rows have the same name; tell them apart with --run LABEL=FILE")
     rankings = {label: read_run(path) for label, path in runs.items()}  # a bad file is found before the work

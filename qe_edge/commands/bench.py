@@ -129,7 +129,7 @@ def emit_bench(
         json,
         command,
         f"{console_table(result, columns)}\nresult: {folder / RESULT}\n{following}",
-        inputs={name: result.settings[name] for name in ("dataset", "model", "teacher", "run")},
+        inputs={name: result.settings.get(name) for name in ("dataset", "model", "teacher", "run")},
         artifacts={"folder": folder} | ({"report": report} if report else {}),
         metrics={"ndcg@10": rows},
         warnings=result.warnings,

@@ -119,7 +119,9 @@ def test_another_systems_run_is_a_row_beside_bm25_and_needs_no_model(done, tmp_p
         part.write_text(f"{line}\n")
         with pytest.raises(BadInput, match=r"part.trec:1: not a line of a TREC run"):
             bench(config, workdir=Workdir(tmp_path / "work"))
-    with pytest.raises(BadArgument, match=r"BM25 is a row of ours; give yours a name: --run LABEL=FILE"):
+    with pytest.raises(
+        BadArgument, match=r"BM25: a row of ours has this name; name yours otherwise, as LABEL=FILE"
+    ):
         bench(BenchConfig(datasets=("demo-en",), runs=(f"BM25={own}",)), workdir=Workdir(tmp_path / "work"))
     part.write_text("q1 Q0 d1 1 2.5 x\nq1 Q0 d1 2 2.0 x\n")
     with pytest.raises(BadInput, match=r"part.trec:2: has document d1 twice"):
