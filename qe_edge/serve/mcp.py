@@ -53,7 +53,7 @@ def create_mcp(expander: Expander, collections: Mapping[str, Collection]) -> MCP
         ) -> list[dict[str, Any]]:
             """Search an index with the expanded query; the best documents with their texts, best first."""
             if index not in collections:
-                raise ToolError(f"no index {index!r}; there are: {', '.join(collections)}")
+                raise ToolError(f"no index {index!r}; the indexes here: {', '.join(collections)}")
             try:
                 hits, _ = search_collection(
                     query, collections[index], expander=expander, feedback=feedback, refine=refine, k=k

@@ -66,7 +66,10 @@ def test_it_searches_a_named_index(server: Server) -> None:
     chinese = server.post("/search", query="糖尿病患者可以吃什么", index="zh").json
     assert re.search("[一-龥]", chinese["hits"][0]["text"])
     missing = server.post("/search", query="x", index="nothing")
-    assert missing.status == 404 and missing.json["detail"] == "no index 'nothing'; there are: demo-en, zh"
+    assert (
+        missing.status == 404
+        and missing.json["detail"] == "no index 'nothing'; the indexes here: demo-en, zh"
+    )
 
 
 def test_an_expansion_comes_as_the_query_of_every_engine(server: Server, gguf: Path) -> None:
