@@ -17,7 +17,7 @@ from qe_edge.bench.inputs import Model
 from qe_edge.bench.quality import DEPTH, MEASURE, compare_all, retrieve, values_of
 from qe_edge.bench.result import DatasetResult, Kind, Speed, System, Tuning
 from qe_edge.bench.speed import BUDGETS, Generated, ReadTask, Task, WrongLanguage
-from qe_edge.console import note, shown
+from qe_edge.console import note, several, shown
 from qe_edge.errors import QeEdgeError
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.retrieval.datasets import Dataset, describe
@@ -81,9 +81,8 @@ class Systems:
         for name, expansions in self.teachers():
             missing = len(self.data.queries) - len(expansions)
             if missing:
-                self.warn(
-                    f"{name} has no expansion of {_queries(missing)} of {self.data}, searched without one"
-                )
+                lacking = several(missing, "query", "queries")
+                self.warn(f"{name} has no expansion of {lacking} of {self.data}, searched without one")
             run = self.retrieve(expansions, Join.parse(self.config.teacher_join))
             more = {"failed": missing, "expansions": expansions}
             self.add(name, "teacher", self.config.teacher_join, run, **more)
@@ -164,7 +163,8 @@ class Systems:
             self.warn(f"{name} holds no query of {self.data}")
             return
         if missing:
-            self.warn(f"{name} lacks {_queries(missing)} of {self.data}, counted as nothing found")
+            lacking = several(missing, "query", "queries")
+            self.warn(f"{name} lacks {lacking} of {self.data}, counted as nothing found")
         self.add(name, "run", "", known)
 
     def add_baselines(self, index: Index) -> None:
@@ -180,7 +180,9 @@ class Systems:
             kept = self.workdir.root / "vectors"
             ours = EncoderSystem(model, self.data, index.ids, kept, self.config.threads)
             if lost := ours.unknown():
-                self.warn(f"{label_of(model)} has no tokens for {_queries(lost)} of {self.data}")
+                self.warn(
+                    f"{label_of(model)} has no tokens for {several(lost, 'query', 'queries')} of {self.data}"
+                )
             more: dict[str, Any] = {"sha256": digest_of(model)}
             if name := kinds.get("rerank"):
                 run, speed = ours.rerank(self.runs["BM25"])
@@ -323,10 +325,6 @@ class Systems:
             if cut[name]:
                 self.warn(f"{cut[name]} of {len(texts)} texts of {name} on {self.data} ended at its budget")
             yield name, {query_id: text for query_id, text in texts.items() if text}
-
-
-def _queries(count: int) -> str:
-    return f"{count} {'query' if count == 1 else 'queries'}"
 
 
 def is_of(row: Expansion, data: Dataset) -> bool:

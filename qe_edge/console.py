@@ -68,6 +68,11 @@ def print_json(value: Any) -> None:
     sys.stdout.buffer.flush()
 
 
+def several(count: int, one: str, many: str = "") -> str:
+    """`1 query`, `1,200 queries`."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
 def is_main_process() -> bool:
     """Whether this process speaks and writes: of those that `accelerate launch` starts, the first one."""
     return os.environ.get("RANK", "0") == "0"

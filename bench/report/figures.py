@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qe_edge.bench.result import System
+from qe_edge.console import several
 from qe_edge.retrieval.measures import Interval
 
 MISSING = "–"
@@ -50,7 +51,7 @@ def with_interval(interval: Interval | None, write: Callable[[float], str]) -> s
 
 def caveat(name: str, queries: int, *, hint: str = "") -> str:
     """How many queries a data set has, and what so few, or a model's, can't show; `hint` says where it is."""
-    text = f"{queries} {'query' if queries == 1 else 'queries'}, 95 % bootstrap intervals."
+    text = f"{several(queries, 'query', 'queries')}, 95 % bootstrap intervals."
     if queries < FEW_QUERIES:
         text += f" So few cannot tell small differences from chance{hint}."
     base, _, split = name.partition("@")

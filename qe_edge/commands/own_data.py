@@ -10,7 +10,7 @@ import typer
 
 from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, emit_asked, took
 from qe_edge.commands.flags import Settings, flags_of
-from qe_edge.console import note
+from qe_edge.console import note, several
 from qe_edge.errors import BadArgument, NotFound
 from qe_edge.student.models import DEFAULT_STUDENT
 from qe_edge.train.synthetic.config import JudgeConfig, QueriesConfig
@@ -42,8 +42,8 @@ def data_make(
         note(f"data make: {line}")
     if len(bad) > SHOWN:
         note(f"data make: {len(bad) - SHOWN} more files can't be read; --json lists them")
-    text = f"{made.passages:,} passages of {made.files:,} files in {out}"
-    text += f" ({made.unchanged:,} files as before)" if made.unchanged else ""
+    text = f"{several(made.passages, 'passage')} of {several(made.files, 'file')} in {out}"
+    text += f" ({several(made.unchanged, 'file')} as before)" if made.unchanged else ""
     text += f'\nsearch them: qe-edge search "WORDS" --dataset {out} --refine --model {DEFAULT_STUDENT}'
     text += f"\nleft out, since no text is known in them: {left}" if left else ""
     emit(
@@ -79,7 +79,9 @@ def data_queries(
     text = f"{outcome.done} of {outcome.candidates} queries were written"
     if report:
         dropped = ", ".join(f"{count} {why}" for why, count in report.dropped.items())
-        text = f"{report.train} queries to train on, {report.test} to test on, in {folder}"
+        text = (
+            f"{several(report.train, 'query', 'queries')} to train on, {report.test} to test on, in {folder}"
+        )
         text += f"\ndropped: {dropped}" if dropped else ""
         text += "\nThey and their judgments are synthetic: what is measured by them says so."
     emit_asked(

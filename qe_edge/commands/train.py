@@ -9,7 +9,7 @@ import typer
 
 from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took
 from qe_edge.commands.flags import Settings, flags_of
-from qe_edge.console import is_main_process
+from qe_edge.console import is_main_process, several
 from qe_edge.train.config import DpoConfig, SftConfig
 from qe_edge.work.folder import Workdir
 
@@ -99,8 +99,8 @@ def _end_training(json: bool, command: str, folder: Path, following: str = "") -
     record = read_record(folder)
     metrics = record["metrics"] | {name: record[name] for name in ("rows", "rows_seen", "dropped")}
     rows, seen = record["rows"], record["rows_seen"]
-    learnt = str(rows) if seen == rows else f"{seen} of {rows}"
-    text = f"student in {folder} ({learnt} rows, mean loss {record['metrics']['train_loss']:.3f})"
+    learnt = several(rows, "row") if seen == rows else f"{seen} of {several(rows, 'row')}"
+    text = f"student in {folder} ({learnt}, mean loss {record['metrics']['train_loss']:.3f})"
     emit(
         json,
         command,

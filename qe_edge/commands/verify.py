@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit
+from qe_edge.console import several
 from qe_edge.work.folder import Workdir
 
 
@@ -50,7 +51,7 @@ def verify(
         found["retrieval"] = retrieval
         change = retrieval["difference"]
         text += (
-            f"\nnDCG@10 on {retrieval['queries']} queries of {retrieval['dataset']}: "
+            f"\nnDCG@10 on {several(retrieval['queries'], 'query', 'queries')} of {retrieval['dataset']}: "
             f"{retrieval['before']:.3f} before, {retrieval['after']:.3f} after\n"
             f"  difference {change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
         )
@@ -67,5 +68,6 @@ def _closeness(exported: Path, found: dict[str, Any]) -> str:
         f"  KL divergence  {found['kl_divergence']:.4f} nats, {found['answer_divergence']:.4f} of answers\n"
         f"  next token     the likeliest is the same at {found['top1_agreement']:.0%} of all places\n"
         f"  greedy answer  the same for {found['greedy_agreement']:.0%} of its length, then another\n"
-        f"compared at {found['positions']} places of the prompts and answers of {found['queries']} queries"
+        f"compared at {found['positions']} places of the prompts and answers of "
+        f"{several(found['queries'], 'query', 'queries')}"
     )
