@@ -115,7 +115,7 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
             took, wait = time.monotonic() - start, SILENCE
             if total is None:
                 where, when = f"{made}", f"{tqdm.format_interval(took)} so far"
-            elif made:
+            elif made and done + made < total:
                 # By what the steps took that are made. The one under way has had its time since; where it
                 # takes much longer than they did, nobody knows.
                 step, since = (at - start) / made, time.monotonic() - at
@@ -126,7 +126,7 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
                 )
                 where = f"{done + made} of {total}"
             else:
-                where, when = f"{done} of {total}", f"{tqdm.format_interval(took)} so far"
+                where, when = f"{done + made} of {total}", f"{tqdm.format_interval(took)} so far"
             note(f"{description}: {where}, {when}{known and f', {known}'}")
 
     with tqdm(desc=description, total=total, initial=done, leave=False, disable=not bar_shown) as bar:

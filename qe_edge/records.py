@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -197,7 +197,25 @@ def misfit(error: msgspec.ValidationError, struct_at: Callable[[str], type | Non
         near = difflib.get_close_matches(unknown[1], names, 1)
         known = f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(names)}"
         return where, f"there is no setting `{unknown[1]}`; {known}"
+    if what.startswith("invalid enum value"):
+        section, _, name = where.rpartition(".")
+        known = ", ".join(_choices(struct_at(section), name))
+        return where, f"{what.replace('enum value', 'choice')}; choose from: {known}"
     return where, re.sub(r"`(\w+)`", lambda found: _TYPES.get(found[1], found[0]), what)
+
+
+def _choices(kind: type | None, name: str) -> list[str]:
+    """What a field of literals takes, or each of its items."""
+    hints = get_type_hints(kind) if kind else {}
+    fields = msgspec.structs.fields(kind) if kind else ()
+    hint = next((hints[field.name] for field in fields if field.encode_name == name.partition("[")[0]), None)
+    parts = [hint]
+    while parts:
+        part = parts.pop()
+        if get_origin(part) is Literal:
+            return list(get_args(part))
+        parts += get_args(part)
+    return []
 
 
 def encode_jsonl(rows: Iterable[msgspec.Struct]) -> bytes:

@@ -113,8 +113,11 @@ def test_what_a_recipe_names_wrongly_is_told_with_the_file_and_what_there_is(tmp
     file = tmp_path / "mine.toml"
     for written, message in (
         ('modes = ["few-shot"]', "there is no setting `modes`; did you mean `mode`?"),
-        ("zzz = 1", "there is no setting `zzz`; there are: learning-rate, epochs,"),
+        ("zzz = 1", "there is no setting `zzz`; there are: learning_rate, epochs,"),
         ('mode = "few-shot"', "`mode`: expected a list, got a text"),
+        ("max-steps = 2", "there is no setting `max-steps`; did you mean `max_steps`?"),
+        ('device = "gpu"', "`device`: invalid choice 'gpu'; choose from: auto, cuda, cpu"),
+        ('task = ["wrte"]', "`task[0]`: invalid choice 'wrte'; choose from: write, read"),
         ("epochs = -1", "`epochs`: expected a number > 0.0"),
     ):
         file.write_text(f"[sft]\n{written}\n", encoding="utf-8")
