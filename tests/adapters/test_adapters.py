@@ -143,7 +143,7 @@ def test_an_mcp_client_expands_and_searches(gguf: Path, tmp_path: Path) -> None:
             found = await client.call_tool("search", {"query": "what makes bread rise", "k": 2})
             assert not found.is_error and "doc_id" in str(found.structured_content)
             wrong = await client.call_tool("search", {"query": "x", "index": "nothing"})
-            assert wrong.is_error and "there are: demo-en" in str(wrong.content)
+            assert wrong.is_error and "the indexes here: demo-en" in str(wrong.content)
             blank = await client.call_tool("expand", {"query": " "})
             assert blank.is_error and "the query is empty" in str(blank.content)
 
