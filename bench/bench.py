@@ -39,27 +39,13 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     """
     if not config.datasets:
         raise BadArgument("name at least one data set with --dataset")
-    for join in (*config.joins, *config.tune_joins, config.teacher_join):
-        Join.parse(join)
-    for measure in config.measures:
-        check_measure(measure)
-    loaded = [load_dataset(name) for name in config.datasets]
-    dev = _load_dev(config, loaded)
+    loaded, dev = check_config(config)
+    if not config.models:
+        note("bench: without a model, since none is named; --model builtin:smollm2-135m takes ours")
     named = dict(parse_model(text) for text in config.models)
-    if len(named) < len(config.models):
-        raise BadArgument("two models have the same name; tell them apart with --model LABEL=MODEL")
-    names = [parse_baseline(text).name for text in config.baselines]
-    if len(set(names)) < len(names):
-        raise BadArgument("two baselines have the same name: rename one of the files")
     inputs: dict[str, Path | str] = {label: resolve(name).path or name for label, name in named.items()}
     inputs |= {f"teachers[{i}]": path for i, path in enumerate(config.teachers)}
     runs = dict(parse_run(text) for text in config.runs)
-    if taken := (runs.keys() | named.keys()) & OURS:
-        raise BadArgument(
-            f"{', '.join(taken)}: a row of ours has this name; name yours otherwise, as LABEL=FILE"
-        )
-    if len(runs) < len(config.runs) or runs.keys() & named.keys():
-        raise BadArgument("two rows have the same name; tell them apart with --run LABEL=FILE")
     rankings = {label: read_run(path) for label, path in runs.items()}  # a bad file is found before the work
     inputs |= {f"runs[{label}]": path for label, path in runs.items()}
     run = RunFolder("bench", msgspec.to_builtins(config), inputs, out or workdir.new("bench"))
@@ -108,6 +94,33 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         raise QeEdgeError(f"every model failed: {'; '.join(failures)}")
     write_json(run.partial / RESULT, msgspec.to_builtins(result))
     return run.finish()
+
+
+def check_config(config: BenchConfig) -> tuple[list[Dataset], Dataset | None]:
+    """Look for what is wrong with a benchmark before its work; returns its data sets, and that to tune on.
+
+    Raises:
+        QeEdgeError: something is.
+    """
+    for join in (*config.joins, *config.tune_joins, config.teacher_join):
+        Join.parse(join)
+    for measure in config.measures:
+        check_measure(measure)
+    loaded = [load_dataset(name) for name in config.datasets]
+    dev = _load_dev(config, loaded)
+    named, runs = dict(map(parse_model, config.models)), dict(map(parse_run, config.runs))
+    if len(named) < len(config.models):
+        raise BadArgument("two models have the same name; tell them apart with --model LABEL=MODEL")
+    names = [parse_baseline(text).name for text in config.baselines]
+    if len(set(names)) < len(names):
+        raise BadArgument("two baselines have the same name: rename one of the files")
+    if taken := (runs.keys() | named.keys()) & OURS:
+        raise BadArgument(
+            f"{', '.join(taken)}: a row of ours has this name; name yours otherwise, as LABEL=FILE"
+        )
+    if len(runs) < len(config.runs) or runs.keys() & named.keys():
+        raise BadArgument("two rows have the same name; tell them apart with --run LABEL=FILE")
+    return loaded, dev
 
 
 def _load_dev(config: BenchConfig, measured: Sequence[Dataset]) -> Dataset | None:

@@ -307,24 +307,31 @@ class Systems:
         return found
 
     def teachers(self) -> Iterator[tuple[str, dict[str, str]]]:
-        """(model and mode, each query's first expansion) of every teacher that knows these queries."""
-        found: dict[str, dict[str, str]] = {}
-        cut: Counter[str] = Counter()
+        """(model and mode, each query's first expansion) of every teacher that knows these queries.
+
+        Of one that was asked again with other settings, what it wrote last counts.
+        """
+        found: dict[str, dict[str, Expansion]] = {}
+        again: Counter[str] = Counter()
         for path in self.config.teachers:
             for row in read_jsonl(path, Expansion):
                 wanted = not self.config.teacher_models or row.model in self.config.teacher_models
                 if wanted and is_of(row, self.data):
                     name = f"{row.model} {row.mode}"
-                    texts = found.setdefault(name, {})
-                    if row.query_id in texts:
-                        continue
-                    # A cut answer still expands its query; any other that `teach` marked does not.
-                    texts[row.query_id] = row.text if row.problem in (None, "cut") else ""
-                    cut[name] += row.problem == "cut"
-        for name, texts in sorted(found.items(), key=lambda item: "few-shot" in item[0]):
-            if cut[name]:
-                self.warn(f"{cut[name]} of {len(texts)} texts of {name} on {self.data} ended at its budget")
-            yield name, {query_id: text for query_id, text in texts.items() if text}
+                    before = found.setdefault(name, {}).setdefault(row.query_id, row)
+                    if row is not before and row.sample is not None and row.sample == before.sample:
+                        found[name][row.query_id] = row
+                        again[name] += 1
+        for name, rows in sorted(found.items(), key=lambda item: "few-shot" in item[0]):
+            cut = sum(row.problem == "cut" for row in rows.values())
+            if cut:
+                self.warn(f"{cut} of {len(rows)} texts of {name} on {self.data} ended at its budget")
+            if again[name]:
+                left = several(again[name], "earlier answer")
+                self.warn(f"{name} was asked again about {self.data}; without {left}")
+            # A cut answer still expands its query; any other that `teach` marked does not.
+            kept = [row for row in rows.values() if row.text and row.problem in (None, "cut")]
+            yield name, {row.query_id: row.text for row in kept}
 
 
 def is_of(row: Expansion, data: Dataset) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qe_edge.console import note
+from qe_edge.console import warn
 from qe_edge.records import configured
 from qe_edge.student.spec import ModelSpec
 from qe_edge.train.config import SftConfig
@@ -37,7 +37,7 @@ def training_data(model: Path) -> list[Path]:
                 if file.is_file() and sha256(file) == made_from["sha256"]:
                     files.append(file)
                 else:
-                    note(f"{file}, which the student was trained on, is gone or has changed")
+                    warn(f"{file}, which the student was trained on, is gone or has changed")
     return files
 
 
@@ -46,7 +46,7 @@ def training_selection(model: Path) -> SftConfig:
     for record in training_records(model):
         if record["command"] == "train sft":
             names = SftConfig.__struct_encode_fields__
-            return configured(SftConfig, **{k: v for k, v in record["settings"].items() if k in names})
+            return configured(SftConfig, {k: v for k, v in record["settings"].items() if k in names})
     return SftConfig()
 
 

@@ -28,8 +28,8 @@ from qe_edge.commands.serve import serve
 from qe_edge.commands.teach import teach
 from qe_edge.commands.train import train_app
 from qe_edge.commands.verify import verify
-from qe_edge.console import prepare_streams
-from qe_edge.errors import DEBUG, PartlyDone, QeEdgeError, explained
+from qe_edge.console import prepare_streams, warned
+from qe_edge.errors import DEBUG, Interrupted, PartlyDone, QeEdgeError, explained
 from qe_edge.redact import redact
 from qe_edge.work.machine import drowsy_threads
 
@@ -59,6 +59,7 @@ def _root(
     ] = False,
 ) -> None:
     """Holds the options that need no command."""
+    warned.clear()  # a program may call several commands
 
 
 _FIRST = (demo, doctor, teach, pairs, merge, prune, export, verify, push, report)
@@ -85,7 +86,7 @@ def main() -> None:
             _interrupted()
         sys.exit(code)
     except UsageError as error:  # it shows the usage, and the options that are like it
-        error.message = error.message.replace("Value error, ", "")  # of pydantic, which reads choices
+        error.message = _plain(error.message)
         error.show()
         if "--json" in sys.argv:
             emit(True, _command(), "", status="error", errors=[redact(error.format_message())])
@@ -100,6 +101,23 @@ def main() -> None:
         if os.environ.get(DEBUG):
             traceback.print_exc()
         sys.exit(_fail(error))
+
+
+# What pydantic says, which reads Typer's numbers and choices, and what we say.
+_PYDANTIC = {
+    "Value error, ": "",
+    "Input should be a valid integer, unable to parse string as an integer": "this must be a whole number",
+    "Input should be a valid number, unable to parse string as a number": "this must be a number",
+    "Input should be": "this must be",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
+
+
+def _plain(message: str) -> str:
+    for theirs, ours in _PYDANTIC.items():
+        message = message.replace(theirs, ours)
+    return message
 
 
 def _interrupted() -> None:
@@ -127,7 +145,7 @@ def _command() -> str:
             group = found
         elif not word.startswith("-"):
             break
-    return " ".join(names)
+    return " ".join(names) or "qe-edge"
 
 
 def _fail(error: Exception) -> int:
@@ -135,7 +153,7 @@ def _fail(error: Exception) -> int:
     message = redact(explained(error))
     print(f"error: {message}", file=sys.stderr)
     if "--json" in sys.argv:
-        status = "partial" if isinstance(error, PartlyDone) else "error"
+        status = "partial" if isinstance(error, PartlyDone | Interrupted) else "error"
         emit(True, _command(), "", status=status, errors=[message])
     return error.exit_code if isinstance(error, QeEdgeError) else QeEdgeError.exit_code
 

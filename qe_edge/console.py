@@ -17,6 +17,7 @@ from qe_edge.redact import redact
 
 T = TypeVar("T")
 
+warned: dict[str, None] = {}  # what `warn` was told in this process, each once
 FIRST, SILENCE = 10, 60  # seconds until the first word, and without another one, where no bar is drawn
 
 
@@ -82,6 +83,12 @@ def note(message: str) -> None:
     """Tell the user something on stderr."""
     if is_main_process():
         print(redact(message), file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Tell the user what may be amiss: on stderr, and among the `warnings` of --json."""
+    note(message)
+    warned[message] = None
 
 
 def quiet_transformers() -> None:

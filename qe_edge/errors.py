@@ -53,6 +53,12 @@ class PartlyDone(QeEdgeError):
     exit_code = 7
 
 
+class Interrupted(QeEdgeError):
+    """Ctrl-C ended it, and what was done is kept."""
+
+    exit_code = 130
+
+
 def explained(error: Exception) -> str:
     """What happened and what helps; our own errors, and most of the system's, say so themselves."""
     if isinstance(error, QeEdgeError | OSError):

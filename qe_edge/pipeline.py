@@ -16,7 +16,7 @@ from qe_edge.bench.bench import bench
 from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.bench.inputs import parse_run
 from qe_edge.bench.result import read_result
-from qe_edge.console import note
+from qe_edge.console import note, warn
 from qe_edge.documents.folder import make_collection
 from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.export.config import ExportConfig
@@ -59,7 +59,7 @@ def run_recipe(recipe: Recipe, *, workdir: Workdir) -> dict[str, Path]:
         recipe = from_notes(recipe, workdir)
     trainings = [recipe.sft, recipe.dpo or DpoConfig()]
     for name in {training.eval_dataset for training in trainings} & set(recipe.bench.datasets):
-        note(f"{name} chooses the checkpoint that is kept, so the student's figure on it is no test")
+        warn(f"{name} chooses the checkpoint that is kept, so the student's figure on it is no test")
     plain: str | Path = recipe.sft.student
     made, learnt = list[Path](), recipe.sft.expansions
     if recipe.samples:

@@ -26,18 +26,21 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import msgspec
 
-from qe_edge.bench.baselines import parse_baseline
+from qe_edge.bench.bench import check_config
 from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.bench.inputs import parse_run
 from qe_edge.documents.passages import WORDS
 from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import check_choices
-from qe_edge.records import Count, Positive, misfit
+from qe_edge.records import Count, Positive, misfit, no_setting
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
 from qe_edge.student.hub import local_file
+from qe_edge.student.join import Join
 from qe_edge.student.models import resolve
+from qe_edge.student.prompt import load_teacher_prompt
 from qe_edge.train.config import DpoConfig, PairsConfig, SftConfig
+from qe_edge.train.scoring import Reward
 from qe_edge.train.synthetic.config import QueriesConfig
 from qe_edge.train.teach.config import TeachConfig
 
@@ -137,7 +140,8 @@ def read_recipe(path: Path | str, *, data: Path | None = None) -> dict[str, Any]
     """A recipe, as it is written.
 
     Raises:
-        NotFound, BadInput: there is none, or it is no TOML; `{data}` is used and no folder was given.
+        NotFound, BadInput: there is none, or it is no TOML, or has a section that no recipe has; `{data}`
+            is used and no folder was given.
     """
     file = recipe_file(path)
     try:
@@ -149,9 +153,12 @@ def read_recipe(path: Path | str, *, data: Path | None = None) -> dict[str, Any]
             raise BadInput("uses {data}; name that folder with --data", path=path)
         text = text.replace("{data}", data.as_posix())
     try:
-        return tomllib.loads(text)
+        content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"not a valid recipe: {error}", path=path) from None
+    if unknown := [name for name in content if name not in Recipe.__struct_encode_fields__]:
+        raise BadInput(f"not a valid recipe: {no_setting(unknown[0], Recipe)}", path=path)
+    return content
 
 
 def load_recipe(
@@ -172,11 +179,11 @@ def load_recipe(
     try:
         return msgspec.convert(content, Recipe)
     except msgspec.ValidationError as error:
-        if "missing required field" in str(error):
-            hint = NAME_NOTES if "notes" in content else NAME_YOURS
-            raise BadInput(f"{hint} ({error})", path=path) from None
         where, what = misfit(error, _struct_of)
-        raise BadInput(f"not a valid recipe: {f'[{where}] ' if where else ''}{what}", path=path) from None
+        what = f"{f'[{where}] ' if where else ''}{what}"
+        if "lacks" in what:
+            what += f"; {NAME_NOTES if 'notes' in content else NAME_YOURS}"
+        raise BadInput(f"not a valid recipe: {what}", path=path) from None
 
 
 def _struct_of(section: str) -> type | None:
@@ -186,6 +193,18 @@ def _struct_of(section: str) -> type | None:
     hint = get_type_hints(Recipe).get(section)
     kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
     return next((kind for kind in kinds if issubclass(kind, msgspec.Struct)), None)
+
+
+def _check_words(recipe: Recipe) -> None:
+    """Joins, rewards and prompts, which are small languages of their own."""
+    trainings = [part for part in (recipe.sft, recipe.dpo) if part]
+    pairs = recipe.pairs or PairsPart()
+    for join in (recipe.join, pairs.join, *(training.eval_join for training in trainings)):
+        if join:
+            Join.parse(join)
+    Reward.parse(pairs.reward, pairs.length_penalty)
+    if recipe.teach:
+        load_teacher_prompt(recipe.teach.prompt)
 
 
 def check(recipe: Recipe) -> None:
@@ -208,10 +227,10 @@ def check(recipe: Recipe) -> None:
     if recipe.pairs and recipe.pairs.dataset:
         judged = (recipe.pairs.dataset,)
     dev = {part.eval_dataset for part in (recipe.sft, recipe.dpo) if part and part.eval_dataset}
-    for name in (*judged, *recipe.bench.datasets, *sorted(dev)):
+    for name in (*judged, *sorted(dev)):
         load_dataset(name)
-    for text in recipe.bench.baselines:
-        parse_baseline(text)
+    _check_words(recipe)
+    check_config(recipe.bench)
     readers = [str(local_file(reader)) for reader in recipe.bench.readers if reader != ITSELF]
     runs = [str(parse_run(text)[1]) for text in recipe.bench.runs]
     expansions = recipe.pairs.expansions if recipe.pairs else ()

@@ -160,8 +160,8 @@ def lowered(message: str) -> str:
     return message if message[:2].isupper() else message[:1].lower() + message[1:]
 
 
-def configured(kind: type[R], **values: Any) -> R:
-    """A configuration from values that are not checked yet.
+def configured(kind: type[R], values: dict[str, Any], place: str = "") -> R:
+    """A configuration from values that are not checked yet; `place` tells where they stand, if not in flags.
 
     Raises:
         BadArgument: a value is out of its bounds.
@@ -170,7 +170,8 @@ def configured(kind: type[R], **values: Any) -> R:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         where, what = misfit(error, lambda _: kind)
-        raise BadArgument((f"`{where}`: {what}" if where else what).replace("_", "-")) from None
+        told = f"`{where}`: {what}" if where else what
+        raise BadArgument(f"{told} ({place})" if place else told.replace("_", "-")) from None
 
 
 # What msgspec calls the types of JSON and TOML.
@@ -192,16 +193,22 @@ def misfit(error: msgspec.ValidationError, struct_at: Callable[[str], type | Non
     what, _, where = lowered(str(error)).partition(" - at `")
     where = where.rstrip("`").removeprefix("$").removeprefix(".")
     if unknown := re.fullmatch(r"object contains unknown field `(.+)`", what):
-        kind = struct_at(where)
-        names = kind.__struct_encode_fields__ if kind else ()  # type: ignore[attr-defined]
-        near = difflib.get_close_matches(unknown[1], names, 1)
-        known = f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(names)}"
-        return where, f"there is no setting `{unknown[1]}`; {known}"
+        return where, no_setting(unknown[1], struct_at(where))
+    if missing := re.fullmatch(r"object missing required field `(.+)`", what):
+        return where, f"lacks `{missing[1]}`"
     if what.startswith("invalid enum value"):
         section, _, name = where.rpartition(".")
         known = ", ".join(_choices(struct_at(section), name))
         return where, f"{what.replace('enum value', 'choice')}; choose from: {known}"
     return where, re.sub(r"`(\w+)`", lambda found: _TYPES.get(found[1], found[0]), what)
+
+
+def no_setting(name: str, kind: type | None) -> str:
+    """That a struct has no such setting, and which one may be meant."""
+    names = kind.__struct_encode_fields__ if kind else ()  # type: ignore[attr-defined]
+    near = difflib.get_close_matches(name, names, 1)
+    known = f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(names)}"
+    return f"there is no setting `{name}`; {known}"
 
 
 def _choices(kind: type | None, name: str) -> list[str]:

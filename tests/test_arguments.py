@@ -217,7 +217,7 @@ def test_settings_from_flags_and_recipes(kind, name, value):
     }
     config, needed = kinds[kind]
     with pytest.raises(BadArgument, match=name.replace("_", "-")):
-        configured(config, **needed, **{name: value})
+        configured(config, needed | {name: value})
 
 
 @given(st.integers() | st.floats() | st.text(max_size=2) | st.none() | st.booleans())

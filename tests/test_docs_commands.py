@@ -35,6 +35,7 @@ NOT_RUN = {
     "own-data.md": "a teacher's server and the reader's notes; tests/train and tests/commands run stand-ins",
     "performance.md": "hours; tests/bench and tests/js run small sizes, but for scoring_speed: it needs data",
     "results.md": "hours, on real collections",
+    "results-more.md": "as results.md",
     "training.md": "models that are downloaded, and a paid teacher; tests/train runs each with small ones",
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from qe_edge.console import is_main_process, note
+from qe_edge.console import is_main_process, note, warn
 from qe_edge.errors import BadArgument, require
 from qe_edge.retrieval.datasets import load_dataset
 from qe_edge.retrieval.index import Index
@@ -182,5 +182,5 @@ def take_best(folder: Path) -> Best:
         if file.name != RECORD:
             file.replace(folder / file.name)
     if best.step == 0:
-        note("no evaluation was better than the one before training, so the untrained weights were kept")
+        warn("no evaluation was better than the one before training, so the untrained weights were kept")
     return best

@@ -90,6 +90,7 @@ def dpo(
         base=trained.base,
         rows=len(encoded),
         dropped=dict(dropped),
+        learnt=sorted({row.dataset for row in rows}),
     )
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from qe_edge.backends.free_cores import FreeCores
 from qe_edge.console import is_main_process, note, progress
-from qe_edge.errors import BadInput, QeEdgeError, require
+from qe_edge.errors import BadInput, Interrupted, require
 from qe_edge.student.spec import ModelSpec, write_spec
 from qe_edge.train.card import write_card
 from qe_edge.train.config import TrainConfig
@@ -31,12 +31,6 @@ LOG = "log.jsonl"
 # What ends a training after its step, with its state saved; a second one ends it at once.
 STOPS = (signal.SIGINT, signal.SIGTERM)
 TENSORBOARD = "tensorboard"
-
-
-class Interrupted(QeEdgeError):
-    """Training was stopped by Ctrl-C with its state saved."""
-
-    exit_code = 130
 
 
 class TrainingRun(RunFolder):
@@ -131,8 +125,10 @@ class TrainingRun(RunFolder):
         if tokenizer is not None:
             tokenizer.save_pretrained(self.partial)
         write_spec(self.partial, spec)
-        # A training of few steps doesn't come to all of them.
-        seen = min(rows, round(rows * (trainer.state.epoch or 1.0)))
+        # A training of few steps doesn't come to all of them. Packed, a row of its data holds several.
+        at_once = self.config.batch_size * self.config.accumulate * self.on.processes
+        share = trainer.state.global_step * at_once / len(trainer.train_dataset)
+        seen = round(rows * min(1.0, share))
         write_card(self.partial, spec, rows=seen, full=tokenizer is not None)
         write_log(self.partial / LOG, trainer.state.log_history)
         draw(self.partial, trainer.state.log_history)

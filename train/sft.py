@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from qe_edge.console import note
+from qe_edge.console import note, warn
 from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.student.prompt import Tokenize, hugging_face
@@ -56,9 +56,9 @@ def sft(
     rows = select_rows(expansions, config)
     if marked := _marked(expansions, config):
         kinds = ", ".join(f"{count} {problem}" for problem, count in marked.items())
-        note(f"sft: left out, as `teach` marked them: {kinds} (--accept takes such rows)")
+        warn(f"sft: left out, as `teach` marked them: {kinds} (--accept takes such rows)")
     if len(models := sorted({row.model for row in rows})) > 1:
-        note(f"sft: texts of several models: {', '.join(models)} (--teacher-model takes those of one)")
+        warn(f"sft: texts of several models: {', '.join(models)} (--teacher-model takes those of one)")
     out = out or workdir.new("sft")
     inputs = {f"expansions[{i}]": path for i, path in enumerate(expansions)}
     with on.main_process_first():
@@ -95,6 +95,7 @@ def sft(
         base=source,
         rows=len(encoded),
         dropped=dict(dropped),
+        learnt=sorted({row.dataset for row in rows}),
     )
 
 

@@ -125,7 +125,10 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
     if any(key.endswith("-tokens") for key in keys):
         lines.append(f"N tokens: {dataset.measure} when each expansion ends after so many.")
     if dataset.teacher is not None and "of-teacher" in keys:
-        lines.append(f"of teacher: {dataset.measure} as a share of that of {dataset.teacher}.")
+        lines.append(
+            f"of teacher: {dataset.measure} as a share of that of {dataset.teacher} "
+            f"({MISSING}: BM25, and the teacher itself)."
+        )
     if dataset.teacher is not None and "of-gain" in keys:
         none = all(system.gain_retention is None for system in dataset.systems)
         lines.append(
@@ -140,7 +143,9 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
         names: dict[str, list[str]] = {}
         for system in dataset.systems:
             names.setdefault(system.join, []).append(system.name)
-        lines += [f"Joined by {join}: {', '.join(names[join])}." for join in names if join]
+        for join in filter(None, names):
+            both = ", the first what is written and the second what is read" if " + " in join else ""
+            lines.append(f"Joined by {join}{both}: {', '.join(names[join])}.")
     lines += dict.fromkeys(
         f"Encoding {dataset.info.documents:,} documents took {once.seconds:.0f} s on {once.threads} threads, "
         f"for {once.megabytes:.0f} MB of vectors: all rows with dense or hybrid need it first."

@@ -7,7 +7,7 @@ from typing import get_args
 
 from qe_edge.backends.lifetime import check_not_forked
 from qe_edge.backends.protocol import Backend
-from qe_edge.console import note
+from qe_edge.console import warn
 from qe_edge.errors import BadArgument, require
 from qe_edge.student.models import Engine, ModelRef
 from qe_edge.work.machine import usable_cores
@@ -41,7 +41,7 @@ def open_backend(ref: ModelRef, *, engine: Engine | None = None, threads: int | 
         from qe_edge.backends.mlx import MlxBackend
 
         if not require("mlx.core", "mlx").metal.is_available():
-            note(f"{ref.name}: without Metal MLX may take minutes for a query; for use, take a GGUF")
+            warn(f"{ref.name}: without Metal MLX may take minutes for a query; for use, take a GGUF")
         return MlxBackend(ref)
     from qe_edge.backends.transformers import TransformersBackend
 

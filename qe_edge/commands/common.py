@@ -10,8 +10,8 @@ import msgspec
 import typer
 
 from qe_edge.arguments import MOST_THREADS
-from qe_edge.console import note, print_json
-from qe_edge.errors import PartlyDone
+from qe_edge.console import note, print_json, warn, warned
+from qe_edge.errors import Interrupted, PartlyDone
 from qe_edge.redact import redact
 from qe_edge.runtime.expander import Expander
 from qe_edge.work.folder import DEFAULT_WORKDIR, Workdir
@@ -77,7 +77,7 @@ def tell_split(named: str, data: Dataset) -> None:
     from qe_edge.retrieval.datasets import split_name, splits
 
     if not split_name(named)[1] and data.folder and data.split != "train" and "train" in splits(data.folder):
-        note(f"{named}: its {data.split} queries; {named}@train has those to train on")
+        warn(f"{named}: its {data.split} queries; {named}@train has those to train on")
 
 
 def load_expander(model: str | None, workdir: Path, **settings: Any) -> Expander:
@@ -110,9 +110,13 @@ def emit_asked(
         + (f", cost {outcome.cost:.4f}" if outcome.cost else "")
         + (f"; unusable: {bad}" if bad else "")
     )
-    missing = []
+    from qe_edge.train.teach.session import INTERRUPTED
+
+    missing, ended = [], PartlyDone.exit_code
     if outcome.done < outcome.candidates:
         why = f"stopped: {outcome.stopped}" if outcome.stopped else f"{outcome.failed} got no answer"
+        if outcome.stopped == INTERRUPTED:
+            why, ended = INTERRUPTED, Interrupted.exit_code
         missing.append(f"{why}. Run the same command again for the others")
     emit(
         as_json,
@@ -127,7 +131,7 @@ def emit_asked(
     )
     if missing:
         note(f"error: {missing[0]}")
-        raise typer.Exit(PartlyDone.exit_code)
+        raise typer.Exit(ended)
 
 
 def emit(
@@ -152,7 +156,7 @@ def emit(
             "inputs": redact(inputs or {}),
             "artifacts": artifacts or {},
             "metrics": metrics or {},
-            "warnings": redact(warnings or []),
+            "warnings": redact(list(dict.fromkeys([*warned, *(warnings or [])]))),
             "errors": redact(errors or []),
         }
         print_json(envelope)

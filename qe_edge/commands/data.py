@@ -64,7 +64,10 @@ def data_info(
 def data_fetch(
     name: Annotated[str, typer.Argument(help="A data set, as NAME or NAME@SPLIT.")], json: JsonOption = False
 ) -> None:
-    """Download a data set by ir_datasets, which shows its progress and keeps it."""
+    """Download a data set by ir_datasets.
+
+    It shows its progress and keeps what it got.
+    """
     from qe_edge.retrieval.datasets import load_dataset
 
     dataset = load_dataset(name)
@@ -96,7 +99,10 @@ def data_import(
     out: OutOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Make a data set from official topics, judgments and passages, without a download."""
+    """Make a data set from official topics, judgments and passages.
+
+    Nothing is downloaded.
+    """
     import msgspec
 
     from qe_edge.errors import BadArgument

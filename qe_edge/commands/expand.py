@@ -57,7 +57,7 @@ def expand(
             "",
             inputs={"model": model or expander.name},
             metrics=metrics,
-            warnings=failures,
+            errors=failures,
             status=status,
         )
     if failures:

@@ -27,7 +27,10 @@ def export(
     *,
     settings: Settings[ExportConfig],
 ) -> None:
-    """Turn a merged model into quantized GGUF and MLX, checked against the original."""
+    """Turn a merged model into quantized GGUF and MLX, and check them.
+
+    Each file is compared with the original.
+    """
     from qe_edge.export.export import check_choices, export_model
 
     named = {"Q4_K_M": q4, "Q8_0": q8, "F16": f16, "BF16": bf16}

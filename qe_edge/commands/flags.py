@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from qe_edge.commands.common import emit, finite
 from qe_edge.errors import BadArgument, BadInput
-from qe_edge.records import configured, misfit
+from qe_edge.records import configured
 from qe_edge.redact import redact
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -62,16 +62,8 @@ class Settings(Generic[S]):
         Raises:
             BadArgument: a value is out of its bounds, or missing.
         """
-        if self._recipe:
-            try:
-                config = msgspec.convert(self.values, self._kind)
-            except msgspec.ValidationError as error:
-                where, what = misfit(error, lambda _: self._kind)
-                told = f"`{where}`: {what}" if where else what
-                place = f"(in [{self._section}] of {self._recipe}, or as a flag)"
-                raise BadArgument(f"{told} {place}") from None
-        else:
-            config = configured(self._kind, **self.values)
+        place = f"in [{self._section}] of {self._recipe}, or as a flag" if self._recipe else ""
+        config = configured(self._kind, self.values, place)
         if self.shown:
             content = {self._section: redact(msgspec.to_builtins(config))}
             verb = f"train {self._section}" if self._section in ("sft", "dpo") else self._section

@@ -68,7 +68,10 @@ def data_queries(
     *,
     settings: Settings[QueriesConfig],
 ) -> None:
-    """Have a model write queries that the passages answer, and keep those that find them again."""
+    """Have a model write queries that your passages answer.
+
+    Those are kept that find their passage again.
+    """
     from qe_edge.train.synthetic.queries import write_queries
 
     if not settings.values.get("model"):
@@ -111,7 +114,10 @@ def data_judge(
     *,
     settings: Settings[JudgeConfig],
 ) -> None:
-    """Have a model grade what BM25, RM3 and the runs find, and compare its grades with known judgments."""
+    """Have a model grade what BM25, RM3 and the runs find.
+
+    Its grades are compared with known judgments.
+    """
     from qe_edge.bench.inputs import parse_run
     from qe_edge.retrieval.datasets import load_dataset
     from qe_edge.retrieval.trec import read_run

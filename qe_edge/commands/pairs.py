@@ -29,7 +29,7 @@ def pairs(
     *,
     settings: Settings[PairsConfig],
 ) -> None:
-    """Score candidate expansions by retrieval and build preference pairs."""
+    """Score expansions by retrieval, and pair the better with the worse."""
     from qe_edge.retrieval.datasets import load_dataset
     from qe_edge.train.pair_report import counted, describe
     from qe_edge.train.pairs import REPORT

@@ -22,7 +22,7 @@ def prune(
     *,
     settings: Settings[PruneConfig],
 ) -> None:
-    """Leave out the tokens of a vocabulary that given texts don't use: a smaller and faster model.
+    """Leave out tokens that given texts don't use: a smaller model.
 
     What it makes can be trained (`train sft --student`), exported and pruned again.
     """

@@ -24,7 +24,10 @@ def push(
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
-    """Upload an export to the Hugging Face hub, with what was measured in its card."""
+    """Upload an export to the Hugging Face hub.
+
+    Its card tells what was measured.
+    """
     from qe_edge.bench.result import read_result
     from qe_edge.push import push as verb
 

@@ -40,7 +40,7 @@ def report(
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
-    """Draw one self-contained HTML report from bench results of one or several machines."""
+    """Draw one HTML page from bench results of one or several machines."""
     from qe_edge.bench.report.report import chart_png
     from qe_edge.bench.report.report import report as verb
     from qe_edge.bench.report.table import csv_rows, latex_table, markdown_table

@@ -41,7 +41,7 @@ def run(
 
 
 def demo(workdir: WorkdirOption = WORKDIR, json: JsonOption = False) -> None:
-    """Run the whole pipeline on the built-in student and collection: the recipe `demo`."""
+    """Run the whole pipeline on what ships with it: the recipe `demo`."""
     _run("demo", Overrides(), None, workdir, json)
 
 

@@ -21,7 +21,7 @@ def search(
     *,
     settings: Settings[SearchConfig],
 ) -> None:
-    """Search a data set with the expanded query, and show what the expansion changed."""
+    """Search with the expanded query, and show what expansion changed."""
     import msgspec
 
     from qe_edge.serve.collection import CANDIDATES, Collection

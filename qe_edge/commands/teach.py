@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -83,11 +83,12 @@ def teach(
 
 def _following(dataset: str | None, data: Dataset, file: Path, cut: bool) -> str:
     """What to do with the candidates: those of test queries are to compare with, not to train on."""
-    if not dataset:
-        return ""
+    accept = " --accept cut" if cut else ""
+    if not dataset:  # nothing is judged, so there are no pairs
+        return f"qe-edge train sft --expansions {file}{accept}"
     if data.split == "test":
         return f"qe-edge bench --dataset {dataset} --teacher {file}"
-    return f"qe-edge pairs --dataset {dataset}{' --accept cut' if cut else ''}"
+    return f"qe-edge pairs --dataset {dataset}{accept}"
 
 
 def _import(
@@ -97,9 +98,11 @@ def _import(
     from qe_edge.train.teach.importing import ImportConfig, import_expansions
     from qe_edge.train.teach.teach import EXPANSIONS
 
-    given = {name: settings.values[name] for name in ("model", "keep_bad") if name in settings.values}
-    modes = settings.values.get("modes", [None])
-    config = configured(ImportConfig, format=format, mode=",".join(modes) if modes[0] else None, **given)
+    given: dict[str, Any] = {"format": format}
+    given |= {name: settings.values[name] for name in ("model", "keep_bad") if name in settings.values}
+    if modes := settings.values.get("mode"):
+        given["mode"] = ",".join(modes)
+    config = configured(ImportConfig, given)
     counts = import_expansions(file, config, data, out=out)
     text = ", ".join(f"{count} {what}" for what, count in counts.items())
     artifacts = {"expansions": out / EXPANSIONS}

@@ -62,7 +62,10 @@ def train_dpo(
     pairs: Annotated[
         Path | None, typer.Option(help="A pairs.jsonl (default: the newest, where all are of one data set).")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="An SFT folder (default: the newest).")] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="An SFT folder (default: the newest, where all learnt from one data set)."),
+    ] = None,
     show_example: ShowOption = False,
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
@@ -80,7 +83,7 @@ def train_dpo(
         pairs = work.newest_pairs() / PAIRS
         took("pairs", pairs)
     if adapter is None:
-        adapter = work.newest("sft")
+        adapter = work.newest_sft()
         took("adapter", adapter)
     if show_example:
         shown = example(pairs, adapter, config)

@@ -26,7 +26,10 @@ def verify(
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
-    """Check an export against its source: checksums, token ids, spec, logits, and nDCG@10 if asked."""
+    """Check an export against its source.
+
+    That is checksums, token ids, spec, logits, and nDCG@10 if asked.
+    """
     from qe_edge.export.compare import compare_retrieval
     from qe_edge.export.prune import verify_pruned
     from qe_edge.export.verify import source_of, verify_export

@@ -13,7 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from qe_edge.arguments import check_number, check_path
-from qe_edge.console import note
+from qe_edge.console import warn
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.work.files import remove, sha256
 
@@ -52,7 +52,7 @@ class ExpansionCache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._is_damaged():
             aside = self.path.with_name(f"{self.path.name}.damaged")
-            note(f"{self.path} is damaged; it is kept as {aside.name}, and a new cache is begun")
+            warn(f"{self.path} is damaged; it is kept as {aside.name}, and a new cache is begun")
             self.path.replace(aside)
             for log in ("-wal", "-shm"):
                 remove(self.path.with_name(self.path.name + log))

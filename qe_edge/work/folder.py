@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from qe_edge.errors import BadArgument, NotFound
 from qe_edge.work.files import MANIFEST, claim, read_json, recover_all
@@ -107,12 +108,24 @@ class Workdir:
             BadArgument: there is one of another data set, too.
         """
         newest = self.newest("pairs")
-        records = [
-            read_json(run / MANIFEST) for run in (self._run("pairs", n) for n in self._numbers("pairs"))
-        ]
-        found = {record["settings"]["dataset"] for record in records}
+        found = {record["settings"]["dataset"] for record in self._records("pairs")}
         _refuse_several("`qe-edge pairs` made pairs", sorted(found), "--pairs")
         return newest
+
+    def newest_sft(self) -> Path:
+        """The newest output of `train sft`.
+
+        Raises:
+            NotFound: there is none.
+            BadArgument: there is one that learnt another data set, too.
+        """
+        newest = self.newest("sft")
+        found = {" + ".join(record["learnt"]) for record in self._records("sft")}
+        _refuse_several("`qe-edge train sft` made students", sorted(found), "--adapter")
+        return newest
+
+    def _records(self, stage: str) -> list[dict[str, Any]]:
+        return [read_json(self._run(stage, number) / MANIFEST) for number in self._numbers(stage)]
 
     def newest(self, *stages: str) -> Path:
         """The newest finished output of any of the stages."""
@@ -129,4 +142,4 @@ class Workdir:
 def _refuse_several(made: str, datasets: list[str], flag: str) -> None:
     """What to train on is not to be guessed."""
     if len(datasets) > 1:
-        raise BadArgument(f"{made} of several data sets ({', '.join(datasets)}); name a file with {flag}")
+        raise BadArgument(f"{made} of several data sets ({', '.join(datasets)}); name one with {flag}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from qe_edge.console import is_main_process, json_bytes, note
+from qe_edge.console import is_main_process, json_bytes, warn
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.redact import redact
 from qe_edge.work.files import MANIFEST, claim, publish, read_json, recover, remove, sha256, write_json
@@ -132,7 +132,7 @@ class RunFolder:
     def _place(self, out: Path) -> Path:
         """A work folder's number, `out` or the next free one, with what the same run left at another."""
         while other := self._other_work(out):
-            note(f"{_partial(out)} holds an interrupted run with other {other}; it stays there")
+            warn(f"{_partial(out)} holds an interrupted run with other {other}; it stays there")
             out = _next(out)
             while out.exists() or not _mine(out):
                 out = _next(out)

@@ -545,6 +545,30 @@ def test_the_child_prints_one_json_object_whatever_the_engine_says(student, tmp_
     assert json.loads(child.stdout)["value"]["load_s"] > 0
 
 
+def test_of_a_teacher_that_was_asked_again_the_last_answers_count(tmp_path):
+    data = load_dataset("demo-en")
+    first, second = list(data.queries)[:2]
+    answers = [
+        (first, "bad", 0),
+        (first, "another candidate", 1),
+        (second, "imported", None),
+        (second, "imported too", None),
+        (first, dict(data.documents())[max(data.qrels[first], key=data.qrels[first].get)], 0),
+    ]
+    rows = [
+        Expansion("demo-en", id, data.queries[id], "en", "big", "few-shot", text, sample=sample)
+        for id, text, sample in answers
+    ]
+    file = tmp_path / "teacher.jsonl"
+    file.write_bytes(encode_jsonl(rows))
+    out = bench(BenchConfig(datasets=("demo-en",), teachers=(str(file),)), workdir=Workdir(tmp_path / "work"))
+    result = read_result(out)
+    told = "big few-shot was asked again about demo-en@test; without 1 earlier answer"
+    assert told in result.warnings
+    teacher = result.datasets[0].systems[2]
+    assert teacher.expansions == {first: answers[-1][1], second: "imported"}
+
+
 def test_a_teachers_unusable_answers_count_as_the_plain_query(tmp_path):
     data = load_dataset("demo-en")
     first, second, third = list(data.queries)[:3]

@@ -49,7 +49,8 @@ gpt-4.1 zero-shot .800 [.700, .900]                    –       –     –    
 
 2 queries, 95 % bootstrap intervals. So few cannot tell small differences from
 chance: see the interval of “vs BM25”.
-of teacher: nDCG@10 as a share of that of gpt-4.1 zero-shot.
+of teacher: nDCG@10 as a share of that of gpt-4.1 zero-shot (–: BM25, and the
+teacher itself).
 Joined by mass:0.7: my[bold]|Q4.
 Joined by repeat:5: gpt-4.1 zero-shot.
 my[bold]|Q4: queries without an expansion, searched as they are: 2.
@@ -159,7 +160,10 @@ def test_latex_escapes_what_latex_would_read() -> None:
     name = r"a\_b \& 50\% \{x\} \#1 \textasciicircum{}\textasciitilde{}\textbackslash{}"
     assert any(line.startswith(name + " & .434 [.360, .500] &") for line in lines)
     assert any(r"+.051 [$-$.003, +.101] & 61 \% & 158 & 385" in line for line in lines)
-    assert "of teacher: nDCG@10 as a share of that of gpt-4.1 zero-shot." in lines
+    assert (
+        "of teacher: nDCG@10 as a share of that of gpt-4.1 zero-shot (--: BM25, and the teacher itself)."
+        in lines
+    )
     assert r"\begin{tabular}{lrr}" in latex_table(data, ["of-gain", "helped"])
 
 

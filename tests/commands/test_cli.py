@@ -14,7 +14,8 @@ from results import bench
 from qe_edge import __version__, doctor
 from qe_edge.cli import app, main
 from qe_edge.errors import QeEdgeError, require
-from qe_edge.retrieval.datasets import builtin_folder
+from qe_edge.records import Expansion, read_jsonl
+from qe_edge.retrieval.datasets import builtin_folder, load_dataset
 from qe_edge.work.files import atomic_path, write_bytes, write_json
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import RunFolder, check_output
@@ -101,7 +102,9 @@ def test_a_users_mistake_is_one_line_and_its_code(qe_edge, arguments, code, mess
     ("arguments", "message"),
     [
         (["train", "sft", "-e", "x", "--epochs", "-1"], "`epochs`"),
-        (["train", "sft", "-e", "x", "--rank", "0"], "--rank"),
+        (["train", "sft", "-e", "x", "--rank", "0"], "'--rank': this must be at least 1"),
+        (["serve", "--port", "99999"], "'--port': this must be at most 65535"),
+        (["train", "sft", "--epochs", "x"], "'--epochs': this must be a number"),
         (["train", "sft", "-e", "x", "--mode", "nonsense"], "--mode: unknown nonsense"),
         (["train", "dpo", "--pairs", "x", "--adapter", "x", "--beta", "0"], "`beta`"),
         (["train", "dpo", "--pairs", "x", "--adapter", "x", "--loss", "dpo"], "--loss: unknown"),
@@ -131,12 +134,28 @@ def test_an_error_with_json_is_an_object_too(qe_edge):
     assert envelope["errors"][0].startswith("no data set 'nothing'")
 
 
+def test_what_is_warned_of_is_in_the_object_too(qe_edge, tmp_path):
+    data = load_dataset("demo-en@train")
+    (tmp_path / "made.tsv").write_text("".join(f"{id}\tsome words about it\n" for id in data.queries))
+    asked = ["--import", tmp_path / "made.tsv", "--format", "querygym", "-m", "big", "--mode", "few-shot"]
+    found = []
+    for name in ("demo-en@train", "demo-en"):
+        code, out, err = qe_edge("teach", "-d", name, *asked, "--out", tmp_path / name, "--json")
+        found.append((code, json.loads(out)["warnings"]))
+        assert all(warning in err for warning in found[-1][1])
+    assert found[0] == (0, []) and found[1][0] == 5  # no row is of the test queries
+    assert found[1][1] == ["demo-en: its test queries; demo-en@train has those to train on"]
+    rows = read_jsonl(tmp_path / "demo-en@train" / "expansions.jsonl", Expansion)
+    assert {(row.model, row.mode) for row in rows} == {("big", "few-shot")}
+
+
 @pytest.mark.parametrize(
     ("arguments", "command", "message"),
     [
-        (["train", "sft", "--rank", "x"], "train sft", "Invalid value for '--rank'"),
+        (["train", "sft", "--rank", "x"], "train sft", "for '--rank': this must be a whole number"),
         (["expand", "--nonsense"], "expand", "No such option: --nonsense"),
-        (["nothing"], "", "No such command 'nothing'"),
+        (["nothing"], "qe-edge", "No such command 'nothing'"),
+        ([], "qe-edge", "No such option: --json"),
         (["bench"], "bench", "name at least one data set"),
     ],
 )
@@ -163,10 +182,13 @@ def test_every_help_fits_a_screen(qe_edge, monkeypatch):
         for name, one in getattr(found, "commands", {}).items()
     }
     assert len(commands) > 18
-    for names, command in commands.items():
+    for names, command in [((), typer.main.get_command(app)), *commands.items()]:
         _, out, _ = qe_edge(*names, "--help")
         lines = out.splitlines()
         assert len(lines) <= 60 and max(map(len, lines)) <= 80, names
+        assert not [line for line in lines if line.endswith("...") and "Usage" not in line], (
+            names
+        )  # a sentence cut off
         for parameter in command.params:
             assert parameter.help, (names, parameter.name)
             if not parameter.hidden and parameter.param_type_name == "option":
@@ -187,12 +209,13 @@ def test_bench_without_a_model_measures_bm25_and_the_teacher(qe_edge):
     code, out, err = qe_edge("bench", "-d", "demo-en")
     assert code == 0
     assert "demo-en@test" in out
-    assert "BM25 is measured without a model" in err
+    assert "bench: without a model, since none is named" in err
+    code, _, err = qe_edge("bench", "-d", "demo-en", "--measure", "nDCG@@")
+    assert code == 2 and "without a model" not in err
 
 
 def test_a_bare_name_is_told_to_mean_the_test_queries(qe_edge, capsys):
     from qe_edge.commands.common import tell_split
-    from qe_edge.retrieval.datasets import load_dataset
 
     for name in ("demo-en@train", "demo-en@test", "demo-en"):
         tell_split(name, load_dataset(name))

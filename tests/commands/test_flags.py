@@ -126,6 +126,25 @@ def test_what_a_recipe_names_wrongly_is_told_with_the_file_and_what_there_is(tmp
         assert str(result.exception).endswith(f"(in [sft] of {file}, or as a flag)")
 
 
+def test_a_section_that_no_recipe_has_is_told_whatever_is_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[sft]\nrank = 4\n[sfr]\nrank = 8\n", encoding="utf-8")
+    for command in (["train", "sft", "--recipe", str(file), "--print-config"], ["run", str(file)]):
+        result = CliRunner().invoke(app, command)
+        assert str(result.exception) == (
+            f"{file}: not a valid recipe: there is no setting `sfr`; did you mean `sft`?"
+        )
+
+
+def test_what_a_recipe_lacks_is_told_with_the_flag_that_gives_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('title = "mine"\n[sft]\nexpansions = ["a.jsonl"]\n[bench]\n', encoding="utf-8")
+    result = CliRunner().invoke(app, ["run", str(file)])
+    assert str(result.exception).startswith(
+        f"{file}: not a valid recipe: [bench] lacks `dataset`; name your data with --dataset"
+    )
+
+
 def test_printed_settings_are_one_object_with_json() -> None:
     result = CliRunner().invoke(app, ["pairs", "--min-gap", "0.2", "--print-config", "--json"])
     found = json.loads(result.stdout)

@@ -85,7 +85,7 @@ def test_expansions_alone_make_no_pairs(tmp_path):
     assert (loaded.pairs, loaded.sft.expansions) == (None, ("own.jsonl",))
     given["pairs"]["dataset"] = "demo-en@train"
     assert load_recipe(recipe, data=tmp_path, given=given).pairs.dataset == "demo-en@train"
-    with pytest.raises(BadInput, match=r"name your data with --dataset.*\(.*dataset"):
+    with pytest.raises(BadInput, match=r"\[bench\] lacks `dataset`; name your data with --dataset"):
         load_recipe("qwen3-0.6b-24gb", given={"pairs": {"expansions": ["own.jsonl"]}})
 
 
@@ -171,6 +171,12 @@ def test_a_student_learns_from_its_own_best_texts(tiny_qwen3, tmp_path, capsys, 
         (("[bench]\n", '[bench]\nrefine = true\nreader = ["no.gguf"]\n'), "no.gguf: no such file"),
         (("[bench]\n", '[bench]\nrun = ["no.trec"]\n'), "no.trec: no such file"),
         (("rank = 4", 'eval_dataset = "demo-fr"'), "no data set 'demo-fr'"),
+        (("rank = 4", 'eval_join = "lots"'), "can't read the join"),
+        (("max_per_query = 1", 'reward = "nDCG@@"'), "nDCG@@"),
+        (("[bench]\n", '[bench]\nmeasure = ["nDCG@@"]\n'), "nDCG@@"),
+        (("[bench]\n", '[bench]\njoin = ["lots"]\n'), "can't read the join"),
+        (("[bench]\n", '[bench]\ntune_on = "demo-en"\n'), "tune on others than those that are measured"),
+        (("[bench]\n", '[bench]\nmodel = ["no.gguf"]\n'), "no model 'no.gguf'"),
         (('student = "', 'student = "/nowhere'), "no model"),
     ],
 )

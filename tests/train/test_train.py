@@ -296,6 +296,10 @@ def test_interrupted_or_killed_training_goes_on_to_the_same_losses(
     assert resumed == work.root / "sft" / "003"
     assert not (work.root / "sft" / "001.partial").exists()
     assert losses(resumed) == pytest.approx(losses(trained), abs=1e-5)
+    assert (read_record(resumed)["rows_seen"], read_record(resumed)["learnt"]) == (
+        read_record(resumed)["rows"],
+        ["tiny"],
+    )
 
 
 def test_a_training_that_logs_rarely_has_a_loss_though_it_was_interrupted(tiny_qwen3, files):

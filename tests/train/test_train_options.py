@@ -211,15 +211,21 @@ def test_what_to_train_on_is_not_guessed(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
         (taught / "expansions.jsonl").write_text("")
         (paired / "run.json").write_text(json.dumps({"settings": {"dataset": name}}))
+        adapter = tmp_path / "sft" / f"{number:03d}"
+        adapter.mkdir(parents=True)
+        (adapter / "run.json").write_text(json.dumps({"learnt": [name.removesuffix("@train"), "c"]}))
         if number < 3:
+            assert work.newest_sft() == adapter
             assert work.only_taught() == taught / "expansions.jsonl"
             assert work.newest_pairs() == paired
     (tmp_path / "teach" / "a@test").mkdir()  # to compare with, not to train on
     (tmp_path / "teach" / "a@test" / "expansions.jsonl").write_text("")
-    with pytest.raises(BadArgument, match=r"sets \(a@train, b@train\); name a file with --expansions"):
+    with pytest.raises(BadArgument, match=r"sets \(a@train, b@train\); name one with --expansions"):
         work.only_taught()
-    with pytest.raises(BadArgument, match=r"sets \(a@train, b@train\); name a file with --pairs"):
+    with pytest.raises(BadArgument, match=r"sets \(a@train, b@train\); name one with --pairs"):
         work.newest_pairs()
+    with pytest.raises(BadArgument, match=r"sets \(a \+ c, b \+ c\); name one with --adapter"):
+        work.newest_sft()
 
 
 def test_rows_in_a_language_that_the_student_lacks_are_left_out_or_refused(tiny_qwen3):

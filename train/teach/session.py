@@ -31,6 +31,7 @@ SILENT = 8
 # An answer that takes this share of its time limit came from a server that keeps requests waiting.
 SLOW = 0.25
 TOGETHER = 8  # answers of a local model: more bring little
+INTERRUPTED = "interrupted"  # why a session stopped that Ctrl-C ended
 # Seconds in which the first answer must come: a wrong address is told at once, an outage waited for.
 FIRST_PATIENCE = 15.0
 
@@ -172,7 +173,7 @@ class _Session(Generic[J, R]):
     def _interrupted(self, loop: asyncio.AbstractEventLoop) -> None:
         loop.remove_signal_handler(signal.SIGINT)
         self._tell(f"waiting for {self.pace.flying} answers on their way (Ctrl-C again to stop at once)")
-        self.stop("interrupted")
+        self.stop(INTERRUPTED)
 
     async def _work(self, jobs: Iterator[J], advance: Any) -> None:
         for job in jobs:
