@@ -62,9 +62,9 @@ at("language").onclick = () => {
 
 // Notes
 
-/** A Markdown heading belongs to the paragraph below it. */
+/** A Markdown heading belongs to the paragraph below it, without its marks. */
 function withHeadings(content) {
-  return content.replace(/^(#{1,6} .*)\n\s*\n/gm, "$1\n");
+  return content.replace(/^#{1,6} +(.*?)\s*\n\s*/gm, "$1 – ");
 }
 
 function take(notes) {
