@@ -148,7 +148,7 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
             lines.append(f"Joined by {join}{both}: {', '.join(names[join])}.")
     lines += dict.fromkeys(
         f"Encoding {dataset.info.documents:,} documents took {once.seconds:.0f} s on {once.threads} threads, "
-        f"for {once.megabytes:.0f} MB of vectors: all rows with dense or hybrid need it first."
+        f"for {rate(once.megabytes)} MB of vectors: all rows with dense or hybrid need it first."
         for system in dataset.systems
         if (once := system.encoding)
     )

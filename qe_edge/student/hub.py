@@ -50,7 +50,8 @@ def fetch(name: str) -> Path:
     found = [file for file in names if file == wanted or (kind and "/" not in file and _is(file, wanted))]
     if not found:
         never = ", or it was never fetched" if kept else ""
-        raise NotFound(f"no model {name!r}: {repo} has no file {wanted}{never}")
+        there = ", ".join(sorted(file for file in names if file.endswith(".gguf") and "/" not in file))
+        raise NotFound(f"no model {name!r}: {repo} has no file {wanted}{never}; it has {there or 'no GGUF'}")
     if len(found) > 1:
         several = ", ".join(f"{PREFIX}{repo}/{file}" for file in sorted(found))
         raise BadInput(f"{name} means several files; name one of them: {several}")
