@@ -186,7 +186,8 @@ def test_it_speaks_chinese_and_finds_chinese_notes(chromium: Any, address: str) 
 def test_a_folder_of_files_becomes_passages(chromium: Any, address: str, tmp_path: Path) -> None:
     context, shown, errors = opened(chromium, address, "en-US")
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "a.md").write_text("# Tea\n\n## Heat\nGreen tea wants eighty degrees.\n\nBlack tea boils.\n")
+    note = "# Tea\n\n## Heat\nGreen tea wants eighty degrees.\n\nBlack tea boils.\n"
+    (tmp_path / "notes" / "a.md").write_text(note)
     (tmp_path / "notes" / "b.bin").write_bytes(b"\0tea")
     shown.set_input_files("#folder", str(tmp_path / "notes"))
     shown.wait_for_function("document.getElementById('count').textContent === '2 passages'")
