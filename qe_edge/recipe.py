@@ -180,10 +180,9 @@ def load_recipe(
         return msgspec.convert(content, Recipe)
     except msgspec.ValidationError as error:
         where, what = misfit(error, _struct_of)
-        what = f"{f'[{where}] ' if where else ''}{what}"
-        if "lacks" in what:
-            what += f"; {NAME_NOTES if 'notes' in content else NAME_YOURS}"
-        raise BadInput(f"not a valid recipe: {what}", path=path) from None
+        hint = f"; {NAME_NOTES if 'notes' in content else NAME_YOURS}" if what.startswith("lacks") else ""
+        section = f"[{where}] " if where else ""
+        raise BadInput(f"not a valid recipe: {section}{what}{hint}", path=path) from None
 
 
 def _struct_of(section: str) -> type | None:

@@ -76,6 +76,7 @@ def train_dpo(
     """Align the SFT student with retrieval's own preferences. Run it again after Ctrl-C to go on."""
     from qe_edge.train.dpo import dpo, example
     from qe_edge.train.pairs import PAIRS
+    from qe_edge.work.runs import read_record
 
     config = settings.config()
     work = Workdir(workdir)
@@ -84,7 +85,8 @@ def train_dpo(
         took("pairs", pairs)
     if adapter is None:
         adapter = work.newest_sft()
-        took("adapter", adapter)
+        learnt = " + ".join(read_record(adapter).get("learnt", ["unknown"]))
+        took("adapter", adapter, f"the newest, which learnt from {learnt}")
     if show_example:
         shown = example(pairs, adapter, config)
         emit(json, "train dpo", shown.rstrip(), metrics={"example": shown})

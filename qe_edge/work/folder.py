@@ -120,7 +120,7 @@ class Workdir:
             BadArgument: there is one that learnt another data set, too.
         """
         newest = self.newest("sft")
-        found = {" + ".join(record["learnt"]) for record in self._records("sft")}
+        found = {" + ".join(record.get("learnt", ["unknown"])) for record in self._records("sft")}
         _refuse_several("`qe-edge train sft` made students", sorted(found), "--adapter")
         return newest
 
