@@ -132,7 +132,10 @@ def _interrupted() -> None:
         "prune": "; no half-written file is left: give the same command again",
         "merge": "; no half-written file is left: give the same command again",
     }
-    print(f"interrupted{goes_on.get(_command(), '')}", file=sys.stderr)
+    message = f"interrupted{goes_on.get(_command(), '')}"
+    print(message, file=sys.stderr)
+    if "--json" in sys.argv:
+        emit(True, _command(), "", status="partial", errors=[message])
 
 
 def _command() -> str:

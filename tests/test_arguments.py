@@ -142,7 +142,7 @@ def test_numbers_elsewhere(tmp_path):
         with pytest.raises(BadArgument, match="k must be from 1 to"):
             index.search({"moon": 1.0}, k=k)
     for weight in (NAN, INF):
-        with pytest.raises(BadArgument, match="weight is no finite number"):
+        with pytest.raises(BadArgument, match="the weight of 'moon' must be from"):
             index.search({"moon": weight})
     for size in (NAN, -1):
         with pytest.raises(BadArgument, match="max_mb must be from 0 to"):
@@ -304,11 +304,23 @@ def test_a_search_of_the_wrong_kind_is_named(expander):
         (lambda e: queries.fts5(["tap"]), TypeError, "words must be a dict of words and weights"),
         (lambda e: queries.fts5({"a": math.inf}), BadArgument, "the weight of 'a' must be from"),
         (lambda e: queries.fts5({"a": "1"}), TypeError, "the weight of 'a' must be a number, not str"),
+        (lambda e: ExpandedQuery("tap", "water", "mass:0.7"), TypeError, "join must be a Join, such as"),
+        (lambda e: Join("foo", 1), ValueError, "rule must be one of repeat, adaptive, mass, not 'foo'"),
+        (lambda e: Join("mass", "1"), TypeError, "a join's value must be a number, not str"),
+        (lambda e: indexed().search("tap"), TypeError, "weights must be a dict of terms and weights"),
+        (lambda e: indexed().search({"tap": "x"}), TypeError, "the weight of 'tap' must be a number"),
+        (lambda e: indexed().search_text("tap", join="mass:1"), TypeError, "join must be a Join"),
+        (lambda e: indexed("tap drips"), TypeError, r"a document must be an \(id, text\) pair of two str"),
+        (lambda e: indexed((1, "tap")), TypeError, r"two str, not \(1, 'tap'\)"),
     ],
 )
 def test_what_is_of_another_kind_is_named(expander, work, kind, message):
     with pytest.raises(kind, match=message):
         work(expander)
+
+
+def indexed(document=("a", "tap drips")):
+    return Index.build([document], analyzer="english")
 
 
 def plain():

@@ -145,6 +145,13 @@ def test_no_query_breaks_it(app: ModuleType, expander: Expander, query: str) -> 
         assert page.search(query, expand, set())["results"] is not None
 
 
+def test_what_is_no_note_of_the_folder_is_passed_over(app: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "TAP.MD").write_text("A tap drips.")
+    (tmp_path / ".#tap.md").symlink_to("nobody@host.1:2")  # as Emacs leaves beside what is edited
+    (tmp_path / "folder.md").mkdir()
+    assert [name for name, _ in app.Notes(tmp_path).search({"tap": 1.0})] == ["TAP.MD"]
+
+
 def test_it_stays_short() -> None:
     lines = [line for file in ("app.py", "page.html") for line in (EXAMPLE / file).read_text().splitlines()]
     assert len(lines) < 180

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 from qe_edge import ExpandedQuery, Expander, QeEdgeError, queries, words_of
 
 HERE = Path(__file__).parent
-CHIPS, RESULTS, AROUND = 24, 10, 90
+KINDS, CHIPS, RESULTS, AROUND = (".md", ".txt"), 24, 10, 90
 DEADLINE_MS = 3000
 
 
@@ -30,7 +30,7 @@ class Notes:
         self.db.execute(
             "CREATE VIRTUAL TABLE notes USING fts5(name UNINDEXED, text UNINDEXED, words, tokenize='porter')"
         )
-        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".md", ".txt")):
+        for path in sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in KINDS and p.is_file()):
             text = path.read_text(encoding="utf-8", errors="replace")
             row = (path.relative_to(folder).as_posix(), text, " ".join(words_of(f"{path.stem} {text}")))
             self.db.execute("INSERT INTO notes VALUES (?, ?, ?)", row)

@@ -4,7 +4,7 @@ const WORDS = 256; // the heaviest ones
 const CLAUSES = 1024; // of a query in Lucene, at most
 const REPEATS = 32; // of one word, where an engine has no weights
 
-const quoted = (text) => `"${text.replaceAll('"', '""')}"`;
+const quoted = (text) => `"${text.replaceAll('"', '""').replaceAll("\0", "")}"`;
 
 // Half to even, as Python rounds.
 function round(value) {

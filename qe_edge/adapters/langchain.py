@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from langchain_core.runnables import Runnable, RunnableLambda
 
+from qe_edge.adapters import check_expander
 from qe_edge.runtime.expander import Expander
 from qe_edge.runtime.expansion import ExpandedQuery
 
@@ -23,6 +24,8 @@ def query_expansion(expander: Expander, render: Render = ExpandedQuery.to_text) 
     `render` is how your retriever wants it, such as `ExpandedQuery.to_lucene`; for one that embeds its
     queries, write `lambda expanded: f"{expanded.query} {expanded.text}"`.
     """
+
+    check_expander(expander)
 
     def expand(query: str) -> str:
         return render(expander.expand(query))

@@ -13,6 +13,7 @@ from typing import Any
 from llama_index.core.indices.query.query_transform.base import BaseQueryTransform
 from llama_index.core.schema import QueryBundle
 
+from qe_edge.adapters import check_expander
 from qe_edge.runtime.expander import Expander
 from qe_edge.runtime.expansion import ExpandedQuery
 
@@ -24,6 +25,7 @@ class QueryExpansion(BaseQueryTransform):
     """
 
     def __init__(self, expander: Expander, render: Callable[[ExpandedQuery], str] = ExpandedQuery.to_text):
+        check_expander(expander)
         self.expander, self.render = expander, render
 
     def _get_prompts(self) -> dict[str, Any]:

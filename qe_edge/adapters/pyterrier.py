@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pandas as pd
 import pyterrier as pt
 
+from qe_edge.adapters import check_expander
 from qe_edge.runtime.expander import Expander
 from qe_edge.runtime.expansion import ExpandedQuery
 
@@ -32,6 +33,7 @@ class QueryExpansion(pt.Transformer):
     """
 
     def __init__(self, expander: Expander, to_query: ToQuery = terrier):
+        check_expander(expander)
         self.expander, self.to_query = expander, to_query
 
     def transform(self, queries: pd.DataFrame) -> pd.DataFrame:
@@ -45,6 +47,7 @@ class Feedback(pt.Transformer):
     """R -> Q: queries expanded by what was found for them, whose texts are in the column `text`."""
 
     def __init__(self, expander: Expander, to_query: ToQuery = terrier):
+        check_expander(expander)
         self.expander, self.to_query = expander, to_query
 
     def transform(self, found: pd.DataFrame) -> pd.DataFrame:

@@ -48,6 +48,8 @@ def search(
     metrics = {
         "hits": msgspec.to_builtins(hits),
         "expansion": expanded.summary(),
+        "terms": expanded.terms(),
         "fallback": expanded.fallback,
     }
-    emit(json, "search", text, inputs={"query": query}, metrics=metrics)
+    inputs = {"query": query, "dataset": config.dataset, "model": expander.name if expander else None}
+    emit(json, "search", text, inputs=inputs, metrics=metrics)

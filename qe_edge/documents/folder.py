@@ -76,7 +76,14 @@ def make_collection(folder: Path, out: Path, *, words: int = WORDS) -> Made:
     readable = [path for path in found if path.suffix.lower() in KINDS]
     with progress("reading", len(readable)) as advance:
         for path in readable:
-            name, stat = path.relative_to(folder).as_posix(), path.stat()
+            name = path.relative_to(folder).as_posix()
+            try:
+                stat = path.stat()
+            except OSError as error:
+                said = "a link to a file that isn't there" if path.is_symlink() else error.strerror
+                files[name] = Source(0, 0, 0, f"{name}: {said}")
+                advance()
+                continue
             known = before.get(name)
             if (
                 known

@@ -5,6 +5,7 @@ Defaults k1 = 0.9, b = 0.4 are Anserini's, so that figures meet the literature's
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,9 +14,9 @@ from typing import Literal, Protocol
 import msgspec
 import numpy as np
 
-from qe_edge.arguments import check_whole
+from qe_edge.arguments import check_kind, check_number, check_whole
 from qe_edge.console import counting, progress
-from qe_edge.errors import BadArgument, BadInput, NotFound
+from qe_edge.errors import BadInput, NotFound
 from qe_edge.retrieval.datasets import Dataset
 from qe_edge.retrieval.postings import DATA, ROWS, STARTS, Strings, write_postings
 from qe_edge.retrieval.trec import Ranking
@@ -77,7 +78,7 @@ class Index:
     ) -> Index:
         """Index (id, text) documents, in memory."""
         with TemporaryDirectory() as folder:
-            cls.write(documents, Path(folder), analyzer=analyzer, k1=k1, b=b)
+            cls.write(map(_document, documents), Path(folder), analyzer=analyzer, k1=k1, b=b)
             return cls(Path(folder), mapped=False)
 
     @staticmethod
@@ -148,8 +149,9 @@ class Index:
         from scipy.sparse import csc_array
 
         check_whole("k", k, 1, 2**31)
-        if not np.isfinite(list(weights.values())).all():
-            raise BadArgument("a term's weight is no finite number")
+        check_kind("weights", weights, Mapping, "a dict of terms and weights, such as ExpandedQuery.terms()")
+        for term, weight in weights.items():
+            check_number(f"the weight of {term!r}", weight, -sys.float_info.max, sys.float_info.max)
         known = [(self.vocab[term], weight) for term, weight in weights.items() if term in self.vocab]
         parts = [slice(self.starts[column], self.starts[column + 1]) for column, _ in known]
         ends = np.cumsum([0, *(part.stop - part.start for part in parts)])
@@ -167,7 +169,17 @@ class Index:
 
     def search_text(self, query: str, expansion: str = "", *, join: Join, k: int = 10) -> Ranking:
         """Analyse, join and search."""
+        check_kind("join", join, Join, 'a Join, such as Join.parse("mass:0.7")')
         return self.search(join(self.analyze(query), self.analyze(expansion)), k)
+
+
+def _document(document: tuple[str, str]) -> tuple[str, str]:
+    """As it is, if it is (id, text)."""
+    wanted = "an (id, text) pair of two str"
+    check_kind("a document", document, (tuple, list), wanted)
+    if len(document) != 2 or not all(isinstance(part, str) for part in document):
+        raise TypeError(f"a document must be {wanted}, not {document!r:.80}")
+    return document
 
 
 def save_names(folder: Path, vocab: dict[str, int], ids: Sequence[str], meta: IndexMeta) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from qe_edge.arguments import check_text, check_whole
+from qe_edge.arguments import check_kind, check_text, check_whole
 from qe_edge.runtime import queries
 from qe_edge.student.feedback import RelevanceModel
 from qe_edge.student.join import Join, Part, joined
@@ -47,6 +47,7 @@ class ExpandedQuery:
     def __post_init__(self) -> None:
         check_text("a query", self.query)
         check_text("a text", self.text)
+        check_kind("join", self.join, Join, 'a Join, such as Join.parse("mass:0.7")')
 
     def __str__(self) -> str:
         return self.summary()

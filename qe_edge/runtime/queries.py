@@ -139,7 +139,7 @@ def _match(word: str, weight: float, fields: Sequence[str]) -> dict[str, Any]:
 
 
 def _quoted(text: str) -> str:
-    return '"' + text.replace('"', '""') + '"'
+    return '"' + text.replace('"', '""').replace("\0", "") + '"'  # for SQLite a NUL is the end of the text
 
 
 def _number(weight: float) -> str:

@@ -121,6 +121,8 @@ def open_collections(named: Sequence[str], cache: Path) -> dict[str, Collection]
         name, equals, dataset = text.partition("=")
         if Path(text).exists():  # as it is written
             name, equals = text, ""
+        elif equals and not (name and dataset):
+            raise BadArgument(f"can't read --index {text}; write NAME=DATASET, or DATASET")
         if name in collections:
             raise BadArgument(f"two indexes have the name {name}; tell them apart with --index NAME=DATASET")
         collection = Collection.open(dataset if equals else text, cache)

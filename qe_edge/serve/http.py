@@ -12,10 +12,10 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import prometheus_client as prometheus
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
@@ -32,16 +32,15 @@ from qe_edge.serve.config import ServeConfig
 from qe_edge.serve.guard import Guard
 from qe_edge.serve.messages import (
     BODY_BYTES,
-    Deadline,
     Expanded,
     ExpandReply,
     ExpandRequest,
     FeedbackRequest,
     Health,
-    QueryText,
     Result,
     SearchReply,
     SearchRequest,
+    StreamRequest,
 )
 from qe_edge.student.join import DEFAULT_JOIN
 
@@ -197,10 +196,10 @@ def create_app(
     @app.get(
         "/expand/stream", dependencies=[*guarded, Depends(one_place)], response_class=EventSourceResponse
     )
-    async def stream(query: QueryText, deadline_ms: Deadline = None) -> AsyncIterator[ServerSentEvent]:
+    async def stream(asked: Annotated[StreamRequest, Query()]) -> AsyncIterator[ServerSentEvent]:
         """Server-sent events: `text` for each piece, then `expansion` with the whole."""
         start = time.perf_counter()
-        async for piece in expander.astream(query, deadline_ms=service.deadline(deadline_ms)):
+        async for piece in expander.astream(asked.query, deadline_ms=service.deadline(asked.deadline_ms)):
             if isinstance(piece, str):
                 yield ServerSentEvent(event="text", data=piece)
             else:

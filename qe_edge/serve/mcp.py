@@ -52,6 +52,8 @@ def create_mcp(expander: Expander, collections: Mapping[str, Collection]) -> MCP
             ] = False,
         ) -> list[dict[str, Any]]:
             """Search an index with the expanded query; the best documents with their texts, best first."""
+            if feedback and refine:
+                raise ToolError("give either feedback or refine")
             if index not in collections:
                 raise ToolError(f"no index {index!r}; the indexes here: {', '.join(collections)}")
             try:

@@ -51,6 +51,13 @@ Fields = Annotated[
 Passage = Annotated[str, StringConstraints(max_length=PASSAGE_CHARACTERS)]
 
 
+class StreamRequest(BaseModel, extra="forbid"):
+    """The parameters of `/expand/stream`."""
+
+    query: QueryText
+    deadline_ms: Deadline = None
+
+
 class ExpandRequest(BaseModel, extra="forbid", strict=True):
     """One query, or several; `fields`, such as `title^2`, are those of an Elasticsearch index."""
 

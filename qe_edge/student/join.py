@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from qe_edge.arguments import check_kind
 from qe_edge.errors import BadArgument
 
 Rule = Literal["repeat", "adaptive", "mass"]
@@ -36,6 +37,9 @@ class Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     value: float = 0.7
 
     def __post_init__(self) -> None:
+        if self.rule not in _MEANING:
+            raise ValueError(f"a join's rule must be one of {', '.join(_MEANING)}, not {self.rule!r}")
+        check_kind("a join's value", self.value, (int, float), "a number")
         if not LEAST <= self.value <= MOST:  # nan is neither
             raise ValueError(f"a join's value must be from {LEAST:g} to {MOST:g}")
 

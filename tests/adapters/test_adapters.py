@@ -37,6 +37,8 @@ def test_langchain_puts_it_before_a_retriever(expander: Expander) -> None:
         ) -> list[Document]:
             return [Document(query)]
 
+    with pytest.raises(TypeError, match="expander must be an Expander, such as"):
+        query_expansion("student.gguf")  # type: ignore[arg-type]
     expanded = expander.expand(QUERY)
     chain = query_expansion(expander) | Echo()
     assert [found.page_content for found in chain.invoke(QUERY)] == [expanded.to_text()]
@@ -142,6 +144,8 @@ def test_an_mcp_client_expands_and_searches(gguf: Path, tmp_path: Path) -> None:
             assert expanded.structured_content and "words" in str(expanded.structured_content)
             found = await client.call_tool("search", {"query": "what makes bread rise", "k": 2})
             assert not found.is_error and "doc_id" in str(found.structured_content)
+            both = await client.call_tool("search", {"query": "x", "refine": True, "feedback": True})
+            assert both.is_error and "either feedback or refine" in str(both.content)
             wrong = await client.call_tool("search", {"query": "x", "index": "nothing"})
             assert wrong.is_error and "the indexes here: demo-en" in str(wrong.content)
             blank = await client.call_tool("expand", {"query": " "})

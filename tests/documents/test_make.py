@@ -104,8 +104,11 @@ def test_a_file_that_cannot_be_read_is_named_and_tried_again(notes, tmp_path):
     (notes / "broken.jsonl").write_text('{"text": "good"}\n{"text":\n')
     (notes / "broken.pdf").write_bytes(b"%PDF-1.4 nonsense")
     (notes / "empty.md").write_text("\n")
+    (notes / "gone.md").symlink_to(notes / "nowhere.md")
     problems = make_collection(notes, out).problems
-    assert set(problems) == {"latin.txt", "broken.jsonl", "broken.pdf", "empty.md"}
+    assert set(problems) == {"latin.txt", "broken.jsonl", "broken.pdf", "empty.md", "gone.md"}
+    assert problems["gone.md"] == "gone.md: a link to a file that isn't there"
+    (notes / "gone.md").unlink()
     assert problems["empty.md"] == "empty.md: holds no text"
     assert "latin.txt:1: not UTF-8 text" in problems["latin.txt"]
     assert "broken.jsonl:2: not a JSON object" in problems["broken.jsonl"]

@@ -113,6 +113,8 @@ def test_it_streams_what_is_written(server: Server) -> None:
     assert {event for event, _ in pieces} == {"text"} and name == "expansion"
     written = " ".join("".join(text for _, text in pieces).split())
     assert written == whole["text"] or whole["fallback"]
+    misspelt = server.ask("GET", "/expand/stream?query=tides&deadline=5")
+    assert misspelt.status == 422 and "deadline" in misspelt.text
 
 
 @pytest.mark.parametrize(
