@@ -40,6 +40,10 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     if not config.datasets:
         raise BadArgument("name at least one data set with --dataset")
     loaded, dev = check_config(config)
+    if not config.models and (config.feedback or config.refine):
+        raise BadArgument("--feedback and --refine need a model: name one with --model")
+    if config.teacher_models and not config.teachers:
+        raise BadArgument("--teacher-model chooses among the texts of a --teacher: name one")
     if not config.models:
         note("bench: without a model, since none is named; --model builtin:smollm2-135m takes ours")
     named = dict(parse_model(text) for text in config.models)

@@ -168,25 +168,27 @@ def work(task: Task) -> Loaded:
     parent = os.getppid()
     _cut_incomplete_line(Path(task.out))
     done = rows_of(task)
-    start = time.perf_counter()
-    expander = Expander.load(
-        task.model,
-        engine=task.engine,
-        threads=task.threads,
-        budget_tokens=task.budget_tokens,
-        passages=task.read.passages if task.read else None,
-        reader=task.read.reader if task.read else None,
-        gate=OPEN,
-    )
-    load_s = time.perf_counter() - start
-    if task.lang not in expander.spec.prompt.languages:
-        return Loaded(spec=expander.spec)
     collection = None
-    if task.read:
-        collection = Collection.open(task.read.dataset, Path(task.read.indexes), analyzer=task.read.analyzer)
-        expander.feedback(WARM_UP, [WARM_UP])
-    else:
-        expander.expand(WARM_UP)
+    with progress(f"{task.label}: loading", None):
+        start = time.perf_counter()
+        expander = Expander.load(
+            task.model,
+            engine=task.engine,
+            threads=task.threads,
+            budget_tokens=task.budget_tokens,
+            passages=task.read.passages if task.read else None,
+            reader=task.read.reader if task.read else None,
+            gate=OPEN,
+        )
+        load_s = time.perf_counter() - start
+        if task.lang not in expander.spec.prompt.languages:
+            return Loaded(spec=expander.spec)
+        if task.read:
+            indexes = Path(task.read.indexes)
+            collection = Collection.open(task.read.dataset, indexes, analyzer=task.read.analyzer)
+            expander.feedback(WARM_UP, [WARM_UP])
+        else:
+            expander.expand(WARM_UP)
     Path(task.out).parent.mkdir(parents=True, exist_ok=True)
     todo = {query_id: text for query_id, text in task.queries.items() if query_id not in done}
     meter = EnergyMeter()

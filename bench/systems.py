@@ -31,6 +31,7 @@ from qe_edge.student.spec import ModelSpec
 from qe_edge.work.files import sha256
 from qe_edge.work.folder import Workdir
 
+PARTIAL = 0.1  # a teacher that lacks a text for a larger share of the queries is no measure of others
 OURS = {"BM25", "BM25 + RM3"}  # names of rows that are always there
 
 
@@ -88,9 +89,10 @@ class Systems:
             self.add(name, "teacher", self.config.teacher_join, run, **more)
         if isinstance(self.index, Index):
             self.add_baselines(self.index)
-        # The best of the teacher's rows: the strictest one to be compared with.
+        # The best of the teacher's rows, the strictest one to be compared with; not one that wrote for some.
         teachers = [s for s in self.systems if s.kind == "teacher"]
-        teacher = max(teachers, key=lambda s: s.ndcg.mean, default=None)
+        whole = [s for s in teachers if s.failed <= PARTIAL * len(self.data.queries)]
+        teacher = max(whole or teachers, key=lambda s: s.ndcg.mean, default=None)
         return DatasetResult(
             info=self.info,
             fingerprint=self.data.fingerprint(),

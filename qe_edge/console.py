@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import msgspec
 
@@ -79,10 +79,10 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def note(message: str) -> None:
-    """Tell the user something on stderr."""
+def note(message: str, stream: TextIO | None = None) -> None:
+    """Tell the user something, on stderr."""
     if is_main_process():
-        print(redact(message), file=sys.stderr, flush=True)
+        print(redact(message), file=stream or sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
@@ -114,6 +114,7 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
     start = time.monotonic()
     made, at, known = 0, start, ""  # `at`: when the last step was
     ended = Event()
+    stream = sys.stderr  # which a library's own chatter may be kept from meanwhile
 
     def tell() -> None:
         """Also while a step lasts: one may take minutes, and the first one longest."""
@@ -121,7 +122,8 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
         while not ended.wait(wait):
             took, wait = time.monotonic() - start, SILENCE
             if total is None:
-                where, when = f"{made}", f"{tqdm.format_interval(took)} so far"
+                where = f"{made}, " if made else ""
+                when = f"{tqdm.format_interval(took)} so far"
             elif made and done + made < total:
                 # By what the steps took that are made. The one under way has had its time since; where it
                 # takes much longer than they did, nobody knows.
@@ -131,10 +133,10 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
                 when = (
                     late if since > max(2 * step, FIRST) or left < 0 else f"{tqdm.format_interval(left)} left"
                 )
-                where = f"{done + made} of {total}"
+                where = f"{done + made} of {total}, "
             else:
-                where, when = f"{done + made} of {total}", f"{tqdm.format_interval(took)} so far"
-            note(f"{description}: {where}, {when}{known and f', {known}'}")
+                where, when = f"{done + made} of {total}, ", f"{tqdm.format_interval(took)} so far"
+            note(f"{description}: {where}{when}{known and f', {known}'}", stream)
 
     with tqdm(desc=description, total=total, initial=done, leave=False, disable=not bar_shown) as bar:
 

@@ -54,8 +54,10 @@ class Overrides(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         if own and self.expansions:
             raise BadArgument("this recipe's student learns from its own texts: leave --expansions out")
         expansions = self.expansions
-        if self.dataset and not (expansions or own or notes):
-            expansions = (str(workdir.taught(str(load_dataset(self.dataset)))),)
+        pairs = content.get("pairs", {})
+        named = self.dataset or ("" if "expansions" in pairs else pairs.get("dataset", ""))
+        if named and not (expansions or own or notes):
+            expansions = (str(workdir.taught(str(load_dataset(named)))),)
         given: dict[str, dict[str, Any]] = {
             "samples": {"dataset": [self.dataset] if own and self.dataset else None},
             "pairs": {"dataset": None if own or notes else self.dataset, "expansions": expansions},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def push(
         QeEdgeError: the hub refuses.
         NotInstalled: huggingface_hub is missing.
     """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise BadArgument(f"{repo!r} is no repository; write OWNER/NAME")
     if not folder.is_dir():
         raise NotFound(f"{folder}: no such folder; `qe-edge export` makes one")
     if read_record(folder).get("command") != "export":
@@ -65,6 +68,8 @@ def push(
         raise
     except Exception as error:  # its errors come from several packages
         reason = " ".join(str(error).split())[:300]
+        if not hasattr(error, "response"):
+            raise QeEdgeError(f"the hub can't be reached: {reason}") from None
         raise QeEdgeError(
             f"the hub refuses it: {reason}. Log in with `hf auth login`, or set HF_TOKEN to a token "
             "that may write"

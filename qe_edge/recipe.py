@@ -157,7 +157,7 @@ def read_recipe(path: Path | str, *, data: Path | None = None) -> dict[str, Any]
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"not a valid recipe: {error}", path=path) from None
     if unknown := [name for name in content if name not in Recipe.__struct_encode_fields__]:
-        raise BadInput(f"not a valid recipe: {no_setting(unknown[0], Recipe)}", path=path)
+        raise BadInput(f"not a valid recipe: {no_setting(unknown[0], Recipe, 'section')}", path=path)
     return content
 
 

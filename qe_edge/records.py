@@ -203,12 +203,12 @@ def misfit(error: msgspec.ValidationError, struct_at: Callable[[str], type | Non
     return where, re.sub(r"`(\w+)`", lambda found: _TYPES.get(found[1], found[0]), what)
 
 
-def no_setting(name: str, kind: type | None) -> str:
+def no_setting(name: str, kind: type | None, what: str = "setting") -> str:
     """That a struct has no such setting, and which one may be meant."""
     names = kind.__struct_encode_fields__ if kind else ()  # type: ignore[attr-defined]
     near = difflib.get_close_matches(name, names, 1)
     known = f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(names)}"
-    return f"there is no setting `{name}`; {known}"
+    return f"there is no {what} `{name}`; {known}"
 
 
 def _choices(kind: type | None, name: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from qe_edge.backends.pretrained import load_pretrained
-from qe_edge.console import note
+from qe_edge.console import note, progress
 from qe_edge.errors import BadArgument, BadInput, NotFound, require
 from qe_edge.student.models import ModelRef, default_spec, resolve
 from qe_edge.student.spec import ModelSpec, read_spec, write_spec
@@ -78,10 +78,11 @@ def _unpack_gguf(ref: ModelRef, file: Path, folder: Path) -> ModelSpec:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     require("gguf", "train")
-    note(f"unpacking {ref.name} to {folder} (once; it may take a minute)")
+    note(f"unpacking {ref.name} to {folder} (once)")
     try:
         tokenizer = load_pretrained(AutoTokenizer, file.parent, gguf_file=file.name)
-        with redirect_stderr(StringIO()):  # a bar that transformers offers no way to turn off
+        # A bar that transformers offers no way to turn off.
+        with progress("unpacking", None), redirect_stderr(StringIO()):
             model = load_pretrained(
                 AutoModelForCausalLM,
                 file.parent,

@@ -24,6 +24,7 @@ from qe_edge.train.lora import rank_of
 from qe_edge.train.output_layer import compute_answers_alone
 from qe_edge.train.rows import CHECKED, OTHER_LANGUAGE, Row, check_batch, check_texts
 from qe_edge.work.folder import Workdir
+from qe_edge.work.runs import read_record
 
 
 def dpo(
@@ -90,7 +91,7 @@ def dpo(
         base=trained.base,
         rows=len(encoded),
         dropped=dict(dropped),
-        learnt=sorted({row.dataset for row in rows}),
+        learnt=sorted({row.dataset for row in rows} | set(read_record(adapter).get("learnt", []))),
     )
 
 
@@ -173,5 +174,5 @@ def encode_pairs(
             encoded.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     if not encoded:
         known = ", ".join(spec.prompt.languages)
-        raise BadInput(f"no pair left to train a student of {known} on{counted(dropped)}")
+        raise BadInput(f"no pair is left to train on, by a student that knows {known}{counted(dropped)}")
     return encoded, dropped

@@ -118,7 +118,7 @@ def describe(report: dict[str, Any]) -> str:
     each = report["candidates_of_each_query"]
     lines = [
         f"nDCG@10 of {queries} queries; gain over plain [95 %]; best, or as good, for how many",
-        f"  {plain['ndcg@10']:.3f}                          plain query, best for {plain['best_of']}",
+        f"  {plain['ndcg@10']:.3f}                           plain query, best for {plain['best_of']}",
         *(
             _line(row, f"{origin}, best for {row['best_of']}{_some(row, queries)}")
             for origin, row in report["origins"].items()

@@ -216,5 +216,8 @@ def encode_rows(
             encoded.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     if not encoded:
         known = ", ".join(spec.prompt.languages)
-        raise BadInput(f"no expansion left to train a student of {known} on{counted(dropped)}")
+        raise BadInput(
+            f"no expansion is left to train on, by a student that knows {known}{counted(dropped)}; "
+            "--student takes another one"
+        )
     return encoded, dropped

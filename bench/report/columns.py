@@ -133,7 +133,7 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
         none = all(system.gain_retention is None for system in dataset.systems)
         lines.append(
             f"of its gain: of what {dataset.teacher} gains over BM25, the share that is gained too"
-            + (f". {MISSING}: it gains nothing here." if none else ".")
+            + (f". {MISSING}: its own gain can't be told from nothing." if none else ".")
         )
     if "helped" in keys:
         lines.append(f"helped/hurt: queries whose {dataset.measure} is above, or below, BM25's.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,6 +73,14 @@ def took(what: str, path: Path | str, which: str = "the newest") -> None:
     note(f"{what}: {path} ({which}; name another to use that)")
 
 
+def took_trained(what: str, folder: Path) -> None:
+    """As `took`, of what `train` made, with the data sets that it learnt from."""
+    from qe_edge.work.runs import read_record
+
+    learnt = " + ".join(read_record(folder).get("learnt", ["unknown"]))
+    took(what, folder, f"the newest, which learnt from {learnt}")
+
+
 def tell_split(named: str, data: Dataset) -> None:
     """A bare name means the test queries; of these, what is to be trained on is soon made by mistake."""
     from qe_edge.retrieval.datasets import split_name, splits
@@ -131,7 +140,7 @@ def emit_asked(
     )
     if missing:
         note(f"error: {missing[0]}")
-        raise typer.Exit(ended)
+        sys.exit(ended)  # not by Typer's Exit: 130 of that is a Ctrl-C which nobody told yet
 
 
 def emit(

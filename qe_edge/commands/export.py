@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took
+from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took, took_trained
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import note
 from qe_edge.export.config import ExportConfig
@@ -58,7 +58,7 @@ def export(
         artifacts={"folder": out},
         metrics=report,
         warnings=report["warnings"],
-        following=f"qe-edge bench --dataset NAME@SPLIT{named_model}",
+        following=f"qe-edge bench --dataset demo-en{named_model}  # or your own data set",
     )
 
 
@@ -70,5 +70,5 @@ def _newest_model(work: Workdir) -> Path:
         return newest
     from qe_edge.train.merge import merge
 
-    took("adapter, which is merged first", newest)
+    took_trained("adapter, which is merged first", newest)
     return merge(newest, workdir=work)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took
+from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took_trained
 from qe_edge.work.folder import Workdir
 
 
@@ -28,7 +28,7 @@ def merge(
     work = Workdir(workdir)
     if adapter is None:
         adapter = work.newest("dpo", "sft")
-        took("adapter", adapter)
+        took_trained("adapter", adapter)
     folder = verb(adapter, join=Join.parse(join) if join else None, out=out, workdir=work)
     checks = read_record(folder)["checks"]
     text = f"model in {folder} (logit cosine to base + adapter {checks['logit_cosine']})"

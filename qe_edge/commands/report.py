@@ -51,7 +51,7 @@ def report(
         raise BadArgument("give either --markdown or --latex")
     shown = named_columns(columns)
     if shown and not (markdown or latex):
-        raise BadArgument("--columns are those of --markdown or --latex")
+        raise BadArgument("--columns chooses those of a table: give --markdown or --latex, too")
     if not results:
         results = [Workdir(workdir).newest("bench")]
         took("result", results[0])

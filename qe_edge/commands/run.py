@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def _run(recipe: str, overrides: Overrides, data: Path | None, workdir: Path, js
     from qe_edge.bench.report.report import report as draw
     from qe_edge.pipeline import run_recipe
     from qe_edge.recipe import load_recipe, read_recipe
+    from qe_edge.retrieval.datasets import load_dataset
 
     work = Workdir(workdir)
     given = overrides.sections(read_recipe(recipe, data=data), work)
@@ -60,11 +62,9 @@ def _run(recipe: str, overrides: Overrides, data: Path | None, workdir: Path, js
         exported = out.get("export dpo", out["export sft"])
         smallest = min(exported.glob("[!.]*.gguf"), key=lambda file: file.stat().st_size)
         program = "qe-edge" if shutil.which("qe-edge") else sys.argv[0]
-        question, searched = '"why do my ears pop on a plane"', "demo-en"
-        if loaded.notes:
-            question, searched = '"what you look for"', str(work.made_folder(Path(loaded.notes.folder)))
+        searched = work.made_folder(Path(loaded.notes.folder)) if loaded.notes else loaded.bench.datasets[0]
+        question = shlex.quote(next(iter(load_dataset(str(searched)).queries.values())))
         print(
-            f"model:  {smallest}\n\nNow try:\n"
-            f"  {program} expand {question} --model {smallest}\n"
-            f"  {program} search {question} --refine --dataset {searched} --model {smallest}"
+            f"model:  {smallest}\nnext:   {program} expand {question} --model {smallest}\n"
+            f"        {program} search {question} --refine --dataset {searched} --model {smallest}"
         )

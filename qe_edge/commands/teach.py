@@ -39,7 +39,8 @@ def teach(
         Path | None, typer.Option("--import", help="Take the expansions in this file instead of asking.")
     ] = None,
     format: Annotated[
-        str, typer.Option(help="Format of the imported file: querygym, query2doc or jsonl.")
+        str,
+        typer.Option(help="Its format: querygym, query2doc or jsonl (our own)."),
     ] = "jsonl",
     out: OutOption = None,
     workdir: WorkdirOption = WORKDIR,
@@ -54,7 +55,8 @@ def teach(
     data = _queries(dataset, queries)
     out = out or Workdir(workdir).teach_folder(str(data) if data else import_file.stem if import_file else "")
     if import_file is not None:
-        _import(import_file, data, out, format, json, settings)
+        following = _following(dataset, data, out / EXPANSIONS, False) if data else ""
+        _import(import_file, data, out, format, json, settings, following)
         return
     if data is None or not settings.values.get("model"):
         raise BadArgument(
@@ -92,7 +94,13 @@ def _following(dataset: str | None, data: Dataset, file: Path, cut: bool) -> str
 
 
 def _import(
-    file: Path, data: Dataset | None, out: Path, format: str, json: bool, settings: Settings[TeachConfig]
+    file: Path,
+    data: Dataset | None,
+    out: Path,
+    format: str,
+    json: bool,
+    settings: Settings[TeachConfig],
+    following: str,
 ) -> None:
     """Take what was made elsewhere; of the settings only those count that say what it is."""
     from qe_edge.train.teach.importing import ImportConfig, import_expansions
@@ -105,8 +113,14 @@ def _import(
     config = configured(ImportConfig, given)
     counts = import_expansions(file, config, data, out=out)
     text = ", ".join(f"{count} {what}" for what, count in counts.items())
-    artifacts = {"expansions": out / EXPANSIONS}
-    emit(json, "teach", f"{text}: {out / EXPANSIONS}", artifacts=artifacts, metrics=dict(counts))
+    emit(
+        json,
+        "teach",
+        f"{text}: {out / EXPANSIONS}",
+        artifacts={"expansions": out / EXPANSIONS},
+        metrics=dict(counts),
+        following=following,
+    )
 
 
 def _queries(dataset: str | None, queries: Path | None) -> Dataset | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took
+from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took, took_trained
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import is_main_process, several
 from qe_edge.train.config import DpoConfig, SftConfig
@@ -64,7 +64,7 @@ def train_dpo(
     ] = None,
     adapter: Annotated[
         Path | None,
-        typer.Option(help="An SFT folder (default: the newest, where all learnt from one data set)."),
+        typer.Option(help="An SFT folder (default: the newest, where all learnt from the pairs' data set)."),
     ] = None,
     show_example: ShowOption = False,
     out: OutOption = None,
@@ -74,19 +74,19 @@ def train_dpo(
     settings: Settings[DpoConfig],
 ) -> None:
     """Align the SFT student with retrieval's own preferences. Run it again after Ctrl-C to go on."""
+    from qe_edge.records import Pair, read_jsonl
     from qe_edge.train.dpo import dpo, example
     from qe_edge.train.pairs import PAIRS
-    from qe_edge.work.runs import read_record
 
     config = settings.config()
     work = Workdir(workdir)
     if pairs is None:
         pairs = work.newest_pairs() / PAIRS
         took("pairs", pairs)
+    datasets = {row.dataset for row in read_jsonl(pairs, Pair)}
     if adapter is None:
-        adapter = work.newest_sft()
-        learnt = " + ".join(read_record(adapter).get("learnt", ["unknown"]))
-        took("adapter", adapter, f"the newest, which learnt from {learnt}")
+        adapter = work.newest_sft(datasets)
+        took_trained("adapter", adapter)
     if show_example:
         shown = example(pairs, adapter, config)
         emit(json, "train dpo", shown.rstrip(), metrics={"example": shown})

@@ -58,7 +58,8 @@ def verify(
             f"{retrieval['before']:.3f} before, {retrieval['after']:.3f} after\n"
             f"  difference {change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
         )
-    following = f"qe-edge bench --dataset NAME@SPLIT --model {exported}"
+    following = f"qe-edge bench --dataset {dataset or 'demo-en'} --model {exported}"
+    following += "" if dataset else "  # or your own data set"
     emit(json, "verify", text, inputs={"export": exported}, metrics=found, following=following)
 
 

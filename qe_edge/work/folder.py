@@ -10,6 +10,7 @@ qe-edge-work/
 from __future__ import annotations
 
 import os
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +113,22 @@ class Workdir:
         _refuse_several("`qe-edge pairs` made pairs", sorted(found), "--pairs")
         return newest
 
-    def newest_sft(self) -> Path:
-        """The newest output of `train sft`.
+    def newest_sft(self, datasets: Set[str]) -> Path:
+        """The newest output of `train sft`, to go on with pairs of these data sets.
 
         Raises:
             NotFound: there is none.
-            BadArgument: there is one that learnt another data set, too.
+            BadArgument: there is one that learnt from another data set, too, or it learnt from other ones.
         """
         newest = self.newest("sft")
-        found = {" + ".join(record.get("learnt", ["unknown"])) for record in self._records("sft")}
+        records = self._records("sft")
+        found = {" + ".join(record.get("learnt", ["unknown"])) for record in records}
         _refuse_several("`qe-edge train sft` made students", sorted(found), "--adapter")
+        if not datasets & set(records[-1].get("learnt", datasets)):
+            raise BadArgument(
+                f"{newest} learnt from {found.pop()}, and the pairs are of {', '.join(sorted(datasets))}; "
+                "if that is meant, name it with --adapter"
+            )
         return newest
 
     def _records(self, stage: str) -> list[dict[str, Any]]:

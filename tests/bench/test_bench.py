@@ -563,6 +563,7 @@ def test_of_a_teacher_that_was_asked_again_the_last_answers_count(tmp_path):
     file.write_bytes(encode_jsonl(rows))
     out = bench(BenchConfig(datasets=("demo-en",), teachers=(str(file),)), workdir=Workdir(tmp_path / "work"))
     result = read_result(out)
+    assert result.datasets[0].teacher == "big few-shot"  # there is no other
     told = "big few-shot was asked again about demo-en@test; without 1 earlier answer"
     assert told in result.warnings
     teacher = result.datasets[0].systems[2]

@@ -14,7 +14,7 @@ from results import bench
 from qe_edge import __version__, doctor
 from qe_edge.cli import app, main
 from qe_edge.errors import QeEdgeError, require
-from qe_edge.records import Expansion, read_jsonl
+from qe_edge.records import Expansion, Pair, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
 from qe_edge.work.files import atomic_path, write_bytes, write_json
 from qe_edge.work.folder import Workdir
@@ -132,6 +132,28 @@ def test_an_error_with_json_is_an_object_too(qe_edge):
     envelope = json.loads(out)
     assert (envelope["status"], envelope["command"], envelope["warnings"]) == ("error", "data info", [])
     assert envelope["errors"][0].startswith("no data set 'nothing'")
+
+
+def test_what_would_be_ignored_is_refused(qe_edge):
+    code, _, err = qe_edge("bench", "-d", "demo-en", "--refine")
+    assert code == 2 and "--feedback and --refine need a model: name one with --model" in err
+    code, _, err = qe_edge("export", "nowhere", "--mlx-bits", "7")
+    assert code == 2 and "unknown MLX bits 7; choose from: 2, 3, 4, 5, 6, 8" in err
+    code, _, err = qe_edge("push", "student", "folder")
+    assert code == 2 and "'student' is no repository; write OWNER/NAME" in err
+
+
+def test_pairs_are_not_taken_to_a_student_of_other_data(qe_edge, tmp_path):
+    folder = tmp_path / "sft" / "001"
+    folder.mkdir(parents=True)
+    write_json(folder / "run.json", {"command": "train sft", "learnt": ["a"]})
+    pair = Pair("b", "1", "q", "en", "moon", "bread", 1, 0, 1, 0, *["m", "zero-shot"] * 2)
+    (tmp_path / "pairs.jsonl").write_bytes(encode_jsonl([pair]))
+    code, _, err = qe_edge("train", "dpo", "--pairs", tmp_path / "pairs.jsonl", "--workdir", tmp_path)
+    assert code == 2
+    assert "learnt from a, and the pairs are of b; if that is meant, name it with --adapter" in err
+    code, _, err = qe_edge("train", "dpo", "--pairs", tmp_path / "none.jsonl", "--workdir", tmp_path)
+    assert code == 4 and "none.jsonl: no such file" in err
 
 
 def test_what_is_warned_of_is_in_the_object_too(qe_edge, tmp_path):

@@ -132,7 +132,7 @@ def test_a_section_that_no_recipe_has_is_told_whatever_is_asked_for(tmp_path: Pa
     for command in (["train", "sft", "--recipe", str(file), "--print-config"], ["run", str(file)]):
         result = CliRunner().invoke(app, command)
         assert str(result.exception) == (
-            f"{file}: not a valid recipe: there is no setting `sfr`; did you mean `sft`?"
+            f"{file}: not a valid recipe: there is no section `sfr`; did you mean `sft`?"
         )
 
 

@@ -9,6 +9,7 @@ from endpoint import serve
 from qe_edge import Expander
 from qe_edge.bench.result import read_result
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
+from qe_edge.overrides import Overrides
 from qe_edge.pipeline import run_recipe
 from qe_edge.recipe import load_recipe, recipe_file
 from qe_edge.records import Expansion, Pair, encode_jsonl, read_jsonl
@@ -87,6 +88,20 @@ def test_expansions_alone_make_no_pairs(tmp_path):
     assert load_recipe(recipe, data=tmp_path, given=given).pairs.dataset == "demo-en@train"
     with pytest.raises(BadInput, match=r"\[bench\] lacks `dataset`; name your data with --dataset"):
         load_recipe("qwen3-0.6b-24gb", given={"pairs": {"expansions": ["own.jsonl"]}})
+
+
+def test_expansions_of_a_recipes_data_are_those_that_teach_collected(tmp_path):
+    work = Workdir(tmp_path)
+    taught = work.teach_folder("demo-en@train")
+    content = {"pairs": {"dataset": "demo-en@train"}, "sft": {}, "bench": {"dataset": ["demo-en"]}}
+    with pytest.raises(NotFound, match="run `qe-edge teach`"):
+        Overrides().sections(content, work)
+    taught.mkdir(parents=True)
+    (taught / EXPANSIONS).write_text("")
+    given = Overrides().sections(content, work)
+    assert given["pairs"]["expansions"] == given["sft"]["expansions"] == (str(taught / EXPANSIONS),)
+    content["pairs"]["expansions"] = ["mine.jsonl"]
+    assert "expansions" not in Overrides().sections(content, work)["pairs"]
 
 
 OWN = """

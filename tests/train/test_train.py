@@ -218,7 +218,7 @@ def test_pairs_that_cannot_be_used_are_counted(tiny_qwen3):
     begun = msgspec.structs.replace(good, rejected=good.chosen[:8] + " differently")
     assert begun.chosen != begun.rejected
     assert encode_pairs([good, begun], short, byte_ids, 1000)[1] == {"equal sides": 1}
-    with pytest.raises(BadInput, match="no pair left"):
+    with pytest.raises(BadInput, match="no pair is left"):
         encode_pairs([equal], spec, byte_ids, 1000)
 
 

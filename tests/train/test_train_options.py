@@ -215,7 +215,9 @@ def test_what_to_train_on_is_not_guessed(tmp_path):
         adapter.mkdir(parents=True)
         (adapter / "run.json").write_text(json.dumps({"learnt": [name.removesuffix("@train"), "c"]}))
         if number < 3:
-            assert work.newest_sft() == adapter
+            assert work.newest_sft({"a"}) == adapter
+            with pytest.raises(BadArgument, match=r"learnt from a \+ c, and the pairs are of z; if"):
+                work.newest_sft({"z"})
             assert work.only_taught() == taught / "expansions.jsonl"
             assert work.newest_pairs() == paired
     (tmp_path / "teach" / "a@test").mkdir()  # to compare with, not to train on
@@ -225,7 +227,7 @@ def test_what_to_train_on_is_not_guessed(tmp_path):
     with pytest.raises(BadArgument, match=r"sets \(a@train, b@train\); name one with --pairs"):
         work.newest_pairs()
     with pytest.raises(BadArgument, match=r"sets \(a \+ c, b \+ c\); name one with --adapter"):
-        work.newest_sft()
+        work.newest_sft({"a"})
 
 
 def test_rows_in_a_language_that_the_student_lacks_are_left_out_or_refused(tiny_qwen3):
@@ -236,10 +238,10 @@ def test_rows_in_a_language_that_the_student_lacks_are_left_out_or_refused(tiny_
     tokenize = lambda text, special: [len(text)]  # noqa: E731
     rows = [Expansion("d", str(i), "潮汐", "zh", "m", "zero-shot", f"月亮{i}") for i in range(2)]
     pairs = [Pair("d", "1", "潮汐", "zh", "月亮", "面包和", 1, 0, 1, 0, *["m", "zero-shot"] * 2)]
-    why = r"student of en on; dropped 2 \(in a language that the student doesn't know\)"
+    why = r"student that knows en; dropped 2 \(in a language that the student doesn't know\)"
     with pytest.raises(BadInput, match=why):
         encode_rows(rows, english, tokenize, 512)
-    with pytest.raises(BadInput, match="no pair left to train a student of en on; dropped 1"):
+    with pytest.raises(BadInput, match="no pair is left to train on, by a student that knows en; dropped 1"):
         encode_pairs(pairs, english, tokenize, 512)
     assert (
         len(encode_rows(rows, both, tokenize, 512)[0]) == 2
