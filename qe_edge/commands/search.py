@@ -37,7 +37,9 @@ def search(
     lines = []
     if expander:
         expander.close()
-        lines.append(f"expansion: {expanded.summary() or f'none, since {expanded.fallback}'}")
+        read_alone = config.refine and expanded.relevance and not expanded.text
+        what = "only read: " if read_alone else "expansion: "
+        lines.append(what + (expanded.summary() or f"none, since {expanded.fallback}"))
         if expanded.text and expanded.relevance:
             lines.append(f"and read:  {replace(expanded, text='').summary()}")
         lines[-1] += "\n"
