@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from engines import says, scripted
 
 from qe_edge import Expander
 from qe_edge.backends.open import open_backend
@@ -397,3 +398,19 @@ def test_the_command_line_searches_with_feedback(
         main()
     expansion, *_ = capsys.readouterr().out.splitlines()
     assert len(expansion.removeprefix("expansion: ").split()) == 12
+
+
+def test_a_text_that_adds_nothing_is_not_shown_as_one(
+    gguf: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qe_edge.cli import main
+
+    query = "what makes bread rise"
+    expander = scripted(gguf)
+    says(expander, query)
+    monkeypatch.setattr("qe_edge.commands.search.load_expander", lambda *_, **__: expander)
+    monkeypatch.setattr("sys.argv", ["qe-edge", "search", query, "--refine", "-k", "1"])
+    with suppress(SystemExit):
+        main()
+    shown, *_ = capsys.readouterr().out.splitlines()
+    assert shown.startswith("only read: ") and len(shown.split()) == 2 + 12
