@@ -21,7 +21,7 @@ from qe_edge.backends.open import open_backend
 from qe_edge.backends.protocol import PROMPTS, READ, TOGETHER, groups
 from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.student.feedback import MOST_PASSAGES, Feedback, RelevanceModel
-from qe_edge.student.gate import OPEN
+from qe_edge.student.gate import OPEN, Gate
 from qe_edge.student.join import Join
 from qe_edge.student.models import resolve
 from qe_edge.student.spec import read_spec
@@ -406,7 +406,7 @@ def test_a_text_that_adds_nothing_is_not_shown_as_one(
     from qe_edge.cli import main
 
     query = "what makes bread rise"
-    expander = scripted(gguf)
+    expander = scripted(gguf, gate=Gate())
     says(expander, query)
     monkeypatch.setattr("qe_edge.commands.search.load_expander", lambda *_, **__: expander)
     monkeypatch.setattr("sys.argv", ["qe-edge", "search", query, "--refine", "-k", "1"])
