@@ -18,7 +18,7 @@ from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.imatrix import Importance, calibration_rows, measure_importance
 from qe_edge.export.lineage import provenance, training_data, training_selection
 from qe_edge.export.mixed import check_budget, choose_types
-from qe_edge.export.mlx import BITS, GROUP_SIZES, RECIPES, check_mlx, convert_mlx, low_bits
+from qe_edge.export.mlx import RECIPES, check_kernels, check_mlx, convert_mlx, low_bits
 from qe_edge.export.probes import Reference, load_reference
 from qe_edge.export.quantize import KINDS, MIXED, NEED_IMPORTANCE, bits_of, quantize_gguf
 from qe_edge.export.source import Source
@@ -167,9 +167,7 @@ def check_choices(config: ExportConfig) -> None:
         raise BadArgument(
             f"--calibrate changes nothing for {', '.join(config.kinds)}: only kinds below 8 bits use it"
         )
-    if config.mlx_bits is not None:
-        _check("MLX bits", [str(config.mlx_bits)], [str(bits) for bits in BITS])
-    _check("MLX group", [str(config.mlx_group)], [str(size) for size in GROUP_SIZES])
+    check_kernels(4 if config.mlx_bits is None else config.mlx_bits, config.mlx_group)
     if config.mlx_recipe is not None:
         _check("MLX recipe", [config.mlx_recipe], RECIPES)
 

@@ -146,6 +146,15 @@ def _recipe_bits(model: Path, recipe: str, group_size: int) -> Callable[[str], i
     return lambda name: rule(name.removesuffix(".weight"), None)["bits"]
 
 
+def check_kernels(bits: int, group_size: int) -> None:
+    """Raises BadArgument where MLX has no kernels for such bits or groups."""
+    if bits not in BITS or group_size not in GROUP_SIZES:
+        raise BadArgument(
+            f"MLX can't quantize to {bits} bits in groups of {group_size}; "
+            f"it has bits {BITS} and group sizes {GROUP_SIZES}"
+        )
+
+
 def check_mlx(config: HfConfig, bits: int | None, group_size: int) -> None:
     """mlx-lm silently leaves a layer as it is when the group size doesn't divide its width.
 
@@ -154,11 +163,7 @@ def check_mlx(config: HfConfig, bits: int | None, group_size: int) -> None:
     """
     if bits is None:
         return
-    if bits not in BITS or group_size not in GROUP_SIZES:
-        raise BadArgument(
-            f"MLX can't quantize to {bits} bits in groups of {group_size}; "
-            f"it has bits {BITS} and group sizes {GROUP_SIZES}"
-        )
+    check_kernels(bits, group_size)
     widths = (config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_size)
     if any(width % group_size for width in widths):
         fitting = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
