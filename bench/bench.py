@@ -13,7 +13,7 @@ from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.bench.inputs import Model, parse_model, parse_run
 from qe_edge.bench.result import BUSY, RESULT, BenchResult
 from qe_edge.bench.systems import OURS, Systems, is_of
-from qe_edge.console import note
+from qe_edge.console import note, warn
 from qe_edge.errors import BadArgument, QeEdgeError
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.retrieval.datasets import Dataset, load_dataset
@@ -63,11 +63,11 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     load = busy()
     if load > BUSY:
         warnings.append(f"other work took {load:.0%} of the processors at the start: times say little")
-        note(f"bench: {warnings[-1]}")
+        warn(warnings[-1], "bench")
     for path in config.teachers:  # a bad file is found before hours of generation
         if not any(is_of(row, data) for row in read_jsonl(path, Expansion) for data in loaded):
             warnings.append(f"{path} holds no expansion of these queries")
-            note(f"bench: {warnings[-1]}")
+            warn(warnings[-1], "bench")
     tuning = []
     if dev:
         tuner = Systems(dev, config, run.partial, workdir)

@@ -15,7 +15,7 @@ import msgspec
 
 from qe_edge.bench.result import Speed
 from qe_edge.bench.speed import Generated, Task, generate
-from qe_edge.console import note
+from qe_edge.console import warn
 from qe_edge.student.spec import ModelSpec
 from qe_edge.work.files import atomic_path
 from qe_edge.work.machine import cpu_name, usable_cores, versions
@@ -40,18 +40,17 @@ def generate_once(
     name = hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:24]
     task, kept = msgspec.structs.replace(task, key=name), cache / f"{name}.jsonl"
     own = Path(task.out)
-    if kept.exists() and not own.exists():
+    reused = kept.exists() and not own.exists()
+    if reused:
         own.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(own) as partial:
             shutil.copyfile(kept, partial)
-        note(
-            f"bench: {task.label}: texts and times of an earlier run; delete {kept} to have them written anew"
-        )
-    found = generate(task)
+        warn(f"{task.label}: texts and times of an earlier run; delete {kept} to have them anew", "bench")
+    rows, speed, spec = generate(task)
     if not kept.exists():
         with atomic_path(kept) as partial:
             shutil.copyfile(own, partial)
-    return found
+    return rows, msgspec.structs.replace(speed, reused=reused), spec
 
 
 def _engines() -> list[str | None]:

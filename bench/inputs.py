@@ -47,7 +47,7 @@ def parse_run(text: str) -> tuple[str, Path]:
 
 def default_models(workdir: Workdir) -> list[str]:
     """The GGUF files of the newest export."""
-    folder = workdir.newest("export")
+    folder = workdir.newest("export", named="the input, such as --model builtin:smollm2-135m")
     models = sorted(str(path) for path in folder.glob("[!.]*.gguf"))
     if not models:
         raise BadInput("holds no .gguf file; name the models to run with --model", path=folder)

@@ -24,7 +24,8 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `mean_tokens` counts what the model wrote per query. `decode_tokens_per_s` is None where it only read
     (feedback), `prefill_tokens_per_s` where an encoder read, `threads` where the engine takes no such setting
     (MLX), and `joules_per_query` where the machine doesn't tell what it uses (see `EnergyMeter`). Where
-    nobody chose `threads`, there were fewer whenever other processes were at work.
+    nobody chose `threads`, there were fewer whenever other processes were at work. `reused` are figures of an
+    earlier run, whose texts are taken again.
     """
 
     engine: str
@@ -39,6 +40,7 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     file_mb: float
     first_token_ms_p50: float | None = None
     joules_per_query: float | None = None
+    reused: bool = False
 
 
 class Encoding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -17,7 +17,7 @@ from qe_edge.bench.inputs import Model
 from qe_edge.bench.quality import DEPTH, MEASURE, compare_all, retrieve, values_of
 from qe_edge.bench.result import DatasetResult, Kind, Speed, System, Tuning
 from qe_edge.bench.speed import BUDGETS, Generated, ReadTask, Task, WrongLanguage
-from qe_edge.console import note, several, shown
+from qe_edge.console import note, several, shown, warn
 from qe_edge.errors import QeEdgeError
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.retrieval.datasets import Dataset, describe
@@ -131,7 +131,7 @@ class Systems:
 
     def warn(self, message: str) -> None:
         """Tell it at once, and in the result."""
-        note(f"bench: {message}")
+        warn(message, "bench")
         self.warnings.append(message)
 
     def retrieve(self, expansions: dict[str, str], join: Join) -> dict[str, Ranking]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from qe_edge.console import several
 from qe_edge.student.spec import ModelSpec, is_hub_id
 
 CARD = "README.md"
@@ -13,12 +14,13 @@ CARD = "README.md"
 def write_card(folder: Path, spec: ModelSpec, *, rows: int, full: bool) -> None:
     """Write README.md, with metadata for a hub; a base model that is a folder is named without its path."""
     what = "All weights" if full else "A LoRA adapter"
-    trained = "pairs that retrieval ordered (DPO), after SFT" if spec.stage == "dpo" else "expansions (SFT)"
+    dpo, count = spec.stage == "dpo", several(rows, "pair" if spec.stage == "dpo" else "expansion")
+    trained = f"{count} that retrieval ordered (DPO), after SFT" if dpo else f"{count} (SFT)"
     lines = [
         *metadata(spec, "transformers" if full else "peft"),
         "# A query expansion student, in training",
         "",
-        f"{what} for `{base_name(spec)}`, trained with qe-edge on {rows} {trained}.",
+        f"{what} for `{base_name(spec)}`, trained with qe-edge on {trained}.",
         "`qe_edge.json` has its prompt and how an expansion is joined with its query, `run.json` the",
         "settings and the data, `log.jsonl` the losses.",
         "",

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from qe_edge.console import note
+from qe_edge.console import note, several
 from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.records import Pair, read_jsonl
 from qe_edge.student.prompt import Tokenize, hugging_face
@@ -60,7 +60,8 @@ def dpo(
     spec, tokenizer, shape = trained.spec, load_tokenizer(trained.base), load_config(trained.base)
     check_texts(spec, tokenizer, [(r.query, r.chosen) for r in rows if r.query.strip()][:CHECKED])
     encoded, dropped = encode_pairs(rows, spec, hugging_face(tokenizer), config.max_length)
-    note(f"dpo: {len(encoded)} pairs from {len({r.query for r in rows})} queries{counted(dropped)}")
+    queries = several(len({r.query for r in rows}), "query", "queries")
+    note(f"dpo: {several(len(encoded), 'pair')} from {queries}{counted(dropped)}")
     sides = [row for pair in encoded for row in _rows(pair)]
     longest, answer = max(len(row.ids) for row in sides), max(len(row.ids) - row.answer for row in sides)
     rank = 0 if trained.full else rank_of(adapter)

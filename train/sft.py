@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from qe_edge.console import note, warn
+from qe_edge.console import note, several, warn
 from qe_edge.errors import BadArgument, BadInput, require
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.student.prompt import Tokenize, hugging_face
@@ -68,7 +68,8 @@ def sft(
     check_vocabulary(source, shape, tokenizer)
     check_texts(spec, tokenizer, [(r.query, r.text) for r in rows if r.query.strip()][:CHECKED])
     encoded, dropped = encode_rows(rows, spec, hugging_face(tokenizer), config.max_length, config.tasks)
-    note(f"sft: {len(encoded)} rows from {len({r.query for r in rows})} queries{counted(dropped)}")
+    queries = several(len({r.query for r in rows}), "query", "queries")
+    note(f"sft: {several(len(encoded), 'row')} from {queries}{counted(dropped)}")
     longest = max(len(row["input_ids"]) for row in encoded)
     answer = max(len(row.ids) - row.answer for row in map(_row, encoded))
     full = config.tuning == "full"

@@ -118,6 +118,11 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
     lines = [caveat(dataset.info.name, len(dataset.queries), hint=hint)]
     if run and (load := run.machine.get("busy", 0)) > BUSY and keys & {"speed", "ms"}:
         lines.append(f"Other work took {load:.0%} of the processors at the start: the times say little.")
+    reused = [s.name for s in dataset.systems if s.speed and s.speed.reused]
+    if reused and keys & {"speed", "ms"}:
+        lines.append(
+            f"Times of an earlier run, whatever is said of this one: {', '.join(dict.fromkeys(reused))}."
+        )
     if "vs-bm25" in keys and any((system.p_vs_bm25 or 1) < ALPHA for system in dataset.systems):
         others = len(dataset.systems) - 1
         corrected = f", corrected by Holm over {others} systems" if others > 1 else ""

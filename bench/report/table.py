@@ -82,7 +82,9 @@ def markdown_table(
     dataset: DatasetResult, columns: Sequence[str] = (), run: BenchResult | None = None
 ) -> str:
     """One data set as a Markdown table with its notes, for a README; all columns where none are named."""
-    shown = chosen(dataset, columns) if columns else all_columns(dataset)
+    of_teacher = () if dataset.teacher else ("of-teacher", "of-gain")  # which would be empty
+    every = [column for column in all_columns(dataset) if column.key not in of_teacher]
+    shown = chosen(dataset, columns) if columns else every
     titles, rows = _cells(dataset, shown)
     lines = [titles, [":--" if column.justify == "left" else "--:" for column in [NAME, *shown]]]
     lines += [[cell.replace("|", "\\|") for cell in row] for row in rows]

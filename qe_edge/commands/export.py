@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took, took_trained
+from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took_trained
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import note
 from qe_edge.export.config import ExportConfig
@@ -58,7 +58,7 @@ def export(
         artifacts={"folder": out},
         metrics=report,
         warnings=report["warnings"],
-        following=f"qe-edge bench --dataset demo-en{named_model}  # or your own data set",
+        following=f"qe-edge bench --dataset demo-en{named_model}",
     )
 
 
@@ -66,7 +66,7 @@ def _newest_model(work: Workdir) -> Path:
     """The newest merged model; an adapter that is newer still is merged first."""
     newest = work.newest("dpo", "sft", "merge")
     if newest.parent.name == "merge":
-        took("model", newest)
+        took_trained("model", newest)
         return newest
     from qe_edge.train.merge import merge
 

@@ -10,8 +10,10 @@ import typer
 from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took, took_trained
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import is_main_process, several
+from qe_edge.errors import QeEdgeError
 from qe_edge.train.config import DpoConfig, SftConfig
-from qe_edge.work.folder import Workdir
+from qe_edge.work.files import MANIFEST
+from qe_edge.work.folder import Workdir, check_learnt
 
 ShowOption = Annotated[
     bool, typer.Option("--show-example", help="Print the first row as it would be trained on, and stop.")
@@ -52,8 +54,21 @@ def train_sft(
         emit(json, "train sft", shown.rstrip(), metrics={"example": shown})
         return
     folder = sft(files, config, out=out, workdir=work)
-    has_pairs = any((work.root / "pairs").glob("[0-9]*"))
-    _end_training(json, "train sft", folder, f"qe-edge train dpo --adapter {folder}" if has_pairs else "")
+    _end_training(
+        json, "train sft", folder, f"qe-edge train dpo --adapter {folder}" if _pairs_for(work, folder) else ""
+    )
+
+
+def _pairs_for(work: Workdir, student: Path) -> bool:
+    """Whether a bare `train dpo` would find pairs of what the student learnt from."""
+    from qe_edge.records import Pair, read_jsonl
+    from qe_edge.train.pairs import PAIRS
+
+    try:
+        check_learnt(student, {row.dataset for row in read_jsonl(work.newest_pairs() / PAIRS, Pair)})
+    except QeEdgeError:
+        return False
+    return True
 
 
 @train_app.command("dpo")
@@ -80,13 +95,17 @@ def train_dpo(
 
     config = settings.config()
     work = Workdir(workdir)
+    taken = pairs is None
     if pairs is None:
         pairs = work.newest_pairs() / PAIRS
-        took("pairs", pairs)
     datasets = {row.dataset for row in read_jsonl(pairs, Pair)}
+    if taken:
+        took("pairs", pairs, f"the newest, of {', '.join(sorted(datasets))}")
     if adapter is None:
         adapter = work.newest_sft(datasets)
         took_trained("adapter", adapter)
+    elif taken and (adapter / MANIFEST).is_file():
+        check_learnt(adapter, datasets)
     if show_example:
         shown = example(pairs, adapter, config)
         emit(json, "train dpo", shown.rstrip(), metrics={"example": shown})

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit
-from qe_edge.console import several
+from qe_edge.console import several, warn
 from qe_edge.work.folder import Workdir
 
 
@@ -58,8 +58,9 @@ def verify(
             f"{retrieval['before']:.3f} before, {retrieval['after']:.3f} after\n"
             f"  difference {change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
         )
+        if change["high"] < 0:
+            warn(f"{exported} finds less than its source, and not by chance: try a larger kind, such as --q8")
     following = f"qe-edge bench --dataset {dataset or 'demo-en'} --model {exported}"
-    following += "" if dataset else "  # or your own data set"
     emit(json, "verify", text, inputs={"export": exported}, metrics=found, following=following)
 
 

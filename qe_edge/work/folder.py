@@ -124,26 +124,36 @@ class Workdir:
         records = self._records("sft")
         found = {" + ".join(record.get("learnt", ["unknown"])) for record in records}
         _refuse_several("`qe-edge train sft` made students", sorted(found), "--adapter")
-        if not datasets & set(records[-1].get("learnt", datasets)):
-            raise BadArgument(
-                f"{newest} learnt from {found.pop()}, and the pairs are of {', '.join(sorted(datasets))}; "
-                "if that is meant, name it with --adapter"
-            )
+        check_learnt(newest, datasets)
         return newest
 
     def _records(self, stage: str) -> list[dict[str, Any]]:
         return [read_json(self._run(stage, number) / MANIFEST) for number in self._numbers(stage)]
 
-    def newest(self, *stages: str) -> Path:
-        """The newest finished output of any of the stages."""
+    def newest(self, *stages: str, named: str = "the input") -> Path:
+        """The newest finished output of any of the stages; an error says to name `named` instead."""
         last = [
             self.root / stage / f"{numbers[-1]:03d}" for stage in stages if (numbers := self._numbers(stage))
         ]
         if last:
             return max(last, key=lambda folder: folder.stat().st_mtime)
         wanted = " or ".join(f"`{_COMMAND[stage]}`" for stage in stages)
-        named = "the input, such as --model builtin:smollm2-135m" if stages == ("export",) else "the input"
         raise NotFound(f"{self.root} holds no output of {wanted}; run it first, or name {named}")
+
+
+def check_learnt(student: Path, datasets: Set[str]) -> None:
+    """Refuse pairs of these data sets for a student that learnt from others, unless somebody named both.
+
+    Raises:
+        BadArgument: it learnt from none of them.
+    """
+    learnt = read_json(student / MANIFEST).get("learnt", datasets)
+    if not datasets & set(learnt):
+        of_pairs = ", ".join(sorted(datasets))
+        raise BadArgument(
+            f"{student} learnt from {' + '.join(learnt)}, and the pairs are of {of_pairs}; "
+            "if that is meant, name both with --adapter and --pairs"
+        )
 
 
 def _refuse_several(made: str, datasets: list[str], flag: str) -> None:

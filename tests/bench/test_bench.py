@@ -19,7 +19,7 @@ from qe_edge.bench.bench import bench
 from qe_edge.bench.config import BenchConfig
 from qe_edge.bench.inputs import default_teachers, parse_model
 from qe_edge.bench.quality import retrieve, values_of
-from qe_edge.bench.report.table import latex_table, markdown_table
+from qe_edge.bench.report.table import console_table, latex_table, markdown_table
 from qe_edge.bench.result import read_result
 from qe_edge.bench.speed import Generated, Task, generate
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
@@ -318,7 +318,7 @@ def test_a_model_that_reads_has_a_row_of_its_own(done, student, tmp_path):
         }
     assert values_of(loaded, run) == pytest.approx(row.per_query)
     line = next(line for line in markdown_table(data).splitlines() if "tiny + feedback" in line)
-    assert line.split("|")[8].strip() == "–"  # tokens/s: it writes none
+    assert line.split("|")[6].strip() == "–"  # tokens/s: it writes none; no teacher, no columns of one
 
     fewer = msgspec.structs.replace(config, passages=3)
     (data,) = read_result(bench(fewer, workdir=Workdir(tmp_path / "work"))).datasets
@@ -402,6 +402,9 @@ def test_what_an_earlier_bench_wrote_is_not_written_again(student, tmp_path, cap
     # The times, too, are those of the first.
     assert generated(models=(f"two={student}",), joins=("mass:2",)) == first
     assert "two on demo-en@test: texts and times of an earlier run; delete " in capsys.readouterr().err
+    assert "Times of an earlier run, whatever is said of this one: two." in console_table(
+        read_result(work.newest("bench"))
+    )
     assert generated(budget_tokens=3) != first
     other = tmp_path / "other.gguf"
     other.write_bytes(student.read_bytes() + b"\0")

@@ -151,7 +151,15 @@ def test_pairs_are_not_taken_to_a_student_of_other_data(qe_edge, tmp_path):
     (tmp_path / "pairs.jsonl").write_bytes(encode_jsonl([pair]))
     code, _, err = qe_edge("train", "dpo", "--pairs", tmp_path / "pairs.jsonl", "--workdir", tmp_path)
     assert code == 2
-    assert "learnt from a, and the pairs are of b; if that is meant, name it with --adapter" in err
+    assert (
+        "learnt from a, and the pairs are of b; if that is meant, name both with --adapter and --pairs" in err
+    )
+    kept = tmp_path / "pairs" / "001"
+    kept.mkdir(parents=True)
+    (kept / "pairs.jsonl").write_bytes(encode_jsonl([pair]))
+    write_json(kept / "run.json", {"command": "pairs", "settings": {"dataset": "b@train"}})
+    code, _, err = qe_edge("train", "dpo", "--adapter", folder, "--workdir", tmp_path)
+    assert code == 2 and "learnt from a, and the pairs are of b" in err
     code, _, err = qe_edge("train", "dpo", "--pairs", tmp_path / "none.jsonl", "--workdir", tmp_path)
     assert code == 4 and "none.jsonl: no such file" in err
 
