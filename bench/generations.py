@@ -40,8 +40,9 @@ def generate_once(
     name = hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:24]
     task, kept = msgspec.structs.replace(task, key=name), cache / f"{name}.jsonl"
     own = Path(task.out)
-    reused = kept.exists() and not own.exists()
-    if reused:
+    reused = own.exists() and own.stat().st_size > 0  # of a bench that was interrupted
+    if kept.exists() and not own.exists():
+        reused = True
         own.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(own) as partial:
             shutil.copyfile(kept, partial)

@@ -167,6 +167,12 @@ class Systems:
         if missing:
             lacking = several(missing, "query", "queries")
             self.warn(f"{name} lacks {lacking} of {self.data}, counted as nothing found")
+        if isinstance(self.index, Index):
+            found = {doc_id for ranking in known.values() for doc_id, _ in ranking}
+            if unknown := len(found.difference(self.index.ids)):
+                self.warn(
+                    f"{name}: {unknown:,} of its {several(len(found), 'document')} are not in {self.data}"
+                )
         self.add(name, "run", "", known)
 
     def add_baselines(self, index: Index) -> None:

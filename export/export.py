@@ -27,7 +27,7 @@ from qe_edge.student.spec import ModelSpec, read_spec
 from qe_edge.train.base_model import load_tokenizer
 from qe_edge.train.config import SftConfig
 from qe_edge.work.files import MANIFEST, atomic_path, sha256, write_json
-from qe_edge.work.runs import check_output, run_record
+from qe_edge.work.runs import check_output, learnt_by, run_record
 
 FORMATS = ("gguf", "mlx")
 ADAPTER = "adapter"  # the folder of the adapter's GGUF
@@ -114,7 +114,9 @@ def export_model(
             progress(f"warning: {warning}")
         found: dict[str, Any] = {"files": files, "checks": checks, "calibration": measured, "types": types}
         found["warnings"] = warnings
-        record = run_record("export", msgspec.to_builtins(config, enc_hook=str), {"model": model}, **found)
+        record = run_record(
+            "export", msgspec.to_builtins(config, enc_hook=str), {"model": model}, **found, **learnt_by(model)
+        )
         # So that both can be moved together.
         record["inputs"]["model"]["path"] = os.path.relpath(model, out)
         write_json(folder / MANIFEST, record)

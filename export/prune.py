@@ -28,7 +28,7 @@ from qe_edge.student.spec import ModelSpec, read_spec
 from qe_edge.train.base_model import load_model, load_tokenizer, save_student
 from qe_edge.work.files import MANIFEST, atomic_path, read_json, sha256, write_json
 from qe_edge.work.folder import Workdir
-from qe_edge.work.runs import check_output, run_record
+from qe_edge.work.runs import check_output, learnt_by, run_record
 
 BATCH = 1000  # texts that are tokenized together
 PROBES = 4  # texts that both models are asked
@@ -133,7 +133,14 @@ def prune_vocabulary(
             "counted": int(counts.sum()),
             "covered": round(float(counts[kept].sum() / counts.sum()), 4),
         }
-        record = run_record("prune", {"vocab_size": size}, {"model": model, **inputs}, checks=checks, **found)
+        record = run_record(
+            "prune",
+            {"vocab_size": size},
+            {"model": model, **inputs},
+            checks=checks,
+            **found,
+            **learnt_by(model),
+        )
         write_json(partial / MANIFEST, record)
     return found
 

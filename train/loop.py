@@ -15,7 +15,7 @@ from qe_edge.backends.free_cores import FreeCores
 from qe_edge.console import is_main_process, note, progress
 from qe_edge.errors import BadInput, Interrupted, require
 from qe_edge.student.spec import ModelSpec, write_spec
-from qe_edge.train.card import write_card
+from qe_edge.train.card import CARD, write_card
 from qe_edge.train.config import TrainConfig
 from qe_edge.train.curve import draw
 from qe_edge.train.dev import BEST, Best, DevSet, keep_best, take_best
@@ -272,6 +272,12 @@ def _callback_class() -> type:
                 self._info = f"loss {float(logs['loss']):.3f}"
             if state.is_world_process_zero:
                 write_log(self.log, state.log_history)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if (
+                state.is_world_process_zero
+            ):  # PEFT's card, which says nothing and names a path of this machine
+                (Path(args.output_dir) / f"checkpoint-{state.global_step}" / CARD).unlink(missing_ok=True)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self._began = time.monotonic()

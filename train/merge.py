@@ -14,7 +14,7 @@ from qe_edge.student.prompt import hugging_face
 from qe_edge.train.base_model import load_config, load_tokenizer, load_trained, open_trained, save_student
 from qe_edge.work.files import MANIFEST, atomic_path, write_json
 from qe_edge.work.folder import Workdir
-from qe_edge.work.runs import check_output, read_record, run_record
+from qe_edge.work.runs import check_output, learnt_by, run_record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,14 +68,19 @@ def merge(adapter: Path, *, join: Join | None = None, out: Path | None = None, w
             max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True)), 4
         ),
     }
-    record = read_record(adapter)
-    learnt = {"learnt": record["learnt"]} if "learnt" in record else {}
     with atomic_path(out) as partial:
         save_student(merged.to(precision), tokenizer, spec, partial)
         settings = {"join": str(spec.join), "precision": str(precision).removeprefix("torch.")}
         write_json(
             partial / MANIFEST,
-            run_record("merge", settings, {"adapter": adapter}, base=trained.base, checks=checks, **learnt),
+            run_record(
+                "merge",
+                settings,
+                {"adapter": adapter},
+                base=trained.base,
+                checks=checks,
+                **learnt_by(adapter),
+            ),
         )
     return out
 

@@ -120,9 +120,8 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
         lines.append(f"Other work took {load:.0%} of the processors at the start: the times say little.")
     reused = [s.name for s in dataset.systems if s.speed and s.speed.reused]
     if reused and keys & {"speed", "ms"}:
-        lines.append(
-            f"Times of an earlier run, whatever is said of this one: {', '.join(dict.fromkeys(reused))}."
-        )
+        names = ", ".join(dict.fromkeys(reused))
+        lines.append(f"Times of an earlier run, or in part, whatever is said of this one: {names}.")
     if "vs-bm25" in keys and any((system.p_vs_bm25 or 1) < ALPHA for system in dataset.systems):
         others = len(dataset.systems) - 1
         corrected = f", corrected by Holm over {others} systems" if others > 1 else ""
@@ -145,12 +144,12 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
     if "memory" in keys:
         lines.append("MB mem: the most memory of the process that ran the model.")
     if "join" not in keys:
-        names: dict[str, list[str]] = {}
+        joined: dict[str, list[str]] = {}
         for system in dataset.systems:
-            names.setdefault(system.join, []).append(system.name)
-        for join in filter(None, names):
+            joined.setdefault(system.join, []).append(system.name)
+        for join in filter(None, joined):
             both = ", the first what is written and the second what is read" if " + " in join else ""
-            lines.append(f"Joined by {join}{both}: {', '.join(names[join])}.")
+            lines.append(f"Joined by {join}{both}: {', '.join(joined[join])}.")
     lines += dict.fromkeys(
         f"Encoding {dataset.info.documents:,} documents took {once.seconds:.0f} s on {once.threads} threads, "
         f"for {rate(once.megabytes)} MB of vectors: all rows with dense or hybrid need it first."

@@ -17,8 +17,10 @@ from qe_edge.commands.common import (
     ThreadsOption,
     WorkdirOption,
     emit,
+    in_same_folder,
     named_columns,
-    took,
+    quoted,
+    took_trained,
 )
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import note
@@ -57,7 +59,7 @@ def bench(
     if not values.get("model"):
         try:
             values["model"] = default_models(work)
-            took("models", ", ".join(values["model"]))
+            took_trained("models", Path(values["model"][0]).parent, ", ".join(values["model"]))
         except NotFound:
             values["model"] = []
     config, shown = settings.config(), named_columns(columns)
@@ -124,7 +126,11 @@ def emit_bench(
         str(data.info.name): {f"{s.name} {s.join}".strip(): s.ndcg.mean for s in data.systems}
         for data in result.datasets
     }
-    following = f"report: {report}" if report else f"next:   qe-edge report {folder / RESULT}"
+    following = (
+        f"report: {report}"
+        if report
+        else f"next:   {in_same_folder(f'qe-edge report {quoted(folder / RESULT)}')}"
+    )
     emit(
         json,
         command,

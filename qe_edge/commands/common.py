@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,12 +75,12 @@ def took(what: str, path: Path | str, which: str = "the newest") -> None:
     note(f"{what}: {path} ({which}; name another to use that)")
 
 
-def took_trained(what: str, folder: Path) -> None:
-    """As `took`, of what `train` made, with the data sets that it learnt from."""
-    from qe_edge.work.runs import read_record
+def took_trained(what: str, folder: Path, shown: str = "") -> None:
+    """As `took`, of what holds a student, with the data sets that it learnt from, where they are known."""
+    from qe_edge.work.runs import learnt_by
 
-    learnt = " + ".join(read_record(folder).get("learnt", ["unknown"]))
-    took(what, folder, f"the newest, which learnt from {learnt}")
+    learnt = " + ".join(learnt_by(folder).get("learnt", []))
+    took(what, shown or folder, f"the newest{learnt and f', which learnt from {learnt}'}")
 
 
 def tell_split(named: str, data: Dataset) -> None:
@@ -96,7 +98,7 @@ def load_expander(model: str | None, workdir: Path, **settings: Any) -> Expander
     if model is None:
         models = default_models(Workdir(workdir))
         model = min(models, key=lambda path: Path(path).stat().st_size)
-        took("model", model)
+        took_trained("model", Path(model).parent, model)
     return Expander.load(model, **settings)
 
 
@@ -170,4 +172,19 @@ def emit(
         }
         print_json(envelope)
     else:
-        print(text + (f"\nnext:   {following}" if following else ""))
+        print(text + (f"\nnext:   {in_same_folder(following)}" if following else ""))
+
+
+def quoted(word: object) -> str:
+    """A path or a name as it can be copied into a shell."""
+    return shlex.quote(str(word))
+
+
+def in_same_folder(following: str) -> str:
+    """The next command, in the work folder that this one was given; those that take none follow none."""
+    words = sys.argv[1:]
+    given = [word.partition("=")[2] for word in words if word.startswith("--workdir=")]
+    given += [value for word, value in pairwise(words) if word == "--workdir"]
+    if not given or not following.startswith("qe-edge "):
+        return following
+    return f"{following} --workdir {quoted(given[-1])}"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import JsonOption, OutOption, emit
+from qe_edge.commands.common import JsonOption, OutOption, emit, quoted
 from qe_edge.commands.own_data import data_judge, data_make, data_queries
 
 data_app = typer.Typer(help="Look at data sets, and make your own.", no_args_is_help=True)
@@ -55,7 +55,7 @@ def data_info(
         "data info",
         "\n".join(f"{key:<12} {value}" for key, value in info.items()),
         metrics=info,
-        following=f"qe-edge {'teach --dataset' if dataset.queries else 'data queries'} {name} "
+        following=f"qe-edge {'teach --dataset' if dataset.queries else 'data queries'} {quoted(name)} "
         "--endpoint URL --model MODEL",
     )
 
@@ -78,7 +78,7 @@ def data_fetch(
         "data fetch",
         text,
         metrics={"name": str(dataset), "queries": len(dataset.queries)},
-        following=f"qe-edge data info {name}",
+        following=f"qe-edge data info {quoted(name)}",
     )
 
 
@@ -122,5 +122,5 @@ def data_import(
         text,
         artifacts={"folder": folder},
         metrics=msgspec.to_builtins(origin),
-        following=f"qe-edge data info {name}",
+        following=f"qe-edge data info {quoted(name)}",
     )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took_trained
+from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, quoted, took_trained
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import note
 from qe_edge.export.config import ExportConfig
@@ -47,8 +47,7 @@ def export(
         model = prune(model, config, workdir=work)
     out = out or work.new("export")
     report = export_model(model, out, config, progress=note)
-    # Without a GGUF, the MLX folder must be named.
-    named_model = "" if "gguf" in config.formats else f" --model {out / next(iter(report['files']))}"
+    first = next(iter(report["files"]))
     lines = [f"{out / name}  {size / 1e6:.1f} MB" for name, size in report["files"].items()]
     emit(
         json,
@@ -58,7 +57,7 @@ def export(
         artifacts={"folder": out},
         metrics=report,
         warnings=report["warnings"],
-        following=f"qe-edge bench --dataset demo-en{named_model}",
+        following=f"qe-edge bench --dataset demo-en --model {quoted(out / first)}",
     )
 
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, emit_asked, took
+from qe_edge.commands.common import (
+    WORKDIR,
+    JsonOption,
+    OutOption,
+    WorkdirOption,
+    emit,
+    emit_asked,
+    quoted,
+    took,
+)
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import note, several
 from qe_edge.errors import BadArgument, NotFound
@@ -54,7 +63,7 @@ def data_make(
         artifacts={"folder": out, "corpus": out / CORPUS},
         metrics=msgspec.to_builtins(made),
         warnings=bad,
-        following=f"qe-edge data queries {out} --endpoint URL --model MODEL",
+        following=f"qe-edge data queries {quoted(out)} --endpoint URL --model MODEL",
     )
 
 
@@ -95,7 +104,7 @@ def data_queries(
         inputs={"folder": folder, "model": config.model, "endpoint": config.endpoint},
         artifacts={"folder": folder},
         metrics=msgspec.to_builtins(report) if report else {},
-        following=f"qe-edge teach --dataset {folder}@train{at} --model {config.model}",
+        following=f"qe-edge teach --dataset {quoted(folder)}@train{at} --model {config.model}",
     )
 
 
@@ -147,7 +156,7 @@ def data_judge(
         inputs={"dataset": str(data), "model": config.model, "endpoint": config.endpoint},
         artifacts={"judgments": file},
         metrics=msgspec.to_builtins(found) if found else {},
-        following=f"qe-edge bench --dataset {dataset.partition('@')[0]}@{file} --measure Judged@10",
+        following=f"qe-edge bench --dataset {quoted(dataset.partition('@')[0])}@{file} --measure Judged@10",
     )
 
 

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, tell_split, took
+from qe_edge.commands.common import (
+    WORKDIR,
+    JsonOption,
+    OutOption,
+    WorkdirOption,
+    emit,
+    quoted,
+    tell_split,
+    took,
+)
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.errors import BadArgument
 from qe_edge.train.config import PairsConfig
@@ -62,5 +71,5 @@ def pairs(
         inputs={"dataset": dataset},
         artifacts={"folder": folder},
         metrics=report,
-        following="qe-edge train sft" + "".join(f" --expansions {file}" for file in files) + accept,
+        following="qe-edge train sft" + "".join(f" --expansions {quoted(file)}" for file in files) + accept,
     )

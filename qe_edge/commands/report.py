@@ -14,6 +14,7 @@ from qe_edge.commands.common import (
     WorkdirOption,
     emit,
     named_columns,
+    quoted,
     took,
 )
 from qe_edge.console import note
@@ -83,5 +84,5 @@ def report(
         inputs={"results": [str(r) for r in results]},
         artifacts=artifacts,
         metrics={"tables": text} if in_text else {},
-        following="" if in_text else f"python -m webbrowser {artifacts['report']}",
+        following="" if in_text else f"python -m webbrowser {quoted(artifacts['report'])}",
     )

@@ -14,11 +14,12 @@ from qe_edge.commands.common import (
     WorkdirOption,
     emit,
     emit_asked,
+    quoted,
     tell_split,
 )
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.errors import BadArgument
-from qe_edge.records import configured
+from qe_edge.records import Expansion, configured, read_jsonl
 from qe_edge.train.teach.config import TeachConfig
 from qe_edge.work.folder import Workdir
 
@@ -65,7 +66,8 @@ def teach(
     config = settings.config()
     outcome = verb(data, config, out=out)
     text = f"{outcome.done} of {outcome.candidates} candidates are in {out / EXPANSIONS}"
-    cut = outcome.problems.get("cut", 0) > outcome.asked / 4
+    problems = [row.problem for row in read_jsonl(out / EXPANSIONS, Expansion)] if outcome.done else []
+    cut = problems.count("cut") > len(problems) / 4
     if cut:
         text += (
             "\nmany were cut: ask with a larger --max-tokens, or have `pairs` and `train sft`\n"
@@ -87,10 +89,10 @@ def _following(dataset: str | None, data: Dataset, file: Path, cut: bool) -> str
     """What to do with the candidates: those of test queries are to compare with, not to train on."""
     accept = " --accept cut" if cut else ""
     if not dataset:  # nothing is judged, so there are no pairs
-        return f"qe-edge train sft --expansions {file}{accept}"
+        return f"qe-edge train sft --expansions {quoted(file)}{accept}"
     if data.split == "test":
-        return f"qe-edge bench --dataset {dataset} --teacher {file}"
-    return f"qe-edge pairs --dataset {dataset}{accept}"
+        return f"qe-edge bench --dataset {quoted(dataset)} --teacher {quoted(file)}"
+    return f"qe-edge pairs --dataset {quoted(dataset)}{accept}"
 
 
 def _import(

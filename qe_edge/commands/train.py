@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took, took_trained
+from qe_edge.commands.common import (
+    WORKDIR,
+    JsonOption,
+    OutOption,
+    WorkdirOption,
+    emit,
+    quoted,
+    took,
+    took_trained,
+)
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import is_main_process, several
 from qe_edge.errors import QeEdgeError
@@ -132,5 +141,5 @@ def _end_training(json: bool, command: str, folder: Path, following: str = "") -
         inputs=record["inputs"],
         artifacts={"adapter": folder},
         metrics=metrics,
-        following=following or f"qe-edge merge {folder}",
+        following=following or f"qe-edge merge {quoted(folder)}",
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit
+from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit, quoted
 from qe_edge.console import several, warn
 from qe_edge.work.folder import Workdir
 
@@ -60,7 +60,7 @@ def verify(
         )
         if change["high"] < 0:
             warn(f"{exported} finds less than its source, and not by chance: try a larger kind, such as --q8")
-    following = f"qe-edge bench --dataset {dataset or 'demo-en'} --model {exported}"
+    following = f"qe-edge bench --dataset {quoted(dataset or 'demo-en')} --model {quoted(exported)}"
     emit(json, "verify", text, inputs={"export": exported}, metrics=found, following=following)
 
 

@@ -65,6 +65,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def learnt_by(folder: Path) -> dict[str, list[str]]:
+    """The data sets that a folder's student `learnt` from, by its record, for that of what is made of it."""
+    record = read_record(folder)
+    return {"learnt": record["learnt"]} if "learnt" in record else {}
+
+
 def check_output(out: Path, command: str) -> None:
     """Fail before the work, not after it, when the output folder can't be written or must not be replaced.
 

@@ -164,6 +164,18 @@ def test_pairs_are_not_taken_to_a_student_of_other_data(qe_edge, tmp_path):
     assert code == 4 and "none.jsonl: no such file" in err
 
 
+def test_the_next_command_can_be_copied(qe_edge, tmp_path):
+    data = load_dataset("demo-en@train")
+    made, work = tmp_path / "my texts.tsv", tmp_path / "my work"
+    made.write_text("".join(f"{id}\tsome words about it\n" for id in data.queries))
+    asked = ["teach", "-d", "demo-en@train", "--import", made, "--format", "querygym", "-m", "big"]
+    code, out, _ = qe_edge(*asked, "--mode", "few-shot", "--workdir", work)
+    assert code == 0
+    assert out.splitlines()[-1] == f"next:   qe-edge pairs --dataset demo-en@train --workdir '{work}'"
+    code, out, _ = qe_edge("bench", "-d", "demo-en", "--out", tmp_path / "my out")
+    assert out.splitlines()[-1] == f"next:   qe-edge report '{tmp_path / 'my out' / 'result.json'}'"
+
+
 def test_what_is_warned_of_is_in_the_object_too(qe_edge, tmp_path):
     data = load_dataset("demo-en@train")
     (tmp_path / "made.tsv").write_text("".join(f"{id}\tsome words about it\n" for id in data.queries))
