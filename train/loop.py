@@ -274,9 +274,8 @@ def _callback_class() -> type:
                 write_log(self.log, state.log_history)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if (
-                state.is_world_process_zero
-            ):  # PEFT's card, which says nothing and names a path of this machine
+            # PEFT's card says nothing, and names a path of this machine.
+            if state.is_world_process_zero:
                 (Path(args.output_dir) / f"checkpoint-{state.global_step}" / CARD).unlink(missing_ok=True)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
