@@ -40,9 +40,8 @@ def generate_once(
     name = hashlib.sha256(msgspec.json.encode(key)).hexdigest()[:24]
     task, kept = msgspec.structs.replace(task, key=name), cache / f"{name}.jsonl"
     own = Path(task.out)
-    reused = own.exists() and own.stat().st_size > 0  # of a bench that was interrupted
-    if kept.exists() and not own.exists():
-        reused = True
+    resumed = own.exists() and own.stat().st_size > 0  # a bench that was interrupted
+    if again := kept.exists() and not own.exists():
         own.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(own) as partial:
             shutil.copyfile(kept, partial)
@@ -51,7 +50,7 @@ def generate_once(
     if not kept.exists():
         with atomic_path(kept) as partial:
             shutil.copyfile(own, partial)
-    return rows, msgspec.structs.replace(speed, reused=reused), spec
+    return rows, msgspec.structs.replace(speed, reused=again or resumed), spec
 
 
 def _engines() -> list[str | None]:
