@@ -17,6 +17,7 @@ from tiny_encoder import save_tiny_encoder
 from qe_edge import Expander
 from qe_edge.bench.bench import bench
 from qe_edge.bench.config import BenchConfig
+from qe_edge.bench.generations import generate_once
 from qe_edge.bench.inputs import default_teachers, parse_model
 from qe_edge.bench.quality import retrieve, values_of
 from qe_edge.bench.report.table import console_table, latex_table, markdown_table
@@ -115,6 +116,13 @@ def test_another_systems_run_is_a_row_beside_bm25_and_needs_no_model(done, tmp_p
     assert theirs.per_query == rm3.per_query and theirs.vs_bm25 == rm3.vs_bm25
     assert less.per_query == rm3.per_query | {queries[0]: 0.0}
     assert result.warnings == ["part.trec lacks 1 query of demo-en@test, counted as nothing found"]
+    # Documents of another collection: nothing judged could be found among them.
+    foreign = tmp_path / "foreign.trec"
+    foreign.write_text("".join(f"{id} Q0 elsewhere-{n} 1 {9 - n} x\n" for id in queries for n in range(3)))
+    of_foreign = msgspec.structs.replace(config, runs=(str(foreign),))
+    result = read_result(bench(of_foreign, workdir=Workdir(tmp_path / "work")))
+    assert result.warnings == ["foreign.trec: 3 of its 3 documents are not in demo-en@test"]
+    assert result.datasets[0].systems[2].ndcg.mean == 0
     for line in ("q1 Q0 d1 1", "q1 Q0 d1 1 nan x"):
         part.write_text(f"{line}\n")
         with pytest.raises(BadInput, match=r"part.trec:1: not a line of a TREC run"):
@@ -386,6 +394,13 @@ def test_an_interrupted_bench_keeps_what_was_generated(done, student, tmp_path):
     rows, _, _ = generate(request)
     assert rows[0].text.startswith("KEPT ")
     assert [row.query_id for row in rows] == list(request.queries)
+    # What was timed then was timed on another occasion.
+    (tmp_path / "g.jsonl").unlink()
+    rows, speed, _ = generate_once(request, "digest", tmp_path / "cache")
+    assert not speed.reused
+    (tmp_path / "cache" / f"{rows[0].key}.jsonl").unlink()
+    _, speed, _ = generate_once(request, "digest", tmp_path / "cache")
+    assert speed.reused
 
 
 def test_what_an_earlier_bench_wrote_is_not_written_again(student, tmp_path, capsys):
@@ -571,6 +586,21 @@ def test_of_a_teacher_that_was_asked_again_the_last_answers_count(tmp_path):
     assert told in result.warnings
     teacher = result.datasets[0].systems[2]
     assert teacher.expansions == {first: answers[-1][1], second: "imported"}
+
+
+def test_a_teacher_that_wrote_for_some_queries_is_no_measure_of_others(tmp_path):
+    data = load_dataset("demo-en")
+    best = {id: dict(data.documents())[max(grades, key=grades.get)] for id, grades in data.qrels.items()}
+    few = list(data.queries)[: len(data.queries) // 2]
+    rows = [Expansion("demo-en", id, data.queries[id], "en", "few", "zero-shot", best[id]) for id in few]
+    rows += [Expansion("demo-en", id, q, "en", "all", "zero-shot", q) for id, q in data.queries.items()]
+    file = tmp_path / "teachers.jsonl"
+    file.write_bytes(encode_jsonl(rows))
+    config = BenchConfig(datasets=("demo-en",), teachers=(str(file),))
+    (result,) = read_result(bench(config, workdir=Workdir(tmp_path / "work"))).datasets
+    systems = {system.name: system for system in result.systems}
+    assert systems["few zero-shot"].ndcg.mean > systems["all zero-shot"].ndcg.mean
+    assert (result.teacher, systems["few zero-shot"].failed) == ("all zero-shot", 13)
 
 
 def test_a_teachers_unusable_answers_count_as_the_plain_query(tmp_path):

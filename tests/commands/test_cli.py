@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from endpoint import serve
 from results import bench
 
 from qe_edge import __version__, doctor
@@ -174,6 +175,28 @@ def test_the_next_command_can_be_copied(qe_edge, tmp_path):
     assert out.splitlines()[-1] == f"next:   qe-edge pairs --dataset demo-en@train --workdir '{work}'"
     code, out, _ = qe_edge("bench", "-d", "demo-en", "--out", tmp_path / "my out")
     assert out.splitlines()[-1] == f"next:   qe-edge report '{tmp_path / 'my out' / 'result.json'}'"
+
+
+def test_the_newest_is_named_with_what_it_learnt_from(qe_edge, tmp_path):
+    folder = tmp_path / "merge" / "001"
+    folder.mkdir(parents=True)
+    for record, learnt in (({}, ""), ({"learnt": ["a", "b@dev"]}, ", which learnt from a + b@dev")):
+        write_json(folder / "run.json", {"command": "merge", **record})
+        code, _, err = qe_edge("export", "--workdir", tmp_path)
+        assert code == 5 and f"model: {folder} (the newest{learnt}; name another to use that)" in err
+
+
+def test_teach_asked_again_remembers_what_was_cut(qe_edge, tmp_path):
+    pytest.importorskip("openai")
+    (tmp_path / "queries.jsonl").write_text('{"_id": "1", "text": "why do tides rise"}\n')
+    for _ in range(2):  # the second time, nothing is asked
+        with serve() as endpoint:
+            endpoint.finish_reason = "length"
+            asked = ["--queries", tmp_path / "queries.jsonl", "-m", "big", "--endpoint", endpoint.url]
+            code, out, _ = qe_edge("teach", *asked, "--mode", "zero-shot", "--out", tmp_path / "out")
+        assert code == 0
+        assert "many were cut: ask with a larger --max-tokens" in out
+        assert out.splitlines()[-1].endswith("expansions.jsonl --accept cut")
 
 
 def test_what_is_warned_of_is_in_the_object_too(qe_edge, tmp_path):

@@ -16,8 +16,10 @@ import msgspec
 import numpy as np
 import pytest
 from tiny import first_tokens, save_tiny_qwen3
+from typer.testing import CliRunner
 
 from qe_edge.backends.open import open_backend
+from qe_edge.cli import app
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.export import vocab
 from qe_edge.export.compare import compare_retrieval
@@ -217,6 +219,20 @@ def test_verify_prints_what_it_found(
     assert following.startswith("next:   qe-edge bench")  # and may be as long as the file's name
     assert [line for line in lines[1:] if len(line) > 80] == []
     assert "nDCG@10 on 26 queries of demo-en@test: " in printed
+
+
+@pytest.mark.parametrize(("high", "warned"), [(-0.01, True), (0.01, False)])
+@pytest.mark.parametrize("exported", ["qwen3"], indirect=True)
+def test_verify_warns_of_a_loss_that_is_not_chance(
+    exported: Any, monkeypatch: pytest.MonkeyPatch, high: float, warned: bool
+) -> None:
+    change = {"mean": -0.02, "low": -0.05, "high": high}
+    found = {"queries": 26, "dataset": "demo-en@test", "before": 0.5, "after": 0.48, "difference": change}
+    monkeypatch.setattr("qe_edge.export.compare.compare_retrieval", lambda *_, **__: found)
+    file = exported[1] / "student-Q8_0.gguf"
+    checked = CliRunner().invoke(app, ["verify", str(file), "--dataset", "demo-en", "--json"])
+    warning = f"{file} finds less than its source, and not by chance: try a larger kind, such as --q8"
+    assert json.loads(checked.stdout)["warnings"] == [warning] * warned
 
 
 def test_only_what_was_asked_for_is_kept_and_stdout_stays_clean(
