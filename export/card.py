@@ -58,7 +58,7 @@ def write_card(
         "answers or in answers alone. Greedy is how much of the source's greedy answers a file writes before",
         "it differs.",
         "",
-        "| file | MB | logit cosine | KL divergence | of answers | top-1 | greedy |",
+        "| file | MB | logit cosine | KL divergence | within answers | top-1 | greedy |",
         "| :-- | --: | --: | --: | --: | --: | --: |",
         *(_row(name, size, checks.get(name)) for name, size in files.items()),
         *_calibrated(importance),

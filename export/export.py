@@ -323,10 +323,10 @@ def _far(name: str, check: dict[str, Any]) -> str:
 def _summary(path: Path, checks: dict[str, Any]) -> str:
     size = f"{path.name}: {_size(path) / 1e6:.1f} MB"
     if check := checks.get(path.name):
-        of_answers = f"{check['answer_divergence']:.4f} of answers"
+        of_answers = f"within answers {check['answer_divergence']:.4f}"
         return (
             f"{size}, token ids identical\n  logit cosine {check['logit_cosine']:.4f}, "
-            f"KL divergence {check['kl_divergence']:.4f} nats ({of_answers})"
+            f"KL divergence {check['kl_divergence']:.4f} nats a token ({of_answers})"
         )
     return f"{size}, not verified"
 

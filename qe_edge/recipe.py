@@ -19,6 +19,8 @@ interrupted one goes on.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +32,7 @@ from qe_edge.bench.bench import check_config
 from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.bench.inputs import parse_run
 from qe_edge.documents.passages import WORDS
-from qe_edge.errors import BadInput, NotFound, require
+from qe_edge.errors import BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import check_choices
 from qe_edge.records import Count, Positive, misfit, no_setting
@@ -39,7 +41,7 @@ from qe_edge.student.hub import local_file
 from qe_edge.student.join import Join
 from qe_edge.student.models import resolve
 from qe_edge.student.prompt import load_teacher_prompt
-from qe_edge.train.config import DpoConfig, PairsConfig, SftConfig
+from qe_edge.train.config import DpoConfig, PairsConfig, SftConfig, TrainConfig
 from qe_edge.train.scoring import Reward
 from qe_edge.train.synthetic.config import QueriesConfig
 from qe_edge.train.teach.config import TeachConfig
@@ -194,16 +196,27 @@ def _struct_of(section: str) -> type | None:
     return next((kind for kind in kinds if issubclass(kind, msgspec.Struct)), None)
 
 
-def _check_words(recipe: Recipe) -> None:
-    """Joins, rewards and prompts, which are small languages of their own."""
-    trainings = [part for part in (recipe.sft, recipe.dpo) if part]
-    pairs = recipe.pairs or PairsPart()
-    for join in (recipe.join, pairs.join, *(training.eval_join for training in trainings)):
-        if join:
-            Join.parse(join)
-    Reward.parse(pairs.reward, pairs.length_penalty)
-    if recipe.teach:
-        load_teacher_prompt(recipe.teach.prompt)
+@contextmanager
+def _within(section: str) -> Iterator[None]:
+    """Say in which section of the recipe the mistake is that is found meanwhile."""
+    try:
+        yield
+    except QeEdgeError as error:
+        error.args = (f"[{section}] of the recipe: {error}",)
+        raise
+
+
+def _check_files(*paths: str) -> None:
+    for path in paths:
+        if not Path(path).is_file():
+            raise NotFound(f"{path}: no such file")
+
+
+def _check_training(config: TrainConfig) -> None:
+    if config.eval_dataset:
+        load_dataset(config.eval_dataset)
+    if config.eval_join:
+        Join.parse(config.eval_join)
 
 
 def check(recipe: Recipe) -> None:
@@ -218,21 +231,35 @@ def check(recipe: Recipe) -> None:
     for module, extra in needed.items():
         if find_spec(module) is None:
             require(module, extra)
-    check_choices(recipe.export)
-    resolve(recipe.sft.student)
+    if recipe.join:
+        Join.parse(recipe.join)
     if recipe.notes and not Path(recipe.notes.folder).is_dir():
         raise NotFound(f"{recipe.notes.folder}: no such folder of notes")
-    judged = recipe.samples.datasets if recipe.samples else ()
-    if recipe.pairs and recipe.pairs.dataset:
-        judged = (recipe.pairs.dataset,)
-    dev = {part.eval_dataset for part in (recipe.sft, recipe.dpo) if part and part.eval_dataset}
-    for name in (*judged, *sorted(dev)):
-        load_dataset(name)
-    _check_words(recipe)
-    check_config(recipe.bench)
-    readers = [str(local_file(reader)) for reader in recipe.bench.readers if reader != ITSELF]
-    runs = [str(parse_run(text)[1]) for text in recipe.bench.runs]
-    expansions = recipe.pairs.expansions if recipe.pairs else ()
-    for path in (*expansions, *readers, *runs, *recipe.sft.expansions, *recipe.bench.teachers):
-        if not Path(path).is_file():
-            raise NotFound(f"{path}: no such file; the recipe names it")
+    with _within("teach"):
+        if recipe.teach:
+            load_teacher_prompt(recipe.teach.prompt)
+    with _within("samples"):
+        for name in recipe.samples.datasets if recipe.samples else ():
+            load_dataset(name)
+    with _within("pairs"):
+        pairs = recipe.pairs or PairsPart()
+        if pairs.dataset:
+            load_dataset(pairs.dataset)
+        if pairs.join:
+            Join.parse(pairs.join)
+        Reward.parse(pairs.reward, pairs.length_penalty)
+        _check_files(*pairs.expansions)
+    with _within("sft"):
+        resolve(recipe.sft.student)
+        _check_training(recipe.sft)
+        _check_files(*recipe.sft.expansions)
+    with _within("dpo"):
+        if recipe.dpo:
+            _check_training(recipe.dpo)
+    with _within("export"):
+        check_choices(recipe.export)
+    with _within("bench"):
+        check_config(recipe.bench)
+        readers = [str(local_file(reader)) for reader in recipe.bench.readers if reader != ITSELF]
+        runs = [str(parse_run(text)[1]) for text in recipe.bench.runs]
+        _check_files(*readers, *runs, *recipe.bench.teachers)

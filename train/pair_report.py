@@ -148,7 +148,7 @@ def counted(count: int, one: str, more: str) -> str:
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """`3 tie, 1 empty expansion`, and how to let in what `teach` marked."""
+    """`3 of equal reward, 1 empty expansion`, and how to let in what `teach` marked."""
     marked = [reason for reason in counts if reason.startswith("marked")]
     rest = [reason for reason in counts if reason not in marked]
     text = ", ".join(f"{counts[reason]} {reason}" for reason in marked)

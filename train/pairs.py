@@ -197,7 +197,7 @@ def make_pairs(
         for better, worse in _combinations(group, config.strategy):
             gap = better.candidate.reward - worse.candidate.reward
             if gap < config.min_gap:
-                dropped["tie" if gap == 0 else "gap below the minimum"] += 1
+                dropped["of equal reward" if gap == 0 else "below the minimum gap"] += 1
             elif _near_duplicates(better, worse):
                 dropped["near-duplicates"] += 1
             else:

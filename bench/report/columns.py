@@ -85,7 +85,7 @@ def chosen(dataset: DatasetResult, keys: Sequence[str]) -> list[Column]:
         BadArgument: there is no such column.
     """
     known = {column.key: column for column in all_columns(dataset)}
-    check_columns(keys, [key for key in known if key not in KEYS])
+    check_columns(keys, [name for system in dataset.systems for name in system.measures])
     return [known[key] for key in keys if key in known]  # no budget may have cut anything
 
 
@@ -95,7 +95,7 @@ def check_columns(keys: Sequence[str], measures: Sequence[str]) -> None:
     Raises:
         BadArgument: there is no such column.
     """
-    known = [*KEYS, *measures, *(f"{budget}-tokens" for budget in BUDGETS)]
+    known = [*KEYS, *dict.fromkeys(measures), *(f"{budget}-tokens" for budget in BUDGETS)]
     for key in keys:
         if key not in known:
             raise BadArgument(f"no column {key!r}; there are: {', '.join(known)}")
@@ -116,10 +116,11 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
     keys = {column.key for column in columns}
     hint = ": see the interval of “vs BM25”" if "vs-bm25" in keys else ""
     lines = [caveat(dataset.info.name, len(dataset.queries), hint=hint)]
-    if run and (load := run.machine.get("busy", 0)) > BUSY and keys & {"speed", "ms"}:
+    timed = keys & {"speed", "ms"} and any(system.speed for system in dataset.systems)
+    if run and (load := run.machine.get("busy", 0)) > BUSY and timed:
         lines.append(f"Other work took {load:.0%} of the processors at the start: the times say little.")
     reused = [s.name for s in dataset.systems if s.speed and s.speed.reused]
-    if reused and keys & {"speed", "ms"}:
+    if reused and timed:
         names = ", ".join(dict.fromkeys(reused))
         lines.append(f"Times of an earlier run, or in part, whatever is said of this one: {names}.")
     if "vs-bm25" in keys and any((system.p_vs_bm25 or 1) < ALPHA for system in dataset.systems):

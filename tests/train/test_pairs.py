@@ -85,7 +85,7 @@ def test_the_better_retriever_is_chosen_and_everything_is_counted(tmp_path, coll
         "empty expansion": 1,
         "other query of that id": 1,
         "query not judged in this split": 1,
-        "tie": 1,
+        "of equal reward": 1,
     }
     assert report["candidates"] == 4
     assert report["candidates_better_than_plain"] == 1
@@ -120,7 +120,7 @@ def paired(candidates, **settings):
 def test_gap_and_limit_decide_and_the_widest_gaps_stay():
     made, dropped = paired(scored(0.9, 0.5, 0.46, 0.1), min_gap=0.05, max_per_query=2)
     assert made == [(0, 3), (0, 2)]
-    assert dropped == {"gap below the minimum": 1, "over the limit per query": 3}
+    assert dropped == {"below the minimum gap": 1, "over the limit per query": 3}
 
 
 def test_a_gap_of_exactly_the_minimum_counts():
@@ -140,7 +140,7 @@ def test_strategies():
     assert again[0] == again[1]
     for strategy in ("all-above-gap", "best-worst", "best-vs-sampled"):
         assert paired(scored(0.5), strategy=strategy)[0] == []
-        assert paired(scored(0.5, 0.5), strategy=strategy) == ([], {"tie": 1})
+        assert paired(scored(0.5, 0.5), strategy=strategy) == ([], {"of equal reward": 1})
 
 
 def test_near_duplicates_make_no_pair():
@@ -153,7 +153,7 @@ def test_near_duplicates_make_no_pair():
 def test_of_two_equally_good_candidates_the_shorter_wins(tmp_path, collection):
     long = "the gravity of the moon raises the tides of all oceans every single day"
     rows = [candidate("q1", long), candidate("q1", "gravity raises tides", "few-shot")]
-    with pytest.raises(BadInput, match="tie"):
+    with pytest.raises(BadInput, match="of equal reward"):
         build(tmp_path, collection, rows)
     folder = build(tmp_path, collection, rows, length_penalty=1.0)
     (pair,) = read_jsonl(folder / "pairs.jsonl", Pair)
@@ -215,9 +215,9 @@ def test_the_report_says_who_wins_and_where_expansion_hurts(tmp_path, collection
     assert "         (of the 1 that it wrote for; plain has 0.000 there)\n" in told
     assert "gaps between a query's best and worst reward:\n  0 to 0.05: 1 query\n" in told
     assert "queries without a pair: 1" in told and "without a candidate" not in told
-    told = describe(report | {"queries": 5, "dropped": {"tie": 1, "marked: cut": 2}})
+    told = describe(report | {"queries": 5, "dropped": {"of equal reward": 1, "marked: cut": 2}})
     assert "queries without a candidate that can be used: 3\n" in told
-    assert told.endswith("not used: 2 marked: cut (--accept takes marked texts), 1 tie")
+    assert told.endswith("not used: 2 marked: cut (--accept takes marked texts), 1 of equal reward")
     assert report["gaps"] == {
         "0 to 0.05": 1,
         "0.05 to 0.1": 0,
