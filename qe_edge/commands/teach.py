@@ -59,11 +59,12 @@ def teach(
         following = _following(dataset, data, out / EXPANSIONS, False) if data else ""
         _import(import_file, data, out, format, json, settings, following)
         return
-    if data is None or not settings.values.get("model"):
+    if not settings.values.get("model") or (data is None and not settings.shown):
         raise BadArgument(
             "name the queries with --dataset or --queries, and the teacher with --model (and --endpoint)"
         )
     config = settings.config()
+    assert data is not None
     outcome = verb(data, config, out=out)
     text = f"{outcome.done} of {outcome.candidates} candidates are in {out / EXPANSIONS}"
     problems = [row.problem for row in read_jsonl(out / EXPANSIONS, Expansion)] if outcome.done else []

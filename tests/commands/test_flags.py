@@ -22,7 +22,7 @@ from qe_edge.train.config import DpoConfig, PairsConfig, SftConfig
 from qe_edge.train.teach.config import TeachConfig
 
 VERBS: dict[str, tuple[list[str], type[msgspec.Struct], dict[str, Any]]] = {
-    "teach": (["-d", "demo-en", "-m", "big"], TeachConfig, {"model": "big"}),
+    "teach": (["-m", "big"], TeachConfig, {"model": "big"}),
     "pairs": ([], PairsConfig, {}),
     "train sft": ([], SftConfig, {}),
     "train dpo": ([], DpoConfig, {}),
