@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from qe_edge.bench.baselines import parse_baseline
 from qe_edge.bench.config import ITSELF, BenchConfig
-from qe_edge.bench.inputs import Model, parse_model, parse_run
+from qe_edge.bench.inputs import Model, learnt_by_model, parse_model, parse_run
 from qe_edge.bench.result import BUSY, RESULT, BenchResult
 from qe_edge.bench.systems import OURS, Systems, is_of
 from qe_edge.console import note, warn
@@ -56,7 +56,10 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     readers = tuple(name if name == ITSELF else str(local_file(name)) for name in config.readers)
     config = replace(config, readers=readers)
     hashes = {label: run.record["inputs"][label]["sha256"] for label in named}
-    models = [Model(label, name, hashes[label], config.joins) for label, name in named.items()]
+    models = [
+        Model(label, name, hashes[label], config.joins, learnt_by_model(name))
+        for label, name in named.items()
+    ]
     warnings: list[str] = []
     failures: list[str] = []
     results = []

@@ -8,21 +8,25 @@ from typing import NamedTuple
 
 from qe_edge.console import shown
 from qe_edge.errors import BadInput
+from qe_edge.export.lineage import learnt_queries
 from qe_edge.retrieval.datasets import BUILTIN, builtin_folder, split_name
 from qe_edge.student.models import resolve
-from qe_edge.work.folder import Workdir
+from qe_edge.work.files import MANIFEST
+from qe_edge.work.folder import Workdir, is_numbered
 
 
 class Model(NamedTuple):
     """A model to measure: its name in tables, what it is found by, and joins instead of its own.
 
-    `sha256` is None where the weights are elsewhere, as a hub id's are.
+    `sha256` is None where the weights are elsewhere, as a hub id's are. `learnt` are the queries that it was
+    trained on, as far as that is known.
     """
 
     label: str
     name: str
     sha256: str | None
     joins: tuple[str, ...] = ()
+    learnt: frozenset[str] = frozenset()
 
 
 def parse_model(text: str) -> tuple[str, str]:
@@ -34,7 +38,17 @@ def parse_model(text: str) -> tuple[str, str]:
     if equals and "/" not in label and not Path(text).exists():
         return label, model
     ref = resolve(text)
-    return shown(ref.path.name if ref.path and not text.startswith("builtin:") else text), text
+    if not ref.path or text.startswith("builtin:"):
+        return shown(text), text
+    return shown(f"{ref.path.parent.name} {ref.path.name}" if is_numbered(ref.path) else ref.path.name), text
+
+
+def learnt_by_model(name: str) -> frozenset[str]:
+    """The queries that a model was trained on, by the records of the folder where it lies."""
+    path = resolve(name).path
+    if path is None:
+        return frozenset()
+    return frozenset(learnt_queries(path if (path / MANIFEST).is_file() else path.parent))
 
 
 def parse_run(text: str) -> tuple[str, Path]:

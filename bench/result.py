@@ -88,7 +88,10 @@ class System(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class DatasetResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All systems on one data set; `teacher` names the system that retention refers to."""
+    """All systems on one data set; `teacher` names the system that retention refers to.
+
+    `warnings` are what its tables must say, such as which model has no row and why.
+    """
 
     info: DatasetInfo
     fingerprint: str
@@ -96,6 +99,7 @@ class DatasetResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     queries: dict[str, str]
     teacher: str | None
     systems: list[System]
+    warnings: list[str] = []
 
 
 class Tuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -169,7 +169,7 @@ def work(task: Task) -> Loaded:
     _cut_incomplete_line(Path(task.out))
     done = rows_of(task)
     collection = None
-    with progress(f"{task.label}: loading", None):
+    with progress(f"bench: {task.label}: loading", None):
         start = time.perf_counter()
         expander = Expander.load(
             task.model,
@@ -194,7 +194,7 @@ def work(task: Task) -> Loaded:
     meter = EnergyMeter()
     with (
         Path(task.out).open("ab") as file,
-        progress(task.label, len(task.queries), done=len(done)) as advance,
+        progress(f"bench: {task.label}", len(task.queries), done=len(done)) as advance,
     ):
         for query_id, query in todo.items():
             if os.getppid() != parent:  # it was killed, and another run may write to this file by now

@@ -73,6 +73,11 @@ class Systems:
         for name, run in (runs or {}).items():
             self.add_run(name, run)
         for model in models:
+            if seen := model.learnt.intersection(self.data.queries.values()):
+                self.warn(
+                    f"{model.label} was trained on {len(seen)} of the {len(self.data.queries)} queries of "
+                    f"{self.data}: others are found less well"
+                )
             try:
                 rows = self.add_model(model, plain)
                 if rows and isinstance(self.index, Index):
@@ -83,7 +88,7 @@ class Systems:
             missing = len(self.data.queries) - len(expansions)
             if missing:
                 lacking = several(missing, "query", "queries")
-                self.warn(f"{name} has no expansion of {lacking} of {self.data}, searched without one")
+                warn(f"{name} has no expansion of {lacking} of {self.data}, searched without one", "bench")
             run = self.retrieve(expansions, Join.parse(self.config.teacher_join))
             more = {"failed": missing, "expansions": expansions}
             self.add(name, "teacher", self.config.teacher_join, run, **more)
@@ -100,6 +105,7 @@ class Systems:
             queries=self.data.queries,
             teacher=teacher.name if teacher else None,
             systems=compare_all(self.systems, teacher),
+            warnings=self.warnings,
         )
 
     def fail(self, model: Model, error: QeEdgeError) -> None:

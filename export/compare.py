@@ -8,13 +8,29 @@ from typing import Any
 import msgspec
 
 from qe_edge.console import progress
+from qe_edge.errors import BadArgument
 from qe_edge.retrieval.datasets import Dataset, load_dataset
 from qe_edge.retrieval.index import Index
 from qe_edge.retrieval.measures import mean, mean_interval, per_query
 from qe_edge.runtime.expander import Expander
 from qe_edge.student.gate import OPEN
 from qe_edge.student.models import Engine
+from qe_edge.student.spec import read_spec
 from qe_edge.work.folder import Workdir
+
+
+def check_language(source: Path, data: Dataset) -> None:
+    """Refuse queries in a language that a student doesn't know.
+
+    Raises:
+        BadArgument: they are.
+    """
+    spec = read_spec(source)
+    if spec and data.lang not in spec.prompt.languages:
+        known = ", ".join(spec.prompt.languages)
+        raise BadArgument(
+            f"{source} knows {known} only, and {data} is in {data.lang}; name another --dataset"
+        )
 
 
 def compare_retrieval(exported: Path, source: Path, dataset: str, *, workdir: Workdir) -> dict[str, Any]:
@@ -41,7 +57,7 @@ def compare_retrieval(exported: Path, source: Path, dataset: str, *, workdir: Wo
 def _ndcg(model: Path, engine: Engine | None, data: Dataset, index: Index) -> dict[str, float]:
     with (
         Expander.load(model, engine=engine, gate=OPEN) as expander,
-        progress(f"expanding with {model.name}", len(data.queries)) as advance,
+        progress(f"expanding with {model}", len(data.queries)) as advance,
     ):
         run = {}
         for query_id, query in data.queries.items():

@@ -141,7 +141,7 @@ def _calibrate(
     if not files and not config.no_calibrate:
         files = training_data(source.model)
     if files:
-        progress(f"importance matrix from {', '.join(path.name for path in files)}")
+        progress(f"importance matrix from {', '.join(map(str, files))}")
         rows = calibration_rows(files, selection, spec, load_tokenizer(str(source.model)))
         return _Calibration(rows, measure_importance(source, rows, files))
     needing = [kind for kind in config.kinds if kind in NEED_IMPORTANCE] + ["a mixed file"] * config.mixed

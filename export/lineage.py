@@ -1,4 +1,4 @@
-"""How a merged student came to be: the run.json of merge, and of the SFT and DPO before it."""
+"""How a student came to be: the run.json of export, prune and merge, and of the DPO and SFT before them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qe_edge.console import warn
-from qe_edge.records import configured
+from qe_edge.records import Expansion, Pair, configured, read_jsonl
 from qe_edge.student.spec import ModelSpec
 from qe_edge.train.config import SftConfig
 from qe_edge.work.files import sha256
@@ -15,16 +15,36 @@ from qe_edge.work.runs import read_record
 _MAY_BE_PATHS = ("student", "eval_dataset")
 
 
+_MADE_FROM = {"export": "model", "prune": "model", "merge": "adapter", "train dpo": "adapter"}
+
+
 def training_records(model: Path) -> list[dict[str, Any]]:
-    """The records of the trainings behind a merged model, in order, as far as they are still there."""
+    """The records of the trainings behind a folder's model, in order, as far as they are still there."""
     records: list[dict[str, Any]] = []
-    record = read_record(model)
-    while record.get("command") in ("merge", "train dpo", "prune"):
-        made_from = "model" if record["command"] == "prune" else "adapter"
-        record = read_record(Path(record["inputs"][made_from]["path"]))
-        if str(record.get("command")).startswith("train"):
+    while record := read_record(model):
+        command = str(record.get("command"))
+        if command.startswith("train"):
             records.insert(0, record)
+        if command not in _MADE_FROM:
+            break
+        model = model / record["inputs"][_MADE_FROM[command]]["path"]  # an export's is relative to it
     return records
+
+
+def learnt_queries(model: Path) -> set[str]:
+    """The queries that a folder's model was trained on, where the files that held them are still at hand."""
+    found = set()
+    for record in training_records(model):
+        accepted = (None, *record["settings"].get("accept", ()))
+        for name, made_from in record["inputs"].items():
+            file = Path(made_from["path"])
+            if not file.is_file() or sha256(file) != made_from["sha256"]:
+                continue
+            if name.startswith("expansions"):
+                found |= {row.query for row in read_jsonl(file, Expansion) if row.problem in accepted}
+            elif name == "pairs":
+                found |= {row.query for row in read_jsonl(file, Pair)}
+    return found
 
 
 def training_data(model: Path) -> list[Path]:

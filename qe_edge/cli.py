@@ -70,8 +70,11 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 
-def main() -> None:
-    """Run the CLI; an error becomes one line and its exit code, with QE_EDGE_DEBUG after its trace."""
+def main(*, interrupted: bool = False) -> None:
+    """Run the CLI; an error becomes one line and its exit code, with QE_EDGE_DEBUG after its trace.
+
+    Where Ctrl-C has come already, it was `interrupted`, and nothing is run.
+    """
     prepare_streams()
     # Read when these libraries are imported, which happens later: keep their chatter off the terminal.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -80,6 +83,8 @@ def main() -> None:
     # As after Ctrl-C: children are ended, and what is half-written is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        if interrupted:
+            raise KeyboardInterrupt
         with drowsy_threads():  # of PyTorch and whatever else a command loads
             code = app(standalone_mode=False) or 0
         if code == 130:  # as Typer returns Ctrl-C
@@ -128,12 +133,12 @@ def _interrupted() -> None:
         "train sft": "; the same command goes on",
         "train dpo": "; the same command goes on",
         "export": "; no half-written file is left: give the same command again",
-        "verify": "; no half-written file is left: give the same command again",
+        "verify": "; nothing was changed: give the same command again",
         "prune": "; no half-written file is left: give the same command again",
         "merge": "; no half-written file is left: give the same command again",
     }
     message = f"interrupted{goes_on.get(_command(), '')}"
-    print(message, file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     if "--json" in sys.argv:
         emit(True, _command(), "", status="partial", errors=[message])
 
@@ -159,7 +164,3 @@ def _fail(error: Exception) -> int:
         status = "partial" if isinstance(error, PartlyDone | Interrupted) else "error"
         emit(True, _command(), "", status=status, errors=[message])
     return error.exit_code if isinstance(error, QeEdgeError) else QeEdgeError.exit_code
-
-
-if __name__ == "__main__":
-    main()

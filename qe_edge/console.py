@@ -18,7 +18,7 @@ from qe_edge.redact import redact
 T = TypeVar("T")
 
 warned: dict[str, None] = {}  # what `warn` was told in this process, each once
-FIRST, SILENCE = 10, 60  # seconds until the first word, and without another one, where no bar is drawn
+FIRST, SILENCE = 10, 30  # seconds until the first word, and without another one, where no bar is drawn
 
 
 def prepare_streams() -> None:
@@ -103,7 +103,7 @@ def quiet_transformers() -> None:
 
 @contextmanager
 def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar with rate and time left; where there is no terminal, a line soon, and then one a minute.
+    """A progress bar with rate and time left; where there is no terminal, a line soon and each half minute.
 
     Yields `advance(steps=1, info="")`; `done` steps count as already made and not into the rate. A `total`
     that nobody knows is None.

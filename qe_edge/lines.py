@@ -29,7 +29,10 @@ def raw_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
     except FileNotFoundError:
         raise NotFound(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise BadInput("is a folder, expected a file", path=path) from None
+        inside = next((f", such as {file.name}" for file in sorted(path.glob("*.jsonl"))), "")
+        raise BadInput(
+            f"is a folder, expected a file{inside and f'; name one in it{inside}'}", path=path
+        ) from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise BadInput(f"can't be read on: {error}", path=path, line=number + 1) from None
 

@@ -202,7 +202,8 @@ def _within(section: str) -> Iterator[None]:
     try:
         yield
     except QeEdgeError as error:
-        error.args = (f"[{section}] of the recipe: {error}",)
+        place = section if section == "join" else f"[{section}]"
+        error.args = (f"{place} of the recipe: {error}",)
         raise
 
 
@@ -231,8 +232,9 @@ def check(recipe: Recipe) -> None:
     for module, extra in needed.items():
         if find_spec(module) is None:
             require(module, extra)
-    if recipe.join:
-        Join.parse(recipe.join)
+    with _within("join"):
+        if recipe.join:
+            Join.parse(recipe.join)
     if recipe.notes and not Path(recipe.notes.folder).is_dir():
         raise NotFound(f"{recipe.notes.folder}: no such folder of notes")
     with _within("teach"):

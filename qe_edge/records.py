@@ -129,6 +129,7 @@ ANALYZER = "english, cjk or jieba (default: the collection's language decides)."
 RETRIEVER = "An OpenSearch or Elasticsearch index instead of our own: http://HOST:PORT/INDEX?fields=…"
 
 R = TypeVar("R", bound=msgspec.Struct)
+_WRITTEN_BY = {"expansion": "qe-edge teach", "pair": "qe-edge pairs"}
 
 
 def read_jsonl(path: Path | str, kind: type[R]) -> Iterator[R]:
@@ -151,8 +152,10 @@ def numbered_jsonl(path: Path | str, kind: type[R]) -> Iterator[tuple[int, R]]:
         try:
             yield number, decoder.decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            name = kind.__name__.lower()
+            ours = f" (as `{_WRITTEN_BY[name]}` writes them)" if name in _WRITTEN_BY else ""
             what = lowered(str(error))
-            raise BadInput(f"not a valid {kind.__name__.lower()}: {what}", path=path, line=number) from None
+            raise BadInput(f"not a valid {name}{ours}: {what}", path=path, line=number) from None
 
 
 def lowered(message: str) -> str:

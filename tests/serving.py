@@ -27,7 +27,7 @@ class Server:
     """A running `qe-edge serve`."""
 
     def __init__(self, folder: Path, *arguments: object):
-        command = [sys.executable, "-m", "qe_edge.cli", "serve", "--port", "0", *map(str, arguments)]
+        command = [sys.executable, "-m", "qe_edge", "serve", "--port", "0", *map(str, arguments)]
         self.log = folder / "server.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stderr=log, cwd=folder)

@@ -92,7 +92,7 @@ def test_a_loop_of_links_is_one_line(tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     done = subprocess.run(
-        [sys.executable, "-m", "qe_edge.cli", "export", str(Path("x")), "--workdir", str(loop)],
+        [sys.executable, "-m", "qe_edge", "export", str(Path("x")), "--workdir", str(loop)],
         capture_output=True,
         text=True,
         check=False,

@@ -108,7 +108,7 @@ def test_an_imported_expansion_is_one_line(tmp_path):
 
 def test_a_query_on_stdin_is_one_line():
     pytest.importorskip("llama_cpp")
-    command = [sys.executable, "-m", "qe_edge.cli", "expand", "-", "-m", "builtin:smollm2-135m"]
+    command = [sys.executable, "-m", "qe_edge", "expand", "-", "-m", "builtin:smollm2-135m"]
     asked = BOM + "what causes\u2028 tides\r\n".encode()
     done = subprocess.run(
         [*command, "--budget-tokens", "3", "--json"], input=asked, capture_output=True, check=True

@@ -33,7 +33,7 @@ def test_the_tutorial_runs_as_it_is_printed(tmp_path: Path) -> None:
     assert len(BLOCKS) > 10
     for command, printed in BLOCKS:
         done = subprocess.run(
-            [sys.executable, "-m", "qe_edge.cli", *shlex.split(command)[1:]],
+            [sys.executable, "-m", "qe_edge", *shlex.split(command)[1:]],
             cwd=tmp_path,
             env=ours | {"COLUMNS": "80"},
             capture_output=True,

@@ -191,6 +191,8 @@ def open_trained(folder: Path) -> Trained:
     if spec is None or record.get("command") not in ("train sft", "train dpo"):
         if not Path(folder).exists():
             raise NotFound(f"{folder}: no such folder of `qe-edge train`")
+        if spec and record.get("command") in ("merge", "prune"):
+            raise BadInput("is a merged model, no longer an adapter: `qe-edge export` takes it", path=folder)
         raise BadInput(f"holds no {MANIFEST} and spec of `qe-edge train`; train first", path=folder)
     return Trained(folder, record["base"], spec, full=not (folder / "adapter_config.json").is_file())
 

@@ -104,6 +104,9 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     tensorboard: Annotated[bool, said("Also log for TensorBoard.", rare=True)] = False
 
 
+SPEAKS_BOTH = "Qwen/Qwen3-0.6B"  # for texts in a language that the default student doesn't know
+
+
 class SftConfig(
     TrainConfig,
     frozen=True,

@@ -60,7 +60,8 @@ def dpo(
     spec, tokenizer, shape = trained.spec, load_tokenizer(trained.base), load_config(trained.base)
     check_texts(spec, tokenizer, [(r.query, r.chosen) for r in rows if r.query.strip()][:CHECKED])
     encoded, dropped = encode_pairs(rows, spec, hugging_face(tokenizer), config.max_length)
-    queries = several(len({r.query for r in rows}), "query", "queries")
+    known = [row for row in rows if row.lang in spec.prompt.languages]
+    queries = several(len({r.query for r in known}), "query", "queries")
     note(f"dpo: {several(len(encoded), 'pair')} from {queries}{counted(dropped)}")
     sides = [row for pair in encoded for row in _rows(pair)]
     longest, answer = max(len(row.ids) for row in sides), max(len(row.ids) - row.answer for row in sides)
@@ -92,7 +93,7 @@ def dpo(
         base=trained.base,
         rows=len(encoded),
         dropped=dict(dropped),
-        learnt=sorted({row.dataset for row in rows} | set(read_record(adapter).get("learnt", []))),
+        learnt=sorted({row.dataset for row in known} | set(read_record(adapter).get("learnt", []))),
     )
 
 

@@ -166,4 +166,4 @@ def _some(row: dict[str, Any], queries: int) -> str:
     if row["queries"] == queries:
         return ""
     plain = row["ndcg@10"] - row["vs_plain"]["mean"]
-    return f"\n         (of the {row['queries']} that it wrote for; plain has {plain:.3f} there)"
+    return f"\n         (of the {row['queries']} with a text that can be used; plain has {plain:.3f} there)"

@@ -22,7 +22,7 @@ from qe_edge.train.base_model import (
     load_tokenizer,
     prepare_student,
 )
-from qe_edge.train.config import SftConfig, Task
+from qe_edge.train.config import SPEAKS_BOTH, SftConfig, Task
 from qe_edge.train.dev import load_dev
 from qe_edge.train.estimate import announce, estimate
 from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware
@@ -68,7 +68,8 @@ def sft(
     check_vocabulary(source, shape, tokenizer)
     check_texts(spec, tokenizer, [(r.query, r.text) for r in rows if r.query.strip()][:CHECKED])
     encoded, dropped = encode_rows(rows, spec, hugging_face(tokenizer), config.max_length, config.tasks)
-    queries = several(len({r.query for r in rows}), "query", "queries")
+    known = [row for row in rows if row.lang in spec.prompt.languages]
+    queries = several(len({r.query for r in known}), "query", "queries")
     note(f"sft: {several(len(encoded), 'row')} from {queries}{counted(dropped)}")
     longest = max(len(row["input_ids"]) for row in encoded)
     answer = max(len(row.ids) - row.answer for row in map(_row, encoded))
@@ -96,7 +97,7 @@ def sft(
         base=source,
         rows=len(encoded),
         dropped=dict(dropped),
-        learnt=sorted({row.dataset for row in rows}),
+        learnt=sorted({row.dataset for row in known}),
     )
 
 
@@ -219,6 +220,6 @@ def encode_rows(
         known = ", ".join(spec.prompt.languages)
         raise BadInput(
             f"no expansion is left to train on, by a student that knows {known}{counted(dropped)}; "
-            "--student takes another one"
+            f"--student takes another one, such as {SPEAKS_BOTH}"
         )
     return encoded, dropped

@@ -162,4 +162,4 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
         for system in dataset.systems
         if system.failed
     ]
-    return lines
+    return [*lines, *(f"{warning}." for warning in dataset.warnings)]

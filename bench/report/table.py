@@ -93,7 +93,8 @@ def markdown_table(
 
 def latex_table(dataset: DatasetResult, columns: Sequence[str] = (), run: BenchResult | None = None) -> str:
     """One data set as a table for a paper, with its caption and notes; it needs the package booktabs."""
-    shown = chosen(dataset, columns) if columns else [*narrow(dataset), *added(dataset)]
+    measures = [column for column in added(dataset) if not column.key.endswith("-tokens")]
+    shown = chosen(dataset, columns) if columns else [*narrow(dataset), *measures]
     titles, rows = _cells(dataset, shown)
     caption = f"{dataset.measure} on {dataset.info.name}{f', {run.label}' if run else ''}."
     lines = [

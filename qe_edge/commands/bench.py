@@ -17,9 +17,7 @@ from qe_edge.commands.common import (
     ThreadsOption,
     WorkdirOption,
     emit,
-    in_same_folder,
     named_columns,
-    quoted,
     took_trained,
 )
 from qe_edge.commands.flags import Settings, flags_of
@@ -64,6 +62,7 @@ def bench(
             values["model"] = []
     config, shown = settings.config(), named_columns(columns)
     check_columns(shown, config.measures)
+    shown += [measure for measure in config.measures if shown and measure not in shown]
     emit_bench(json, "bench", verb(config, out=out, workdir=work), columns=shown)
 
 
@@ -126,21 +125,18 @@ def emit_bench(
         str(data.info.name): {f"{s.name} {s.join}".strip(): s.ndcg.mean for s in data.systems}
         for data in result.datasets
     }
-    following = (
-        f"report: {report}"
-        if report
-        else f"next:   {in_same_folder(f'qe-edge report {quoted(folder / RESULT)}')}"
-    )
     emit(
         json,
         command,
-        f"{console_table(result, columns)}\nresult: {folder / RESULT}\n{following}",
+        f"{console_table(result, columns)}\nresult: {folder / RESULT}"
+        + (f"\nreport: {report}" if report else ""),
         inputs={name: result.settings.get(name) for name in ("dataset", "model", "teacher", "run")},
         artifacts={"folder": folder} | ({"report": report} if report else {}),
         metrics={"ndcg@10": rows},
         warnings=result.warnings,
         errors=result.failures,
         status="partial" if result.failures else "ok",
+        following=() if report else ("qe-edge", "report", folder / RESULT),
     )
     if result.failures:
         note(f"error: {'; '.join(result.failures)}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +19,7 @@ from qe_edge.console import note, print_json, warn, warned
 from qe_edge.errors import Interrupted, PartlyDone
 from qe_edge.redact import redact
 from qe_edge.runtime.expander import Expander
+from qe_edge.train.config import SPEAKS_BOTH
 from qe_edge.work.folder import DEFAULT_WORKDIR, Workdir
 
 if TYPE_CHECKING:
@@ -63,6 +66,7 @@ ThreadsOption = Annotated[
     int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads (default: all cores).")
 ]
 WORKDIR = Path(DEFAULT_WORKDIR)
+PROGRAM = "qe-edge"
 
 
 def named_columns(columns: str) -> list[str]:
@@ -81,6 +85,20 @@ def took_trained(what: str, folder: Path, shown: str = "") -> None:
 
     learnt = " + ".join(learnt_by(folder).get("learnt", []))
     took(what, shown or folder, f"the newest{learnt and f', which learnt from {learnt}'}")
+
+
+def measured_on(made: Path) -> str:
+    """What to measure a student on where nothing is named: a data set of which it learnt another part."""
+    from qe_edge.retrieval.datasets import BUILTIN, splits
+    from qe_edge.work.runs import learnt_by
+
+    learnt = learnt_by(made).get("learnt", [])
+    return next((name for name in learnt if name in BUILTIN or "test" in splits(Path(name))), "demo-en")
+
+
+def student_for(lang: str) -> list[str]:
+    """The flags of `train sft` for texts in a language, where its default student doesn't know that."""
+    return [] if lang == "en" else ["--student", SPEAKS_BOTH]
 
 
 def tell_split(named: str, data: Dataset) -> None:
@@ -111,7 +129,7 @@ def emit_asked(
     inputs: dict[str, Any],
     artifacts: dict[str, Any],
     metrics: dict[str, Any],
-    following: str,
+    following: Sequence[object],
 ) -> None:
     """The result of a session with a teacher; where answers are missing, it is partial and ends so."""
     bad = ", ".join(f"{count} {what}" for what, count in outcome.problems.items())
@@ -138,7 +156,7 @@ def emit_asked(
         metrics=msgspec.to_builtins(outcome) | metrics,
         status="partial" if missing else "ok",
         errors=missing,
-        following="" if missing else following,
+        following=() if missing else following,
     )
     if missing:
         note(f"error: {missing[0]}")
@@ -156,9 +174,9 @@ def emit(
     warnings: list[str] | None = None,
     errors: list[str] | None = None,
     status: str = "ok",
-    following: str = "",
+    following: Sequence[object] = (),
 ) -> None:
-    """The result on stdout: the text and the command `following` it, or with --json the envelope of it."""
+    """The result on stdout: the text and the command `following` it, or with --json the envelope."""
     if as_json:
         envelope = {
             "schema_version": 1,
@@ -172,19 +190,20 @@ def emit(
         }
         print_json(envelope)
     else:
-        print(text + (f"\nnext:   {in_same_folder(following)}" if following else ""))
+        print(text + (f"\nnext:   {command_line(following)}" if following else ""))
 
 
-def quoted(word: object) -> str:
-    """A path or a name as it can be copied into a shell."""
-    return shlex.quote(str(word))
+def command_line(words: Sequence[object]) -> str:
+    """A command as it can be copied into a shell, one of ours in the work folder that this one was given.
 
-
-def in_same_folder(following: str) -> str:
-    """The next command, in the work folder that this one was given; those that take none follow none."""
-    words = sys.argv[1:]
-    given = [word.partition("=")[2] for word in words if word.startswith("--workdir=")]
-    given += [value for word, value in pairwise(words) if word == "--workdir"]
-    if not given or not following.startswith("qe-edge "):
-        return following
-    return f"{following} --workdir {quoted(given[-1])}"
+    Where a shell wouldn't find us by our name, as in an environment that isn't activated, it has our path.
+    """
+    first, *others = map(str, words)
+    if first == PROGRAM:
+        asked = sys.argv[1:]
+        given = [word.partition("=")[2] for word in asked if word.startswith("--workdir=")]
+        given += [value for word, value in pairwise(asked) if word == "--workdir"]
+        others += ["--workdir", given[-1]] if given else []
+        if Path(sys.argv[0]).stem == PROGRAM and not shutil.which(PROGRAM):
+            first = sys.argv[0]
+    return shlex.join([first, *others])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import JsonOption, OutOption, emit, quoted
+from qe_edge.commands.common import JsonOption, OutOption, emit
 from qe_edge.commands.own_data import data_judge, data_make, data_queries
 
 data_app = typer.Typer(help="Look at data sets, and make your own.", no_args_is_help=True)
@@ -33,7 +33,7 @@ def data_list(json: JsonOption = False) -> None:
         "data list",
         "\n".join(lines),
         metrics={"builtin": BUILTIN, "imported": imported, "short_names": SHORT_NAMES},
-        following="qe-edge data info demo-en",
+        following=("qe-edge", "data", "info", "demo-en"),
     )
 
 
@@ -49,14 +49,14 @@ def data_info(
     dataset = load_collection(name)
     if dataset.folder and "train" in splits(dataset.folder):  # a teacher is asked for these first
         name = f"{split_name(name)[0]}@train"
+    asking = ("teach", "--dataset") if dataset.queries else ("data", "queries")
     info = msgspec.to_builtins(describe(dataset)) | {"fingerprint": dataset.fingerprint()}
     emit(
         json,
         "data info",
         "\n".join(f"{key:<12} {value}" for key, value in info.items()),
         metrics=info,
-        following=f"qe-edge {'teach --dataset' if dataset.queries else 'data queries'} {quoted(name)} "
-        "--endpoint URL --model MODEL",
+        following=("qe-edge", *asking, name, "--endpoint", "URL", "--model", "MODEL"),
     )
 
 
@@ -78,7 +78,7 @@ def data_fetch(
         "data fetch",
         text,
         metrics={"name": str(dataset), "queries": len(dataset.queries)},
-        following=f"qe-edge data info {quoted(name)}",
+        following=("qe-edge", "data", "info", name),
     )
 
 
@@ -122,5 +122,5 @@ def data_import(
         text,
         artifacts={"folder": folder},
         metrics=msgspec.to_builtins(origin),
-        following=f"qe-edge data info {quoted(name)}",
+        following=("qe-edge", "data", "info", name),
     )

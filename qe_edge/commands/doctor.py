@@ -10,4 +10,4 @@ def doctor(workdir: WorkdirOption = WORKDIR, json: JsonOption = False) -> None:
     from qe_edge.doctor import describe, look
 
     found = look(workdir)
-    emit(json, "doctor", describe(found), metrics=found, following="qe-edge demo")
+    emit(json, "doctor", describe(found), metrics=found, following=("qe-edge", "demo"))

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, quoted, took_trained
+from qe_edge.commands.common import (
+    WORKDIR,
+    JsonOption,
+    OutOption,
+    WorkdirOption,
+    emit,
+    measured_on,
+    took_trained,
+)
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import note
 from qe_edge.export.config import ExportConfig
@@ -57,7 +65,7 @@ def export(
         artifacts={"folder": out},
         metrics=report,
         warnings=report["warnings"],
-        following=f"qe-edge bench --dataset demo-en --model {quoted(out / first)}",
+        following=("qe-edge", "bench", "--dataset", measured_on(out), "--model", out / first),
     )
 
 

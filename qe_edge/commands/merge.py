@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, quoted, took_trained
+from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, took_trained
 from qe_edge.work.folder import Workdir
 
 
@@ -39,5 +39,5 @@ def merge(
         inputs={"adapter": adapter},
         artifacts={"model": folder},
         metrics=checks,
-        following=f"qe-edge export {quoted(folder)} --q4",
+        following=("qe-edge", "export", folder, "--q4"),
     )

@@ -15,7 +15,6 @@ from qe_edge.commands.common import (
     WorkdirOption,
     emit,
     emit_asked,
-    quoted,
     took,
 )
 from qe_edge.commands.flags import Settings, flags_of
@@ -63,7 +62,7 @@ def data_make(
         artifacts={"folder": out, "corpus": out / CORPUS},
         metrics=msgspec.to_builtins(made),
         warnings=bad,
-        following=f"qe-edge data queries {quoted(out)} --endpoint URL --model MODEL",
+        following=("qe-edge", "data", "queries", out, "--endpoint", "URL", "--model", "MODEL"),
     )
 
 
@@ -87,7 +86,7 @@ def data_queries(
         raise BadArgument("name the model that writes them with --model")
     config = settings.config()
     outcome, report = write_queries(folder, config, workdir=Workdir(workdir))
-    at = f" --endpoint {config.endpoint}" if config.endpoint else ""
+    at = ("--endpoint", config.endpoint) if config.endpoint else ()
     text = f"{outcome.done} of {outcome.candidates} queries were written"
     if report:
         dropped = ", ".join(f"{count} {why}" for why, count in report.dropped.items())
@@ -104,7 +103,7 @@ def data_queries(
         inputs={"folder": folder, "model": config.model, "endpoint": config.endpoint},
         artifacts={"folder": folder},
         metrics=msgspec.to_builtins(report) if report else {},
-        following=f"qe-edge teach --dataset {quoted(folder)}@train{at} --model {config.model}",
+        following=("qe-edge", "teach", "--dataset", f"{folder}@train", *at, "--model", config.model),
     )
 
 
@@ -140,9 +139,10 @@ def data_judge(
     runs = {label: read_run(path) for label, path in files.items()}
     out = out or work.judged_folder(str(data))
     outcome, found, file = judge(data, runs, config, out=out, workdir=work)
+    judged = f"{dataset.partition('@')[0]}@{file}"
     text = f"{outcome.done} of {outcome.candidates} grades were given"
     if found:
-        text = f"{outcome.done} grades in {file}, as {dataset.partition('@')[0]}@{file} judges with them"
+        text = f"{outcome.done} grades in {file}, as {judged} judges with them"
         if found.pairs:
             text += f"\nagreement with the {found.pairs} known judgments among them: "
             of_systems = f"tau of {len(found.systems)} systems"
@@ -156,7 +156,7 @@ def data_judge(
         inputs={"dataset": str(data), "model": config.model, "endpoint": config.endpoint},
         artifacts={"judgments": file},
         metrics=msgspec.to_builtins(found) if found else {},
-        following=f"qe-edge bench --dataset {quoted(dataset.partition('@')[0])}@{file} --measure Judged@10",
+        following=("qe-edge", "bench", "--dataset", judged, "--measure", "Judged@10"),
     )
 
 

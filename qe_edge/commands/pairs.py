@@ -13,7 +13,7 @@ from qe_edge.commands.common import (
     OutOption,
     WorkdirOption,
     emit,
-    quoted,
+    student_for,
     tell_split,
     took,
 )
@@ -59,7 +59,6 @@ def pairs(
     folder = verb(dataset, files, config, out=out, workdir=work)
     tell_split(dataset, data)
     report = read_json(folder / REPORT)
-    accept = "".join(f" --accept {problem}" for problem in config.accept)
     text = (
         f"{counted(report['pairs'], 'pair', 'pairs')} of "
         f"{counted(report['queries_with_pairs'], 'query', 'queries')} in {folder}\n{describe(report)}"
@@ -71,5 +70,9 @@ def pairs(
         inputs={"dataset": dataset},
         artifacts={"folder": folder},
         metrics=report,
-        following="qe-edge train sft" + "".join(f" --expansions {quoted(file)}" for file in files) + accept,
+        following=(
+            *("qe-edge", "train", "sft", *student_for(data.lang)),
+            *(word for file in files for word in ("--expansions", file)),
+            *(word for problem in config.accept for word in ("--accept", problem)),
+        ),
     )

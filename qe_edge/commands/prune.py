@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit, quoted
+from qe_edge.commands.common import WORKDIR, JsonOption, OutOption, WorkdirOption, emit
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.export.config import PruneConfig
 from qe_edge.work.folder import Workdir
@@ -45,7 +45,7 @@ def prune(
         inputs={"model": model},
         artifacts={"model": folder},
         metrics=found,
-        following=f"qe-edge export {quoted(folder)} --q4",
+        following=("qe-edge", "export", folder, "--q4"),
     )
 
 

@@ -49,5 +49,7 @@ def push(
         url,
         inputs={"folder": folder, "repo": repo},
         artifacts={"url": url},
-        following=f"qe-edge expand 'what causes tides' --model hf:{repo}/{files[0]}{at}" if files else "",
+        following=("qe-edge", "expand", "what causes tides", "--model", f"hf:{repo}/{files[0]}{at}")
+        if files
+        else (),
     )

@@ -9,12 +9,10 @@ import typer
 
 from qe_edge.commands.common import (
     WORKDIR,
-    ColumnsOption,
     JsonOption,
     WorkdirOption,
     emit,
     named_columns,
-    quoted,
     took,
 )
 from qe_edge.console import note
@@ -37,7 +35,9 @@ def report(
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
     latex: Annotated[bool, typer.Option("--latex", help="Print the tables as LaTeX (booktabs).")] = False,
-    columns: ColumnsOption = "",
+    columns: Annotated[
+        str, typer.Option(help="Columns of the Markdown or LaTeX table; an unknown one lists all.")
+    ] = "",
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
@@ -84,5 +84,5 @@ def report(
         inputs={"results": [str(r) for r in results]},
         artifacts=artifacts,
         metrics={"tables": text} if in_text else {},
-        following="" if in_text else f"python -m webbrowser {quoted(artifacts['report'])}",
+        following=() if in_text else ("python", "-m", "webbrowser", artifacts["report"]),
     )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qe_edge.commands.bench import emit_bench
-from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit
+from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, command_line, emit
 from qe_edge.commands.flags import DataOption, Settings, flags_of
 from qe_edge.overrides import Overrides
 from qe_edge.work.folder import Workdir
@@ -61,10 +58,8 @@ def _run(recipe: str, overrides: Overrides, data: Path | None, workdir: Path, js
     if not json:
         exported = out.get("export dpo", out["export sft"])
         smallest = min(exported.glob("[!.]*.gguf"), key=lambda file: file.stat().st_size)
-        program = "qe-edge" if shutil.which("qe-edge") else sys.argv[0]
         searched = work.made_folder(Path(loaded.notes.folder)) if loaded.notes else loaded.bench.datasets[0]
-        question = shlex.quote(next(iter(load_dataset(str(searched)).queries.values())))
-        print(
-            f"model:  {smallest}\nnext:   {program} expand {question} --model {smallest}\n"
-            f"        {program} search {question} --refine --dataset {searched} --model {smallest}"
-        )
+        question = next(iter(load_dataset(str(searched)).queries.values()))
+        expand = ("qe-edge", "expand", question, "--model", smallest)
+        search = ("qe-edge", "search", question, "--refine", "--dataset", searched, "--model", smallest)
+        print(f"model:  {smallest}\nnext:   {command_line(expand)}\n        {command_line(search)}")

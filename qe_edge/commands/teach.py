@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ from qe_edge.commands.common import (
     WorkdirOption,
     emit,
     emit_asked,
-    quoted,
+    student_for,
     tell_split,
 )
 from qe_edge.commands.flags import Settings, flags_of
@@ -56,7 +57,7 @@ def teach(
     data = _queries(dataset, queries)
     out = out or Workdir(workdir).teach_folder(str(data) if data else import_file.stem if import_file else "")
     if import_file is not None:
-        following = _following(dataset, data, out / EXPANSIONS, False) if data else ""
+        following = _following(dataset, data, out / EXPANSIONS, False) if data else ()
         _import(import_file, data, out, format, json, settings, following)
         return
     if not settings.values.get("model") or (data is None and not settings.shown):
@@ -86,14 +87,14 @@ def teach(
     )
 
 
-def _following(dataset: str | None, data: Dataset, file: Path, cut: bool) -> str:
+def _following(dataset: str | None, data: Dataset, file: Path, cut: bool) -> Sequence[object]:
     """What to do with the candidates: those of test queries are to compare with, not to train on."""
-    accept = " --accept cut" if cut else ""
+    accept = ("--accept", "cut") if cut else ()
     if not dataset:  # nothing is judged, so there are no pairs
-        return f"qe-edge train sft --expansions {quoted(file)}{accept}"
+        return ("qe-edge", "train", "sft", *student_for(data.lang), "--expansions", file, *accept)
     if data.split == "test":
-        return f"qe-edge bench --dataset {quoted(dataset)} --teacher {quoted(file)}"
-    return f"qe-edge pairs --dataset {quoted(dataset)}{accept}"
+        return ("qe-edge", "bench", "--dataset", dataset, "--teacher", file)
+    return ("qe-edge", "pairs", "--dataset", dataset, *accept)
 
 
 def _import(
@@ -103,7 +104,7 @@ def _import(
     format: str,
     json: bool,
     settings: Settings[TeachConfig],
-    following: str,
+    following: Sequence[object],
 ) -> None:
     """Take what was made elsewhere; of the settings only those count that say what it is."""
     from qe_edge.train.teach.importing import ImportConfig, import_expansions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,6 @@ from qe_edge.commands.common import (
     OutOption,
     WorkdirOption,
     emit,
-    quoted,
     took,
     took_trained,
 )
@@ -64,7 +64,10 @@ def train_sft(
         return
     folder = sft(files, config, out=out, workdir=work)
     _end_training(
-        json, "train sft", folder, f"qe-edge train dpo --adapter {folder}" if _pairs_for(work, folder) else ""
+        json,
+        "train sft",
+        folder,
+        ("qe-edge", "train", "dpo", "--adapter", folder) if _pairs_for(work, folder) else (),
     )
 
 
@@ -122,7 +125,7 @@ def train_dpo(
     _end_training(json, "train dpo", dpo(pairs, adapter, config, out=out, workdir=work))
 
 
-def _end_training(json: bool, command: str, folder: Path, following: str = "") -> None:
+def _end_training(json: bool, command: str, folder: Path, following: Sequence[object] = ()) -> None:
     from qe_edge.train.hardware import leave_group
     from qe_edge.work.runs import read_record
 
@@ -141,5 +144,5 @@ def _end_training(json: bool, command: str, folder: Path, following: str = "") -
         inputs=record["inputs"],
         artifacts={"adapter": folder},
         metrics=metrics,
-        following=following or f"qe-edge merge {quoted(folder)}",
+        following=following or ("qe-edge", "merge", folder),
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit, quoted
+from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit, measured_on
 from qe_edge.console import several, warn
 from qe_edge.work.folder import Workdir
 
@@ -30,15 +30,16 @@ def verify(
 
     That is checksums, token ids, spec, logits, and nDCG@10 if asked.
     """
-    from qe_edge.export.compare import compare_retrieval
+    from qe_edge.export.compare import check_language, compare_retrieval
     from qe_edge.export.prune import verify_pruned
     from qe_edge.export.verify import source_of, verify_export
     from qe_edge.retrieval.datasets import load_dataset
     from qe_edge.work.runs import read_record
 
-    if dataset:
-        load_dataset(dataset)  # a name that is wrong is found before the work
+    data = load_dataset(dataset) if dataset else None  # a name that is wrong is found before the work
     source = source or source_of(exported)
+    if data:
+        check_language(source, data)
     if read_record(exported).get("command") == "prune":
         found = verify_pruned(exported, source)
         text = (
@@ -60,7 +61,8 @@ def verify(
         )
         if change["high"] < 0:
             warn(f"{exported} finds less than its source, and not by chance: try a larger kind, such as --q8")
-    following = f"qe-edge bench --dataset {quoted(dataset or 'demo-en')} --model {quoted(exported)}"
+    made_in = exported if exported.is_dir() and read_record(exported) else exported.parent
+    following = ("qe-edge", "bench", "--dataset", dataset or measured_on(made_in), "--model", exported)
     emit(json, "verify", text, inputs={"export": exported}, metrics=found, following=following)
 
 

@@ -124,7 +124,7 @@ def test_an_mcp_client_expands_and_searches(gguf: Path, tmp_path: Path) -> None:
 
     command = [
         "-m",
-        "qe_edge.cli",
+        "qe_edge",
         "mcp",
         "--model",
         str(gguf),

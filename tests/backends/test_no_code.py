@@ -60,7 +60,7 @@ def test_a_command_refuses_it(evil, tmp_path, command):
     data = builtin_folder("demo-en") / "expansions" / "train.jsonl"
     names = {"EVIL": str(evil), "DATA": str(data)}
     done = subprocess.run(
-        [sys.executable, "-m", "qe_edge.cli", *(names.get(part, part) for part in command)],
+        [sys.executable, "-m", "qe_edge", *(names.get(part, part) for part in command)],
         input=b"y\n" * 9,
         capture_output=True,
         timeout=100,

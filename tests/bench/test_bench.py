@@ -18,14 +18,15 @@ from qe_edge import Expander
 from qe_edge.bench.bench import bench
 from qe_edge.bench.config import BenchConfig
 from qe_edge.bench.generations import generate_once
-from qe_edge.bench.inputs import default_teachers, parse_model
+from qe_edge.bench.inputs import default_teachers, learnt_by_model, parse_model
 from qe_edge.bench.quality import retrieve, values_of
 from qe_edge.bench.report.table import console_table, latex_table, markdown_table
 from qe_edge.bench.result import read_result
 from qe_edge.bench.speed import Generated, Task, generate
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
+from qe_edge.export.compare import check_language
 from qe_edge.export.gguf import convert_gguf
-from qe_edge.records import Expansion, encode_jsonl, read_jsonl
+from qe_edge.records import Expansion, Pair, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import Dataset, load_dataset
 from qe_edge.retrieval.index import Index
 from qe_edge.retrieval.measures import holm, mean, randomization_test
@@ -33,9 +34,10 @@ from qe_edge.retrieval.prf import found_texts, rm3
 from qe_edge.serve.collection import Collection
 from qe_edge.student.gate import OPEN, Gate
 from qe_edge.student.join import Join
-from qe_edge.student.spec import read_spec
-from qe_edge.work.files import sha256
+from qe_edge.student.spec import read_spec, write_spec
+from qe_edge.work.files import sha256, write_json
 from qe_edge.work.folder import Workdir
+from qe_edge.work.runs import run_record
 
 pytest.importorskip("llama_cpp")
 
@@ -136,13 +138,15 @@ def test_another_systems_run_is_a_row_beside_bm25_and_needs_no_model(done, tmp_p
         bench(config, workdir=Workdir(tmp_path / "work"))
 
 
-def test_a_busy_machine_is_noted_before_the_work(tmp_path, monkeypatch, capsys):
+def test_a_busy_machine_is_noted_before_the_work(done, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("qe_edge.bench.bench.busy", lambda: 0.9)
     result = read_result(bench(BenchConfig(datasets=("demo-en",)), workdir=Workdir(tmp_path)))
     assert result.machine["busy"] == 0.9
     assert result.warnings == ["other work took 90% of the processors at the start: times say little"]
     assert "bench: other work took 90%" in capsys.readouterr().err
     told = "Other work took 90% of the processors at the start: the times say little."
+    assert told not in markdown_table(result.datasets[0], ["ms"], result)  # nothing was timed
+    result = msgspec.structs.replace(read_result(done[0]), machine=result.machine)
     (data,) = result.datasets
     assert told in markdown_table(data, ["ms"], result)
     assert told.replace("%", r"\%") in latex_table(data, ["ms"], result)
@@ -432,7 +436,7 @@ def test_a_killed_benchs_child_ends_too(student, tmp_path, how):
     """Or it would go on writing to the file that the next run goes on with."""
     import psutil
 
-    command = [sys.executable, "-m", "qe_edge.cli", "bench", "-d", "demo-en", "-m", str(student)]
+    command = [sys.executable, "-m", "qe_edge", "bench", "-d", "demo-en", "-m", str(student)]
     process = subprocess.Popen([*command, "--workdir", str(tmp_path)], stderr=subprocess.DEVNULL)
     while not list(tmp_path.rglob("generated/*/*.jsonl")):
         assert process.poll() is None
@@ -504,6 +508,13 @@ def test_a_model_is_not_run_on_a_language_it_does_not_speak(student, tmp_path, t
     result = read_result(folder)
     assert [s.name for s in result.datasets[0].systems] == ["BM25", "BM25 + RM3"]
     assert result.warnings == ["english.gguf was not run on demo-zh@test: it speaks en only"]
+    # In a report, too, it is told from one that was forgotten.
+    assert f"{result.warnings[0]}." in markdown_table(result.datasets[0])
+    write_spec(tmp_path, english)
+    with pytest.raises(
+        BadArgument, match=r"knows en only, and demo-zh@test is in zh; name another --dataset"
+    ):
+        check_language(tmp_path, load_dataset("demo-zh"))
 
 
 def test_too_long_queries_are_counted_and_searched_as_they_are(student, tmp_path):
@@ -524,11 +535,45 @@ def test_too_long_queries_are_counted_and_searched_as_they_are(student, tmp_path
     assert model.per_query["q1"] == 1.0
 
 
-def test_model_labels(student):
+def test_model_labels(student, tiny_qwen3):
     assert parse_model(str(student)) == ("student-F16.gguf", str(student))
     assert parse_model(f"before DPO={student}") == ("before DPO", str(student))
     with pytest.raises(NotFound):
         parse_model("nothing.gguf")
+    numbered = tiny_qwen3.with_name("merge") / "001"
+    numbered.parent.mkdir()
+    numbered.symlink_to(tiny_qwen3)
+    assert parse_model(str(numbered)) == ("merge 001", str(numbered))
+
+
+def test_queries_that_a_model_was_trained_on_are_said(student, tmp_path):
+    data = load_dataset("demo-en")
+    known, marked, paired, *_ = data.queries.values()
+    rows = [
+        Expansion("demo-en", "1", known, "en", "big", "zero-shot", "a text"),
+        Expansion("demo-en", "2", marked, "en", "big", "zero-shot", "a text", problem="cut"),
+    ]
+    pair = Pair("demo-en", "3", paired, "en", "moon", "bread", 1, 0, 1, 0, *["big", "zero-shot"] * 2)
+    (tmp_path / "expansions.jsonl").write_bytes(encode_jsonl(rows))
+    (tmp_path / "pairs.jsonl").write_bytes(encode_jsonl([pair]))
+    made_from = {
+        "sft": ("train sft", {"expansions[0]": tmp_path / "expansions.jsonl"}),
+        "dpo": ("train dpo", {"adapter": tmp_path / "sft", "pairs": tmp_path / "pairs.jsonl"}),
+        "merge": ("merge", {"adapter": tmp_path / "dpo"}),
+        "export": ("export", {"model": tmp_path / "merge"}),
+    }
+    for name, (command, inputs) in made_from.items():
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "run.json", run_record(command, {}, inputs))
+    exported = tmp_path / "export" / "student.gguf"
+    exported.symlink_to(student)
+    assert learnt_by_model(str(exported)) == {known, paired}
+    assert learnt_by_model(str(student)) == set()
+    config = BenchConfig(datasets=("demo-en",), models=(str(exported),), budget_tokens=2)
+    result = read_result(bench(config, workdir=Workdir(tmp_path)))
+    warning = "student.gguf was trained on 2 of the 26 queries of demo-en@test: others are found less well"
+    assert result.warnings == [warning]
+    assert f"{warning}." in " ".join(console_table(result).split())
 
 
 def test_what_cannot_work_is_refused_before_any_work(student, tmp_path):

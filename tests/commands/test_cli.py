@@ -14,6 +14,7 @@ from results import bench
 
 from qe_edge import __version__, doctor
 from qe_edge.cli import app, main
+from qe_edge.commands.common import command_line
 from qe_edge.errors import QeEdgeError, require
 from qe_edge.records import Expansion, Pair, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
@@ -177,6 +178,45 @@ def test_the_next_command_can_be_copied(qe_edge, tmp_path):
     assert out.splitlines()[-1] == f"next:   qe-edge report '{tmp_path / 'my out' / 'result.json'}'"
 
 
+def test_a_command_line_is_quoted_and_finds_us(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/qe-edge", "merge", "--workdir=my work"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    words = ("qe-edge", "export", Path("my work") / "001", "--q4")
+    assert command_line(words) == "/somewhere/bin/qe-edge export 'my work/001' --q4 --workdir 'my work'"
+    (tmp_path / "qe-edge").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command_line(words) == "qe-edge export 'my work/001' --q4 --workdir 'my work'"
+    assert command_line(("python", "a b")) == "python 'a b'"
+
+
+def test_pairs_of_chinese_propose_a_student_that_knows_it(qe_edge, tmp_path):
+    texts = builtin_folder("demo-zh") / "expansions" / "train.jsonl"
+    code, out, _ = qe_edge("pairs", "-d", "demo-zh@train", "-e", texts, "--out", tmp_path / "pairs")
+    assert (code, out.splitlines()[-1]) == (
+        0,
+        f"next:   qe-edge train sft --student Qwen/Qwen3-0.6B --expansions {texts}",
+    )
+
+
+def test_ctrl_c_while_the_commands_are_imported(tmp_path):
+    script = """
+import signal, sys
+import qe_edge.__main__ as start
+class Sender:
+    def find_spec(self, name, *_):
+        if name == "qe_edge.cli":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Sender())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["qe-edge", "data", "list", "--json"]
+start.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    found = json.loads(ended.stdout)
+    assert (ended.returncode, ended.stderr) == (130, "error: interrupted\n")
+    assert (found["command"], found["status"], found["errors"]) == ("data list", "partial", ["interrupted"])
+
+
 def test_the_newest_is_named_with_what_it_learnt_from(qe_edge, tmp_path):
     folder = tmp_path / "merge" / "001"
     folder.mkdir(parents=True)
@@ -332,7 +372,7 @@ def test_progress_shows_count_rate_and_time_left_on_a_terminal_alone():
 
 
 def test_output_cut_short_by_a_pipe_is_no_error(tmp_path):
-    command = f"{sys.executable} -m qe_edge.cli data list | head -1"
+    command = f"{sys.executable} -m qe_edge data list | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.startswith("demo-en")
     assert done.stderr == ""

@@ -26,7 +26,7 @@ def qe_edge(
     *arguments: object, encoding: str = "utf-8", code: int = 0, **environment: str
 ) -> tuple[bytes, bytes]:
     done = subprocess.run(
-        [sys.executable, "-m", "qe_edge.cli", *map(str, arguments)],
+        [sys.executable, "-m", "qe_edge", *map(str, arguments)],
         capture_output=True,
         env=os.environ | {"PYTHONIOENCODING": encoding} | environment,
         check=False,

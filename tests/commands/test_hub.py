@@ -48,7 +48,7 @@ def run(there: Hub, tmp_path: Path) -> Run:
             "HF_TOKEN": token,
         }
         return subprocess.run(
-            [sys.executable, "-m", "qe_edge.cli", *arguments],
+            [sys.executable, "-m", "qe_edge", *arguments],
             env=ours | {"HF_HUB_DISABLE_XET": "1"} | more,
             capture_output=True,
             text=True,

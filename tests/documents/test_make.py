@@ -258,7 +258,7 @@ def test_what_was_made_can_be_searched_at_once(notes, tmp_path):
 
 def test_the_command_says_what_it_left_out(notes, tmp_path):
     (notes / "latin.txt").write_bytes("Düsseldorf".encode("latin-1"))
-    argv = [sys.executable, "-m", "qe_edge.cli", "data", "make", str(notes), "--out", str(tmp_path / "out")]
+    argv = [sys.executable, "-m", "qe_edge", "data", "make", str(notes), "--out", str(tmp_path / "out")]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert "data make: latin.txt:1: not UTF-8 text" in done.stderr
     assert f"5 passages of 5 files in {tmp_path / 'out'}\n" in done.stdout

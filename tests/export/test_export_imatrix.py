@@ -114,7 +114,7 @@ def test_kinds_that_need_it_say_so_and_work_with_it(
 
 def calibration_of(model: Path, out: Path) -> Any:
     """What an export is calibrated on that is made in another working folder."""
-    command = [sys.executable, "-m", "qe_edge.cli", "export", model, "--out", out, "--format", "gguf"]
+    command = [sys.executable, "-m", "qe_edge", "export", model, "--out", out, "--format", "gguf"]
     subprocess.run(list(map(str, command)), check=True, cwd="/", capture_output=True)
     return read_record(out)["calibration"]
 

@@ -313,7 +313,7 @@ def test_a_killed_export_leaves_the_older_one_and_can_be_run_again(tiny_qwen3: P
     out = tmp_path / "out"
     export_model(tiny_qwen3, out, ExportConfig(kinds=["F16"], formats=["gguf"]))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    command = [sys.executable, "-m", "qe_edge.cli", "export", str(tiny_qwen3), "--out", str(out), "--bf16"]
+    command = [sys.executable, "-m", "qe_edge", "export", str(tiny_qwen3), "--out", str(out), "--bf16"]
     process = subprocess.Popen([*command, "--quant", "Q6_K"], stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob(".out.*.partial/*.gguf")):
         assert process.poll() is None

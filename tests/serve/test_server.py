@@ -207,7 +207,7 @@ def test_it_finishes_what_it_began_when_it_is_stopped(gguf: Path, tmp_path: Path
 
 
 def test_a_token_is_wanted_where_others_can_come(gguf: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qe_edge.cli", "serve", "--model", str(gguf), "--host", "0.0.0.0"]
+    command = [sys.executable, "-m", "qe_edge", "serve", "--model", str(gguf), "--host", "0.0.0.0"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "give a --token" in refused.stderr
     running = Server(

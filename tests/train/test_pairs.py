@@ -212,7 +212,7 @@ def test_the_report_says_who_wins_and_where_expansion_hurts(tmp_path, collection
     assert (good["queries"], good["ndcg@10"], good["vs_plain"]["mean"]) == (1, 1.0, 1.0)
     told = describe(report)
     assert "  1.000  +1.000 [+1.000, +1.000]  good zero-shot, best for 1\n" in told
-    assert "         (of the 1 that it wrote for; plain has 0.000 there)\n" in told
+    assert "         (of the 1 with a text that can be used; plain has 0.000 there)\n" in told
     assert "gaps between a query's best and worst reward:\n  0 to 0.05: 1 query\n" in told
     assert "queries without a pair: 1" in told and "without a candidate" not in told
     told = describe(report | {"queries": 5, "dropped": {"of equal reward": 1, "marked: cut": 2}})

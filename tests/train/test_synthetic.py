@@ -301,7 +301,7 @@ def test_a_real_llama_cpp_server_writes_and_grades(folder, tmp_path):
     from qe_edge.student.models import resolve
 
     path = resolve("builtin:smollm2-135m").path
-    cli = [sys.executable, "-m", "qe_edge.cli", "data"]
+    cli = [sys.executable, "-m", "qe_edge", "data"]
     with llama_cpp_server(path) as url:
         common = ["--model", "m", "--endpoint", url, "--concurrency", "1", "--json"]
         queries = [*cli, "queries", str(folder), "--passages", "4", "--found-in", "20", *common]

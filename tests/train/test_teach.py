@@ -339,7 +339,7 @@ def test_without_retry_after_the_wait_doubles_until_an_answer_comes():
 )
 def test_a_users_mistake_is_one_line(tmp_path, arguments, code, message):
     done = subprocess.run(
-        [sys.executable, "-m", "qe_edge.cli", "teach", *arguments],
+        [sys.executable, "-m", "qe_edge", "teach", *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -78,7 +78,7 @@ def test_a_budget_needs_an_endpoint_that_counts(three, tmp_path):
 
 def command(endpoint, *more):
     arguments = ["teach", "-d", "demo-en@train", "-m", "big", "--endpoint", endpoint.url, "--timeout", "2"]
-    return [sys.executable, "-m", "qe_edge.cli", *arguments, *more]
+    return [sys.executable, "-m", "qe_edge", *arguments, *more]
 
 
 def lines(out):

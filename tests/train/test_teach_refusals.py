@@ -63,7 +63,7 @@ def test_an_account_error_marks_nothing_and_leaves_the_rest_for_the_next_run(tmp
 
 def test_the_servers_words_are_said_once_with_exit_code_7(tmp_path):
     with serve(lambda number, body: ACCOUNT[0] if number >= 6 else None) as endpoint:
-        command = [sys.executable, "-m", "qe_edge.cli", "teach", "-d", "demo-en@train", "-m", "big"]
+        command = [sys.executable, "-m", "qe_edge", "teach", "-d", "demo-en@train", "-m", "big"]
         done = subprocess.run(
             [*command, "--endpoint", endpoint.url, "--out", str(tmp_path / "out"), "--json"],
             capture_output=True,
@@ -208,7 +208,7 @@ def test_no_output_holds_a_key_or_a_password(tmp_path, fault):
     work = tmp_path / "work"
     with serve(lambda number, body: fault if number > 3 else None) as endpoint:
         url = endpoint.url.replace("http://", "http://user:pass-w0rd@") + "?api-key=query-secret"
-        command = [sys.executable, "-m", "qe_edge.cli", "teach", "-d", "demo-en@train", "-m", "big", "--json"]
+        command = [sys.executable, "-m", "qe_edge", "teach", "-d", "demo-en@train", "-m", "big", "--json"]
         command += ["--endpoint", url, "--extra", '{"api_key": "field-secret"}', "--mode", "zero-shot"]
         command += ["--patience", "0.001", "--concurrency", "1", "--workdir", str(work)]
         done = subprocess.run(

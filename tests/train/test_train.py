@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.records import Expansion, Pair, encode_jsonl
 from qe_edge.student.feedback import Feedback
 from qe_edge.student.prompt import hugging_face, prompt_for
-from qe_edge.student.spec import read_spec
+from qe_edge.student.spec import read_spec, write_spec
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import read_record
 
@@ -232,6 +233,27 @@ def test_a_merged_student_keeps_its_precision_and_can_carry_another_join(trained
     assert AutoConfig.from_pretrained(merged).dtype == AutoConfig.from_pretrained(tiny_qwen3).dtype
     assert (merged / "tokenizer.json").is_file()
     assert "library_name: transformers" in (merged / "README.md").read_text()
+    with pytest.raises(BadInput, match="is a merged model, no longer an adapter: `qe-edge export` takes it"):
+        merge(merged, workdir=Workdir(files))
+
+
+def test_what_was_left_out_was_not_learnt_from(tiny_qwen3, files, capsys):
+    student = files / "student"
+    shutil.copytree(tiny_qwen3, student)
+    spec = read_spec(student)
+    write_spec(
+        student,
+        msgspec.structs.replace(
+            spec, prompt=msgspec.structs.replace(spec.prompt, texts={"en": spec.prompt.texts["en"]})
+        ),
+    )
+    chinese = Expansion("chinese", "1", "潮汐", "zh", "teacher", "zero-shot", "月球引力")
+    (files / "zh.jsonl").write_bytes(encode_jsonl([chinese]))
+    taken = [files / "expansions.jsonl", files / "zh.jsonl"]
+    folder = sft(taken, sft_config(student, max_steps=1), workdir=Workdir(files))
+    assert read_record(folder)["learnt"] == ["tiny"]
+    said = "sft: 8 rows from 8 queries; dropped 1 (in a language that the student doesn't know)"
+    assert said in capsys.readouterr().err
 
 
 def test_a_merged_model_that_lost_its_adapter_is_refused(trained, files, monkeypatch):

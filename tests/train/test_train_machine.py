@@ -263,7 +263,7 @@ def test_threads_of_a_training_soon_sleep_unless_the_user_says_otherwise(
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP", "GOMP"))}
     # PyTorch is loaded before it is found that there is nothing to train on.
-    command = [sys.executable, "-m", "qe_edge.cli", "train", "sft", "--expansions", "nothing.jsonl"]
+    command = [sys.executable, "-m", "qe_edge", "train", "sft", "--expansions", "nothing.jsonl"]
     environment |= {"OMP_DISPLAY_ENV": "verbose", **given}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert "nothing.jsonl: no such file" in done.stderr

@@ -27,7 +27,7 @@ def test_two_benches_at_once_keep_both_results_apart(gguf, tmp_path):
     running = [
         subprocess.Popen(
             [
-                *(sys.executable, "-m", "qe_edge.cli", "bench", "-d", "demo-en", "-m", gguf),
+                *(sys.executable, "-m", "qe_edge", "bench", "-d", "demo-en", "-m", gguf),
                 *("--workdir", work, "--budget-tokens", str(budget), "--json"),
             ],
             stdout=subprocess.PIPE,
