@@ -63,7 +63,7 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     warnings: list[str] = []
     failures: list[str] = []
     results = []
-    load = busy()
+    load = round(busy(), 2)
     if load > BUSY:
         warnings.append(f"other work took {load:.0%} of the processors at the start: times say little")
         warn(warnings[-1], "bench")

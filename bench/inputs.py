@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qe_edge.console import shown
-from qe_edge.errors import BadInput
+from qe_edge.errors import BadArgument, BadInput
 from qe_edge.export.lineage import learnt_queries
 from qe_edge.retrieval.datasets import BUILTIN, builtin_folder, split_name
 from qe_edge.student.models import resolve
@@ -55,16 +55,18 @@ def parse_run(text: str) -> tuple[str, Path]:
     """`FILE` or `LABEL=FILE` -> (label for tables, file); a file's label is its name."""
     label, equals, file = text.partition("=")
     if equals and "/" not in label and not Path(text).exists():
+        if not file:
+            raise BadArgument(f"--run {text} names no file; write FILE or LABEL=FILE")
         return label, Path(file)
     return shown(Path(text).name), Path(text)
 
 
 def default_models(workdir: Workdir) -> list[str]:
-    """The GGUF files of the newest export."""
+    """The GGUF files of the newest export, or its MLX folders where it has no others."""
     folder = workdir.newest("export", named="the input, such as --model builtin:smollm2-135m")
-    models = sorted(str(path) for path in folder.glob("[!.]*.gguf"))
+    models = sorted(map(str, folder.glob("[!.]*.gguf"))) or sorted(map(str, folder.glob("[!.]*-mlx-*")))
     if not models:
-        raise BadInput("holds no .gguf file; name the models to run with --model", path=folder)
+        raise BadInput("the newest export holds no model; name those to run with --model", path=folder)
     return models
 
 

@@ -76,7 +76,7 @@ class Systems:
             if seen := model.learnt.intersection(self.data.queries.values()):
                 self.warn(
                     f"{model.label} was trained on {len(seen)} of the {len(self.data.queries)} queries of "
-                    f"{self.data}: others are found less well"
+                    f"{self.data}, so that its figures say little of others"
                 )
             try:
                 rows = self.add_model(model, plain)

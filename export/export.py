@@ -26,7 +26,7 @@ from qe_edge.export.verify import CHECKSUMS, verify_gguf, verify_mlx
 from qe_edge.student.spec import ModelSpec, read_spec
 from qe_edge.train.base_model import load_tokenizer
 from qe_edge.train.config import SftConfig
-from qe_edge.work.files import MANIFEST, atomic_path, sha256, write_json
+from qe_edge.work.files import MANIFEST, atomic_path, near, sha256, size_of, write_json
 from qe_edge.work.runs import check_output, learnt_by, run_record
 
 FORMATS = ("gguf", "mlx")
@@ -103,13 +103,13 @@ def export_model(
                 checks |= work.adapter(lora, base)
         if "mlx" in formats:
             checks |= work.mlx()
-        files = {path.name: _size(path) for path in sorted(folder.iterdir())}
+        files = {path.name: size_of(path) for path in sorted(folder.iterdir())}
         write_card(folder, spec, files, checks, calibration.importance if calibration else None)
         if ggufs := [name for name in files if name.endswith(".gguf")]:
             write_modelfile(folder, spec, min(ggufs, key=files.__getitem__))
         _write_checksums(folder)
         measured = calibration.importance.describe() if calibration else None
-        warnings = [far for name in files if name in checks and (far := _far(name, checks[name]))]
+        warnings = [told for name in files if name in checks and (told := far(name, checks[name]))]
         for warning in warnings:
             progress(f"warning: {warning}")
         found: dict[str, Any] = {"files": files, "checks": checks, "calibration": measured, "types": types}
@@ -141,7 +141,7 @@ def _calibrate(
     if not files and not config.no_calibrate:
         files = training_data(source.model)
     if files:
-        progress(f"importance matrix from {', '.join(map(str, files))}")
+        progress(f"importance matrix from {', '.join(str(near(file)) for file in files)}")
         rows = calibration_rows(files, selection, spec, load_tokenizer(str(source.model)))
         return _Calibration(rows, measure_importance(source, rows, files))
     needing = [kind for kind in config.kinds if kind in NEED_IMPORTANCE] + ["a mixed file"] * config.mixed
@@ -309,8 +309,8 @@ def _beside(bits: int) -> int:
     return 5 if bits == 4 else max(2, bits)
 
 
-def _far(name: str, check: dict[str, Any]) -> str:
-    """What to say of an export that is sound, but whose answers are often others."""
+def far(name: str, check: dict[str, Any]) -> str:
+    """What to say of an export that is sound, but whose answers are often others; of another one, nothing."""
     if check["answer_divergence"] <= FAR:
         return ""
     return (
@@ -321,7 +321,7 @@ def _far(name: str, check: dict[str, Any]) -> str:
 
 
 def _summary(path: Path, checks: dict[str, Any]) -> str:
-    size = f"{path.name}: {_size(path) / 1e6:.1f} MB"
+    size = f"{path.name}: {size_of(path) / 1e6:.1f} MB"
     if check := checks.get(path.name):
         of_answers = f"within answers {check['answer_divergence']:.4f}"
         return (
@@ -329,11 +329,6 @@ def _summary(path: Path, checks: dict[str, Any]) -> str:
             f"KL divergence {check['kl_divergence']:.4f} nats a token ({of_answers})"
         )
     return f"{size}, not verified"
-
-
-def _size(path: Path) -> int:
-    files = [path] if path.is_file() else path.rglob("*")
-    return sum(file.stat().st_size for file in files)
 
 
 def _write_checksums(folder: Path) -> None:

@@ -24,7 +24,7 @@ from qe_edge.export.quantize import KINDS, MIXED, bits_of, captured_log
 from qe_edge.lines import read_lines
 from qe_edge.student.prompt import Tokenize, hugging_face
 from qe_edge.student.spec import GGUF_KEY, KIND_KEY, ModelSpec, parse_spec, read_spec
-from qe_edge.work.files import MANIFEST, sha256
+from qe_edge.work.files import MANIFEST, near, sha256
 from qe_edge.work.runs import read_record
 
 CHECKSUMS = "SHA256SUMS"
@@ -94,7 +94,7 @@ def source_of(exported: Path) -> Path:
             f"{exported}: no export of qe-edge, for no {MANIFEST} there names what it was made from; "
             "name it with --source"
         )
-    source = exported.parent / made_from
+    source = near(exported.parent / made_from)
     if not source.is_dir():
         raise NotFound(f"{source}, which {exported} was made from, isn't there; name it with --source")
     return source

@@ -111,12 +111,12 @@ def describe(found: dict[str, Any]) -> str:
 
 def _line(name: str, text: str) -> str:
     """A name and its text in 80 columns, where the text can be broken."""
-    first = f"{name:<9} "
+    first = f"{name:<10} "
     return textwrap.fill(
         text,
         80,
         initial_indent=first,
-        subsequent_indent=" " * 10,
+        subsequent_indent=" " * 11,
         break_long_words=False,
         break_on_hyphens=False,
     )

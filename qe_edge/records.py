@@ -154,7 +154,8 @@ def numbered_jsonl(path: Path | str, kind: type[R]) -> Iterator[tuple[int, R]]:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             name = kind.__name__.lower()
             ours = f" (as `{_WRITTEN_BY[name]}` writes them)" if name in _WRITTEN_BY else ""
-            what = lowered(str(error))
+            what = re.sub(r"^Expected `object`, got `\w+`$", "no JSON object", str(error))
+            what = lowered(what)
             raise BadInput(f"not a valid {name}{ours}: {what}", path=path, line=number) from None
 
 

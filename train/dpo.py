@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,14 @@ def dpo(
         base=trained.base,
         rows=len(encoded),
         dropped=dict(dropped),
-        learnt=sorted({row.dataset for row in known} | set(read_record(adapter).get("learnt", []))),
+        learnt=_learnt(known, read_record(adapter).get("learnt", [])),
     )
+
+
+def _learnt(rows: Iterable[Pair], before: Sequence[str]) -> list[str]:
+    """The data sets of an adapter, which may have their splits, and of the rows."""
+    of_adapter = {name.partition("@")[0] for name in before}
+    return sorted({*before, *({row.dataset for row in rows} - of_adapter)})
 
 
 def make_trainer(

@@ -11,6 +11,7 @@ import msgspec
 
 from qe_edge.records import Candidate, Pair
 from qe_edge.retrieval.measures import mean_interval
+from qe_edge.train.scoring import NDCG
 
 # Lower edges of the histogram of each query's gap between best and worst reward.
 GAPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -18,7 +19,12 @@ PLAIN = "plain query"
 
 
 def summarize(
-    candidates: Sequence[Candidate], made: Sequence[Pair], dropped: Counter[str], *, queries: int
+    candidates: Sequence[Candidate],
+    made: Sequence[Pair],
+    dropped: Counter[str],
+    *,
+    queries: int,
+    reward: str = NDCG,
 ) -> dict[str, Any]:
     """Counts, and means over the queries that have candidates; nDCG@10 on the scale 0..1.
 
@@ -38,6 +44,7 @@ def summarize(
     with_pairs = {pair.query_id for pair in made}
     best_of = _best_of(by_query, plain)
     return {
+        "reward": reward,
         "queries": queries,
         "queries_with_candidates": len(by_query),
         "queries_with_pairs": len(with_pairs),
@@ -116,8 +123,9 @@ def describe(report: dict[str, Any]) -> str:
     """The report as a few lines of text."""
     queries, plain = report["queries_with_candidates"], report["plain query"]
     each = report["candidates_of_each_query"]
+    by_reward = "" if report["reward"] == NDCG else f" by {report['reward']}"
     lines = [
-        f"nDCG@10 of {queries} queries; gain over plain [95 %]; best, or as good, for how many",
+        f"nDCG@10 of {queries} queries; gain over plain [95 %]; best, or as good, for how many{by_reward}",
         f"  {plain['ndcg@10']:.3f}                           plain query, best for {plain['best_of']}",
         *(
             _line(row, f"{origin}, best for {row['best_of']}{_some(row, queries)}")
@@ -126,9 +134,9 @@ def describe(report: dict[str, Any]) -> str:
         _line(each["best"], "each query's best candidate"),
         _line(each["worst"], "each query's worst candidate"),
         f"candidates {report['candidates']}: {report['candidates_better_than_plain']} better than the plain "
-        f"query, {report['candidates_worse_than_plain']} worse",
+        f"query, {report['candidates_worse_than_plain']} worse{by_reward and ' by nDCG@10'}",
         f"queries for which all are worse: {report['queries_where_every_candidate_hurts']}",
-        "gaps between a query's best and worst reward:",
+        f"gaps between a query's best and worst reward{by_reward}:",
         *(
             f"  {label}: {counted(count, 'query', 'queries')}"
             for label, count in report["gaps"].items()

@@ -94,12 +94,15 @@ def pairs(
     scored = list(zip(known, candidates[len(queries) :], strict=True))
     made, why_not = make_pairs(scored, config, index.analyze)
     best = best_of(scored, {candidate.query_id: candidate.reward for candidate in candidates[: len(queries)]})
-    report = summarize(candidates, made, dropped + why_not, queries=len(data.queries))
+    report = summarize(candidates, made, dropped + why_not, queries=len(data.queries), reward=config.reward)
     if not made:
+        more = "Ask for more of each query (`qe-edge teach --n 4`)"
+        if len(known) == len(queries):
+            left_out = f" ({listed(report['dropped'])})" if report["dropped"] else ""
+            raise BadInput(f"no query has two candidates, of which a pair could be made{left_out}. {more}")
         raise BadInput(
             f"no two candidates of one query differ by {config.min_gap} {config.reward}; "
-            f"{listed(report['dropped']) or 'no query has two candidates'}. Ask for more of each query "
-            "(`qe-edge teach --n 4`), or take a smaller --min-gap"
+            f"{listed(report['dropped'])}. {more}, or take a smaller --min-gap"
         )
     with atomic_path(out) as partial:
         partial.mkdir()

@@ -97,8 +97,22 @@ def sft(
         base=source,
         rows=len(encoded),
         dropped=dict(dropped),
-        learnt=sorted({row.dataset for row in known}),
+        learnt=_learnt(known, expansions),
     )
+
+
+def _learnt(rows: Iterable[Expansion], files: Sequence[Path | str]) -> list[str]:
+    """The data sets of the rows, with the split where `teach` collected a file: its folder says which."""
+    folders = {Path(file).resolve().parent.name for file in files}
+    found = set()
+    for name in {row.dataset for row in rows}:
+        splits = {folder for folder in folders if folder.startswith(f"{name}@")}
+        if f"{name}@test" in splits:
+            warn(
+                f"sft: texts for the test queries of {name}: what is measured on them says nothing of others"
+            )
+        found |= splits or {name}
+    return sorted(found)
 
 
 def _prepare(config: SftConfig, workdir: Workdir) -> tuple[str, ModelSpec]:

@@ -108,6 +108,14 @@ def narrow(dataset: DatasetResult) -> list[Column]:
     return chosen(dataset, [*keys, *(key for key in NARROW if key != "of-teacher" or dataset.teacher)])
 
 
+def load_note(run: BenchResult) -> str:
+    """That a machine had other work, where it had much."""
+    load = run.machine.get("busy", 0)
+    if load <= BUSY:
+        return ""
+    return f"Other work took {load:.0%} of the processors at the start: the times say little."
+
+
 def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | None = None) -> list[str]:
     """What a reader of a table must know: its size, its teacher, its failures, and what its columns say.
 
@@ -117,12 +125,12 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
     hint = ": see the interval of “vs BM25”" if "vs-bm25" in keys else ""
     lines = [caveat(dataset.info.name, len(dataset.queries), hint=hint)]
     timed = keys & {"speed", "ms"} and any(system.speed for system in dataset.systems)
-    if run and (load := run.machine.get("busy", 0)) > BUSY and timed:
-        lines.append(f"Other work took {load:.0%} of the processors at the start: the times say little.")
+    if run and timed and (told := load_note(run)):
+        lines.append(told)
     reused = [s.name for s in dataset.systems if s.speed and s.speed.reused]
     if reused and timed:
         names = ", ".join(dict.fromkeys(reused))
-        lines.append(f"Times of an earlier run, or in part, whatever is said of this one: {names}.")
+        lines.append(f"Times measured in an earlier run, at least in part, and under its load: {names}.")
     if "vs-bm25" in keys and any((system.p_vs_bm25 or 1) < ALPHA for system in dataset.systems):
         others = len(dataset.systems) - 1
         corrected = f", corrected by Holm over {others} systems" if others > 1 else ""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qe_edge.bench.report import charts
+from qe_edge.bench.report.columns import load_note
 from qe_edge.bench.report.figures import MISSING, bounds, caveat, percent, rate, score, signed
 from qe_edge.bench.report.section import Measurement, Section, headline, merge
 from qe_edge.bench.result import BenchResult, System, read_result
@@ -69,7 +70,7 @@ def _render(runs: Sequence[BenchResult]) -> str:
     )
     return environment.from_string(template).render(
         runs=runs,
-        views=[_view(section) for section in merge(runs)],
+        views=[_view(section, runs) for section in merge(runs)],
         colours=charts.COLOURS,
         font=charts.FONT,
         config=charts.config(charts.css_paint),
@@ -78,13 +79,22 @@ def _render(runs: Sequence[BenchResult]) -> str:
     )
 
 
-def _view(section: Section) -> dict[str, Any]:
+def _view(section: Section, runs: Sequence[BenchResult]) -> dict[str, Any]:
     """All that the template shows of a section."""
     paint, best = charts.css_paint, section.best
+    told = {
+        f"{run.label}: {warning}"
+        for run in runs
+        for data in run.datasets
+        if data.fingerprint == section.fingerprint
+        for warning in [load_note(run) if section.drawn else "", *(f"{text}." for text in data.warnings)]
+        if warning
+    }
     return {
         "section": section,
         "headline": headline(section),
         "caveat": caveat(section.info.name, len(section.queries), hint=": see the interval of “vs BM25”"),
+        "told": sorted(told),
         "pareto": charts.pareto(section, paint, "container").to_dict() if section.drawn else None,
         "by_budget": charts.by_budget(section, paint, "container").to_dict() if section.has_budgets else None,
         "tested": any(row.system.p_vs_bm25 is not None for row in section.rows),

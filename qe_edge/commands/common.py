@@ -20,6 +20,7 @@ from qe_edge.errors import Interrupted, PartlyDone
 from qe_edge.redact import redact
 from qe_edge.runtime.expander import Expander
 from qe_edge.train.config import SPEAKS_BOTH
+from qe_edge.work.files import size_of
 from qe_edge.work.folder import DEFAULT_WORKDIR, Workdir
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ ColumnsOption = Annotated[
     str,
     typer.Option(
         "--columns",
-        help="Columns to show, such as ndcg,of-teacher,file; an unknown one lists all.",
+        help="Columns beside each --measure, such as ndcg,of-teacher,file; an unknown one lists all.",
     ),
 ]
 
@@ -92,7 +93,7 @@ def measured_on(made: Path) -> str:
     from qe_edge.retrieval.datasets import BUILTIN, splits
     from qe_edge.work.runs import learnt_by
 
-    learnt = learnt_by(made).get("learnt", [])
+    learnt = [name.partition("@")[0] for name in learnt_by(made).get("learnt", [])]
     return next((name for name in learnt if name in BUILTIN or "test" in splits(Path(name))), "demo-en")
 
 
@@ -115,7 +116,7 @@ def load_expander(model: str | None, workdir: Path, **settings: Any) -> Expander
 
     if model is None:
         models = default_models(Workdir(workdir))
-        model = min(models, key=lambda path: Path(path).stat().st_size)
+        model = min(models, key=lambda path: size_of(Path(path)))
         took_trained("model", Path(model).parent, model)
     return Expander.load(model, **settings)
 
@@ -206,4 +207,6 @@ def command_line(words: Sequence[object]) -> str:
         others += ["--workdir", given[-1]] if given else []
         if Path(sys.argv[0]).stem == PROGRAM and not shutil.which(PROGRAM):
             first = sys.argv[0]
+    elif not shutil.which(first):  # Python
+        first = sys.executable
     return shlex.join([first, *others])

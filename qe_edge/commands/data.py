@@ -44,9 +44,11 @@ def data_info(
     """Count a data set, and check that its judgments fit its documents."""
     import msgspec
 
-    from qe_edge.retrieval.datasets import describe, load_collection, split_name, splits
+    from qe_edge.retrieval.datasets import describe, load_collection, load_dataset, split_name, splits
 
     dataset = load_collection(name)
+    if dataset.folder and splits(dataset.folder) and not dataset.queries:
+        load_dataset(name)  # which says what the judgments lack
     if dataset.folder and "train" in splits(dataset.folder):  # a teacher is asked for these first
         name = f"{split_name(name)[0]}@train"
     asking = ("teach", "--dataset") if dataset.queries else ("data", "queries")

@@ -63,7 +63,7 @@ def export(
         "\n".join(lines),
         inputs={"model": model},
         artifacts={"folder": out},
-        metrics=report,
+        metrics={name: found for name, found in report.items() if name != "warnings"},
         warnings=report["warnings"],
         following=("qe-edge", "bench", "--dataset", measured_on(out), "--model", out / first),
     )

@@ -33,10 +33,14 @@ def report(
     csv: Annotated[
         Path | None, typer.Option("--csv", help="Also write every figure to this CSV file.")
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
-    latex: Annotated[bool, typer.Option("--latex", help="Print the tables as LaTeX (booktabs).")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables as Markdown, with all columns.")
+    ] = False,
+    latex: Annotated[
+        bool, typer.Option("--latex", help="Print the tables as LaTeX (booktabs), with the main columns.")
+    ] = False,
     columns: Annotated[
-        str, typer.Option(help="Columns of the Markdown or LaTeX table; an unknown one lists all.")
+        str, typer.Option(help="The only columns of the Markdown or LaTeX table; an unknown one lists all.")
     ] = "",
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,

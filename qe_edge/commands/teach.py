@@ -57,7 +57,7 @@ def teach(
     data = _queries(dataset, queries)
     out = out or Workdir(workdir).teach_folder(str(data) if data else import_file.stem if import_file else "")
     if import_file is not None:
-        following = _following(dataset, data, out / EXPANSIONS, False) if data else ()
+        following = _following(dataset, data, out / EXPANSIONS) if data else ()
         _import(import_file, data, out, format, json, settings, following)
         return
     if not settings.values.get("model") or (data is None and not settings.shown):
@@ -83,14 +83,18 @@ def teach(
         inputs={"dataset": str(data), "model": config.model, "endpoint": config.endpoint},
         artifacts={"expansions": out / EXPANSIONS},
         metrics={},
-        following=_following(dataset, data, out / EXPANSIONS, cut),
+        following=_following(
+            dataset, data, out / EXPANSIONS, cut=cut, single=outcome.candidates <= len(data.queries)
+        ),
     )
 
 
-def _following(dataset: str | None, data: Dataset, file: Path, cut: bool) -> Sequence[object]:
+def _following(
+    dataset: str | None, data: Dataset, file: Path, *, cut: bool = False, single: bool = False
+) -> Sequence[object]:
     """What to do with the candidates: those of test queries are to compare with, not to train on."""
     accept = ("--accept", "cut") if cut else ()
-    if not dataset:  # nothing is judged, so there are no pairs
+    if not dataset or (single and data.split != "test"):  # there are no pairs
         return ("qe-edge", "train", "sft", *student_for(data.lang), "--expansions", file, *accept)
     if data.split == "test":
         return ("qe-edge", "bench", "--dataset", dataset, "--teacher", file)

@@ -142,6 +142,18 @@ def write_json(target: Path | str, value: Any) -> None:
     write_bytes(target, msgspec.json.format(json_bytes(value), indent=2) + b"\n")
 
 
+def size_of(path: Path) -> int:
+    """The bytes of a file, or of all in a folder."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files)
+
+
+def near(path: Path) -> Path:
+    """A path as it is shortest to read: from the current folder, where it lies below that."""
+    path = path.resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def sha256(path: Path | str) -> str:
     """SHA-256 of a file; of a folder, of the sorted list of its files' names and digests."""
     path = Path(path)

@@ -148,7 +148,7 @@ def check_learnt(student: Path, datasets: Set[str]) -> None:
         BadArgument: it learnt from none of them.
     """
     learnt = read_json(student / MANIFEST).get("learnt", datasets)
-    if not datasets & set(learnt):
+    if datasets.isdisjoint(name.partition("@")[0] for name in learnt):
         of_pairs = ", ".join(sorted(datasets))
         raise BadArgument(
             f"{student} learnt from {' + '.join(learnt)}, and the pairs are of {of_pairs}; "

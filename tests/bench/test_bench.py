@@ -18,8 +18,9 @@ from qe_edge import Expander
 from qe_edge.bench.bench import bench
 from qe_edge.bench.config import BenchConfig
 from qe_edge.bench.generations import generate_once
-from qe_edge.bench.inputs import default_teachers, learnt_by_model, parse_model
+from qe_edge.bench.inputs import default_models, default_teachers, learnt_by_model, parse_model, parse_run
 from qe_edge.bench.quality import retrieve, values_of
+from qe_edge.bench.report.report import report
 from qe_edge.bench.report.table import console_table, latex_table, markdown_table
 from qe_edge.bench.result import read_result
 from qe_edge.bench.speed import Generated, Task, generate
@@ -421,7 +422,7 @@ def test_what_an_earlier_bench_wrote_is_not_written_again(student, tmp_path, cap
     # The times, too, are those of the first.
     assert generated(models=(f"two={student}",), joins=("mass:2",)) == first
     assert "two on demo-en@test: texts and times of an earlier run; delete " in capsys.readouterr().err
-    assert "Times of an earlier run, or in part, whatever is said of this one: two." in console_table(
+    assert "Times measured in an earlier run, at least in part, and under its load: two." in console_table(
         read_result(work.newest("bench"))
     )
     assert generated(budget_tokens=3) != first
@@ -509,6 +510,7 @@ def test_a_model_is_not_run_on_a_language_it_does_not_speak(student, tmp_path, t
     assert [s.name for s in result.datasets[0].systems] == ["BM25", "BM25 + RM3"]
     assert result.warnings == ["english.gguf was not run on demo-zh@test: it speaks en only"]
     # In a report, too, it is told from one that was forgotten.
+    assert f"{result.label}: {result.warnings[0]}." in report([folder], tmp_path / "report.html").read_text()
     assert f"{result.warnings[0]}." in markdown_table(result.datasets[0])
     write_spec(tmp_path, english)
     with pytest.raises(
@@ -540,10 +542,23 @@ def test_model_labels(student, tiny_qwen3):
     assert parse_model(f"before DPO={student}") == ("before DPO", str(student))
     with pytest.raises(NotFound):
         parse_model("nothing.gguf")
+    with pytest.raises(BadArgument, match=r"--run mine= names no file; write FILE or LABEL=FILE"):
+        parse_run("mine=")
     numbered = tiny_qwen3.with_name("merge") / "001"
     numbered.parent.mkdir()
     numbered.symlink_to(tiny_qwen3)
     assert parse_model(str(numbered)) == ("merge 001", str(numbered))
+
+
+def test_the_newest_exports_models_are_its_ggufs_or_else_its_mlx_folders(tmp_path):
+    work, newest = Workdir(tmp_path), tmp_path / "export" / "001"
+    (newest / "student-mlx-5bit").mkdir(parents=True)
+    assert default_models(work) == [str(newest / "student-mlx-5bit")]
+    (newest / "student-Q4_K_M.gguf").touch()
+    assert default_models(work) == [str(newest / "student-Q4_K_M.gguf")]
+    (tmp_path / "export" / "002").mkdir()
+    with pytest.raises(BadInput, match=r"002: the newest export holds no model"):
+        default_models(work)
 
 
 def test_queries_that_a_model_was_trained_on_are_said(student, tmp_path):
@@ -571,7 +586,8 @@ def test_queries_that_a_model_was_trained_on_are_said(student, tmp_path):
     assert learnt_by_model(str(student)) == set()
     config = BenchConfig(datasets=("demo-en",), models=(str(exported),), budget_tokens=2)
     result = read_result(bench(config, workdir=Workdir(tmp_path)))
-    warning = "student.gguf was trained on 2 of the 26 queries of demo-en@test: others are found less well"
+    known_ones = "2 of the 26 queries of demo-en@test"
+    warning = f"student.gguf was trained on {known_ones}, so that its figures say little of others"
     assert result.warnings == [warning]
     assert f"{warning}." in " ".join(console_table(result).split())
 

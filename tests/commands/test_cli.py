@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_doctor_names_machine_and_extras(qe_edge):
     code, out, _ = qe_edge("doctor")
     assert code == 0
     assert "cores" in out
-    assert "train     train students: ok" in out
+    assert "train      train students: ok" in out
 
 
 @pytest.mark.parametrize("amx", [None, "agrees", "differs", "dies"])
@@ -186,6 +187,8 @@ def test_a_command_line_is_quoted_and_finds_us(monkeypatch, tmp_path):
     (tmp_path / "qe-edge").touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert command_line(words) == "qe-edge export 'my work/001' --q4 --workdir 'my work'"
+    assert command_line(("python", "a b")) == f"{sys.executable} 'a b'"
+    (tmp_path / "python").touch(0o755)
     assert command_line(("python", "a b")) == "python 'a b'"
 
 
@@ -196,6 +199,29 @@ def test_pairs_of_chinese_propose_a_student_that_knows_it(qe_edge, tmp_path):
         0,
         f"next:   qe-edge train sft --student Qwen/Qwen3-0.6B --expansions {texts}",
     )
+
+
+def test_a_folder_that_lacks_its_queries_is_told(qe_edge, tmp_path):
+    shutil.copytree(builtin_folder("demo-en"), tmp_path / "mine")
+    (tmp_path / "mine" / "queries.jsonl").unlink()
+    code, out, err = qe_edge("data", "info", tmp_path / "mine")
+    assert (code, out) == (4, "") and "mine has no queries.jsonl" in err
+    shutil.rmtree(tmp_path / "mine" / "qrels")
+    code, out, _ = qe_edge("data", "info", tmp_path / "mine")
+    assert out.splitlines()[-1].startswith(f"next:   qe-edge data queries {tmp_path / 'mine'} --endpoint")
+
+
+def test_one_candidate_a_query_is_to_train_on_not_to_pair(qe_edge, tmp_path):
+    pytest.importorskip("openai")
+    with serve() as endpoint:
+        asked = ["-d", "demo-en@train", "-m", "big", "--endpoint", endpoint.url, "--out", tmp_path]
+        _, out, _ = qe_edge("teach", *asked, "--mode", "zero-shot")
+        texts = tmp_path / "expansions.jsonl"
+        assert out.splitlines()[-1] == f"next:   qe-edge train sft --expansions {texts}"
+        code, _, err = qe_edge("pairs", "-d", "demo-en@train", "-e", texts, "--workdir", tmp_path / "work")
+        assert code == 5 and "no query has two candidates, of which a pair could be made. Ask for more" in err
+        _, out, _ = qe_edge("teach", *asked, "--mode", "zero-shot", "--n", "2")
+        assert out.splitlines()[-1] == "next:   qe-edge pairs --dataset demo-en@train"
 
 
 def test_ctrl_c_while_the_commands_are_imported(tmp_path):

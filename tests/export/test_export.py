@@ -221,6 +221,15 @@ def test_verify_prints_what_it_found(
     assert "nDCG@10 on 26 queries of demo-en@test: " in printed
 
 
+@pytest.mark.parametrize("exported", ["qwen3"], indirect=True)
+def test_verify_warns_as_export_did(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qe_edge.export.export.FAR", -1.0)
+    file = exported[1] / "student-Q8_0.gguf"
+    checked = CliRunner().invoke(app, ["verify", str(file)])
+    assert checked.stdout.startswith(f"{file} loses no more than its kind usually does, which is much\n")
+    assert "student-Q8_0.gguf often answers otherwise than its source (KL divergence" in checked.stderr
+
+
 @pytest.mark.parametrize(("high", "warned"), [(-0.01, True), (0.01, False)])
 @pytest.mark.parametrize("exported", ["qwen3"], indirect=True)
 def test_verify_warns_of_a_loss_that_is_not_chance(

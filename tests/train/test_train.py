@@ -254,6 +254,12 @@ def test_what_was_left_out_was_not_learnt_from(tiny_qwen3, files, capsys):
     assert read_record(folder)["learnt"] == ["tiny"]
     said = "sft: 8 rows from 8 queries; dropped 1 (in a language that the student doesn't know)"
     assert said in capsys.readouterr().err
+    tested = files / "teach" / "tiny@test" / "expansions.jsonl"
+    tested.parent.mkdir(parents=True)
+    shutil.copy(files / "expansions.jsonl", tested)
+    of_test = sft([tested], sft_config(student, max_steps=1), workdir=Workdir(files))
+    assert read_record(of_test)["learnt"] == ["tiny@test"]
+    assert "sft: texts for the test queries of tiny: what is measured on them says" in capsys.readouterr().err
 
 
 def test_a_merged_model_that_lost_its_adapter_is_refused(trained, files, monkeypatch):
