@@ -38,7 +38,7 @@ def search(
     if expander:
         expander.close()
         read_alone = config.refine and expanded.relevance and not expanded.text
-        what = "read alone, since nothing was written: " if read_alone else "expansion: "
+        what = "nothing written, read alone: " if read_alone else "expansion: "
         lines.append(what + (expanded.summary() or f"none, since {expanded.fallback}"))
         if expanded.text and expanded.relevance:
             lines.append(f"and read:  {replace(expanded, text='').summary()}")

@@ -413,4 +413,4 @@ def test_a_text_that_adds_nothing_is_not_shown_as_one(
     with suppress(SystemExit):
         main()
     shown, *_ = capsys.readouterr().out.splitlines()
-    assert shown.startswith("only read: ") and len(shown.split()) == 2 + 12
+    assert shown.startswith("nothing written, read alone: ") and len(shown.split()) == 4 + 12
