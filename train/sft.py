@@ -31,6 +31,7 @@ from qe_edge.train.lora import lora_config
 from qe_edge.train.output_layer import compute_answers_alone
 from qe_edge.train.rows import CHECKED, OTHER_LANGUAGE, Row, check_batch, check_texts
 from qe_edge.work.folder import Workdir
+from qe_edge.work.runs import read_record
 
 
 def sft(
@@ -69,6 +70,7 @@ def sft(
     check_texts(spec, tokenizer, [(r.query, r.text) for r in rows if r.query.strip()][:CHECKED])
     encoded, dropped = encode_rows(rows, spec, hugging_face(tokenizer), config.max_length, config.tasks)
     known = [row for row in rows if row.lang in spec.prompt.languages]
+    learnt = _learnt(known, expansions)
     queries = several(len({r.query for r in known}), "query", "queries")
     note(f"sft: {several(len(encoded), 'row')} from {queries}{counted(dropped)}")
     longest = max(len(row["input_ids"]) for row in encoded)
@@ -97,16 +99,19 @@ def sft(
         base=source,
         rows=len(encoded),
         dropped=dict(dropped),
-        learnt=_learnt(known, expansions),
+        learnt=learnt,
     )
 
 
 def _learnt(rows: Iterable[Expansion], files: Sequence[Path | str]) -> list[str]:
-    """The data sets of the rows, with the split where `teach` collected a file: its folder says which."""
-    folders = {Path(file).resolve().parent.name for file in files}
+    """The data sets of the rows, with their splits where the record of `teach` beside a file tells them."""
+    records = [read_record(Path(file).parent) for file in files]
+    taught = {
+        str(record["settings"].get("dataset")) for record in records if record.get("command") == "teach"
+    }
     found = set()
     for name in {row.dataset for row in rows}:
-        splits = {folder for folder in folders if folder.startswith(f"{name}@")}
+        splits = {full for full in taught if full.rpartition("@")[0] == name}
         if f"{name}@test" in splits:
             warn(
                 f"sft: texts for the test queries of {name}: what is measured on them says nothing of others"

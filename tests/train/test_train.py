@@ -16,6 +16,7 @@ from qe_edge.records import Expansion, Pair, encode_jsonl
 from qe_edge.student.feedback import Feedback
 from qe_edge.student.prompt import hugging_face, prompt_for
 from qe_edge.student.spec import read_spec, write_spec
+from qe_edge.work.files import write_json
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import read_record
 
@@ -257,6 +258,7 @@ def test_what_was_left_out_was_not_learnt_from(tiny_qwen3, files, capsys):
     tested = files / "teach" / "tiny@test" / "expansions.jsonl"
     tested.parent.mkdir(parents=True)
     shutil.copy(files / "expansions.jsonl", tested)
+    write_json(tested.parent / "run.json", {"command": "teach", "settings": {"dataset": "tiny@test"}})
     of_test = sft([tested], sft_config(student, max_steps=1), workdir=Workdir(files))
     assert read_record(of_test)["learnt"] == ["tiny@test"]
     assert "sft: texts for the test queries of tiny: what is measured on them says" in capsys.readouterr().err
