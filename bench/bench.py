@@ -67,10 +67,12 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     if load > BUSY:
         warnings.append(f"other work took {load:.0%} of the processors at the start: times say little")
         warn(warnings[-1], "bench")
+    lost = []
     for path in config.teachers:  # a bad file is found before hours of generation
         if not any(is_of(row, data) for row in read_jsonl(path, Expansion) for data in loaded):
-            warnings.append(f"{path} holds no expansion of these queries")
-            warn(warnings[-1], "bench")
+            lost.append(f"{path} holds no expansion of these queries")
+            warn(lost[-1], "bench")
+    warnings += lost
     tuning = []
     if dev:
         tuner = Systems(dev, config, run.partial, workdir)
@@ -82,7 +84,8 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     for data in loaded:
         note(f"bench: {data}")
         one = Systems(data, config, run.partial, workdir)
-        results.append(one.measure(models, rankings))
+        found = one.measure(models, rankings)
+        results.append(replace(found, warnings=[*lost, *found.warnings]))
         warnings += one.warnings
         failures += one.failures
     result = BenchResult(

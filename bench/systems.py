@@ -339,7 +339,9 @@ class Systems:
         for name, rows in sorted(found.items(), key=lambda item: "few-shot" in item[0]):
             cut = sum(row.problem == "cut" for row in rows.values())
             if cut:
-                self.warn(f"{cut} of {len(rows)} texts of {name} on {self.data} ended at its budget")
+                self.warn(
+                    f"{cut} of {len(rows)} texts of {name} on {self.data} were cut where `teach` ended them"
+                )
             if again[name]:
                 left = several(again[name], "earlier answer")
                 self.warn(f"{name} was asked again about {self.data}; without {left}")

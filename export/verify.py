@@ -143,7 +143,9 @@ def check_sums(path: Path) -> int:
         raise BadInput(f"does not list {path.name}; it is from another export", path=sums)
     for name, digest in own.items():
         file = path.parent / name
-        if not file.is_file() or sha256(file) != digest:
+        if not file.is_file():
+            raise BadInput(f"is missing, though {sums} lists it", path=file)
+        if sha256(file) != digest:
             raise BadInput(f"differs from its entry in {sums}: it is damaged or was changed", path=file)
     # An engine may read what nobody listed: mlx-lm takes every model*.safetensors of a folder.
     for file in path.rglob("*") if path.is_dir() else ():

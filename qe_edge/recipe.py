@@ -49,6 +49,7 @@ from qe_edge.train.teach.config import TeachConfig
 NAME_NOTES = (
     "name your notes with --dataset, who writes for them with --model, and its server with --endpoint"
 )
+NAME_WRITER = "name who writes with --model, and its server with --endpoint"
 NAME_YOURS = "name your data with --dataset, --expansions and --test, or write it into the recipe"
 
 
@@ -159,7 +160,8 @@ def read_recipe(path: Path | str, *, data: Path | None = None) -> dict[str, Any]
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"not a valid recipe: {error}", path=path) from None
     if unknown := [name for name in content if name not in Recipe.__struct_encode_fields__]:
-        raise BadInput(f"not a valid recipe: {no_setting(unknown[0], Recipe, 'section')}", path=path)
+        kind = "section" if isinstance(content[unknown[0]], dict) else "key"
+        raise BadInput(f"not a valid recipe: {no_setting(unknown[0], Recipe, kind)}", path=path)
     return content
 
 
@@ -182,9 +184,14 @@ def load_recipe(
         return msgspec.convert(content, Recipe)
     except msgspec.ValidationError as error:
         where, what = misfit(error, _struct_of)
-        hint = f"; {NAME_NOTES if 'notes' in content else NAME_YOURS}" if what.startswith("lacks") else ""
         section = f"[{where}] " if where else ""
-        raise BadInput(f"not a valid recipe: {section}{what}{hint}", path=path) from None
+        if what.startswith("lacks"):
+            notes = content.get("notes")
+            hint = NAME_NOTES if notes is not None and not notes.get("folder") else NAME_YOURS
+            if hint == NAME_YOURS and what == "lacks `model`":
+                hint = NAME_WRITER
+            raise BadInput(f"not complete: {section}{what}; {hint}", path=path) from None
+        raise BadInput(f"not a valid recipe: {section}{what}", path=path) from None
 
 
 def _struct_of(section: str) -> type | None:

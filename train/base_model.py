@@ -193,6 +193,8 @@ def open_trained(folder: Path) -> Trained:
             raise NotFound(f"{folder}: no such folder of `qe-edge train`")
         if spec and record.get("command") in ("merge", "prune"):
             raise BadInput("is a merged model, no longer an adapter: `qe-edge export` takes it", path=folder)
+        if (folder / "trainer_state.json").is_file():
+            raise BadInput("is a checkpoint: give the training's command again, which ends it", path=folder)
         raise BadInput(f"holds no {MANIFEST} and spec of `qe-edge train`; train first", path=folder)
     return Trained(folder, record["base"], spec, full=not (folder / "adapter_config.json").is_file())
 

@@ -138,7 +138,7 @@ class SftConfig(
     ] = 0
     accept: Annotated[
         tuple[Problem, ...],
-        said("Also use rows that `teach` marked so, e.g. cut (others need `teach --keep-bad`).", rare=True),
+        said("Also use rows that `teach` marked so, e.g. cut (others need `teach --keep-bad`)."),
     ] = ()
     tuning: Annotated[
         Literal["lora", "full"], said("An adapter, or all weights of a small student.", rare=True)

@@ -136,7 +136,7 @@ def describe(report: dict[str, Any]) -> str:
         f"candidates {report['candidates']}: {report['candidates_better_than_plain']} better than the plain "
         f"query, {report['candidates_worse_than_plain']} worse{by_reward and ' by nDCG@10'}",
         f"queries for which all are worse: {report['queries_where_every_candidate_hurts']}",
-        f"gaps between a query's best and worst reward{by_reward}:",
+        f"gaps between best and worst reward{by_reward}, of queries with several candidates:",
         *(
             f"  {label}: {counted(count, 'query', 'queries')}"
             for label, count in report["gaps"].items()

@@ -97,6 +97,8 @@ def pairs(
     report = summarize(candidates, made, dropped + why_not, queries=len(data.queries), reward=config.reward)
     if not made:
         more = "Ask for more of each query (`qe-edge teach --n 4`)"
+        if any(reason.startswith("marked") for reason in report["dropped"]):
+            more = "Take what is marked (--accept cut), or ask for more of each query (`qe-edge teach --n 4`)"
         if len(known) == len(queries):
             left_out = f" ({listed(report['dropped'])})" if report["dropped"] else ""
             raise BadInput(f"no query has two candidates, of which a pair could be made{left_out}. {more}")

@@ -102,10 +102,20 @@ def check_columns(keys: Sequence[str], measures: Sequence[str]) -> None:
 
 
 def narrow(dataset: DatasetResult) -> list[Column]:
-    """The columns that most ask for; the join where it tells rows apart, the teacher where there is one."""
+    """The columns that most ask for: the join where it tells rows apart, teacher and times where they are."""
     names = {(system.name, system.join) for system in dataset.systems}
     keys = ["join"] if len({name for name, _ in names}) < len(names) else []
-    return chosen(dataset, [*keys, *(key for key in NARROW if key != "of-teacher" or dataset.teacher)])
+    empty = set() if dataset.teacher else {"of-teacher"}
+    if not any(system.speed for system in dataset.systems):
+        empty |= {"speed", "ms"}
+    return chosen(dataset, [*keys, *(key for key in NARROW if key not in empty)])
+
+
+def _no_yardstick(dataset: DatasetResult) -> str:
+    means = {system.name: system.ndcg.mean for system in dataset.systems}
+    if dataset.teacher not in means or means[dataset.teacher] > means.get("BM25", 0):
+        return ""
+    return " It doesn't pass plain BM25, so it is no yardstick here."
 
 
 def load_note(run: BenchResult) -> str:
@@ -140,13 +150,13 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
     if dataset.teacher is not None and "of-teacher" in keys:
         lines.append(
             f"of teacher: {dataset.measure} as a share of that of {dataset.teacher} "
-            f"({MISSING}: BM25, and the teacher itself)."
+            f"({MISSING}: BM25, and the teacher itself)." + _no_yardstick(dataset)
         )
     if dataset.teacher is not None and "of-gain" in keys:
         none = all(system.gain_retention is None for system in dataset.systems)
         lines.append(
             f"of its gain: of what {dataset.teacher} gains over BM25, the share that is gained too"
-            + (f". {MISSING}: its own gain can't be told from nothing." if none else ".")
+            + (f". {MISSING}: it gains nothing, or nothing that can be told from chance." if none else ".")
         )
     if "helped" in keys:
         lines.append(f"helped/hurt: queries whose {dataset.measure} is above, or below, BM25's.")

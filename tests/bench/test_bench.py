@@ -680,7 +680,8 @@ def test_a_teachers_unusable_answers_count_as_the_plain_query(tmp_path):
     out = bench(BenchConfig(datasets=("demo-en",), teachers=(str(file),)), workdir=Workdir(tmp_path / "work"))
     result = read_result(out)
     assert any(
-        "1 of 3 texts of big zero-shot on demo-en@test ended at its budget" in w for w in result.warnings
+        "1 of 3 texts of big zero-shot on demo-en@test were cut where `teach` ended them" in w
+        for w in result.warnings
     )
     bm25, _, teacher = result.datasets[0].systems
     assert teacher.failed == 25

@@ -141,7 +141,7 @@ def test_what_a_recipe_lacks_is_told_with_the_flag_that_gives_it(tmp_path: Path)
     file.write_text('title = "mine"\n[sft]\nexpansions = ["a.jsonl"]\n[bench]\n', encoding="utf-8")
     result = CliRunner().invoke(app, ["run", str(file)])
     assert str(result.exception).startswith(
-        f"{file}: not a valid recipe: [bench] lacks `dataset`; name your data with --dataset"
+        f"{file}: not complete: [bench] lacks `dataset`; name your data with --dataset"
     )
 
 

@@ -213,13 +213,19 @@ def test_the_report_says_who_wins_and_where_expansion_hurts(tmp_path, collection
     told = describe(report)
     assert "  1.000  +1.000 [+1.000, +1.000]  good zero-shot, best for 1\n" in told
     assert "         (of the 1 with a text that can be used; plain has 0.000 there)\n" in told
-    assert "gaps between a query's best and worst reward:\n  0 to 0.05: 1 query\n" in told
+    assert (
+        "gaps between best and worst reward, of queries with several candidates:\n  0 to 0.05: 1 query\n"
+        in told
+    )
     assert "queries without a pair: 1" in told and "without a candidate" not in told
     told = describe(report | {"reward": "AP"})
     assert told.startswith(
         "nDCG@10 of 2 queries; gain over plain [95 %]; best, or as good, for how many by AP\n"
     )
-    assert " worse by nDCG@10\n" in told and "gaps between a query's best and worst reward by AP:\n" in told
+    assert (
+        " worse by nDCG@10\n" in told
+        and "gaps between best and worst reward by AP, of queries with several candidates:\n" in told
+    )
     told = describe(report | {"queries": 5, "dropped": {"of equal reward": 1, "marked: cut": 2}})
     assert "queries without a candidate that can be used: 3\n" in told
     assert told.endswith("not used: 2 marked: cut (--accept takes marked texts), 1 of equal reward")
