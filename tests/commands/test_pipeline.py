@@ -343,7 +343,7 @@ def test_a_recipe_is_shown_as_it_is_written(capsys):
 def test_what_a_recipe_of_notes_lacks_is_said(tmp_path):
     with pytest.raises(BadInput, match="name your notes with --dataset, who writes for them with --model"):
         load_recipe("own-notes")
-    with pytest.raises(BadInput, match=r"not complete: \[queries\] lacks `model`; name who writes with --model"):
+    with pytest.raises(BadInput, match=r"not complete: \[queries\] lacks `model`; name who writes"):
         load_recipe("own-notes", given={"notes": {"folder": "notes"}})
     given = {"notes": {"folder": str(tmp_path / "none")}, "queries": {"model": "m"}, "teach": {"model": "m"}}
     with pytest.raises(NotFound, match="no such folder of notes"):
