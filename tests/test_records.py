@@ -21,6 +21,7 @@ def test_rows_survive_and_only_newlines_split_lines(tmp_path):
         (encode_jsonl([ROW]).replace(b'"text"', b'"txt"').strip(), "unknown field `txt`"),
         (encode_jsonl([ROW]).replace(b'"q1"', b"1").strip(), "expected `str`, got `int`"),
         (b'{"dataset": "\xff"}', "utf-8"),
+        (b"17", "no json object"),
     ],
 )
 def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, line, reason):
@@ -28,7 +29,7 @@ def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, line, reason):
     file.write_bytes(encode_jsonl([ROW]) + b"\n" + line + b"\n")
     with pytest.raises(BadInput) as error:
         list(read_jsonl(file, Expansion))
-    assert str(error.value).startswith(f"{file}:3: not a valid expansion: ")
+    assert str(error.value).startswith(f"{file}:3: not a valid expansion (as `qe-edge teach` writes them): ")
     assert reason in str(error.value).lower()
 
 

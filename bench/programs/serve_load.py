@@ -93,7 +93,7 @@ def main(
 def _load(
     model: Path, queries: list[str], clients: int, seconds: float, parallel: int, settings: list[str]
 ) -> Load:
-    command = [sys.executable, "-P", "-m", "qe_edge.cli", "serve", "--model", str(model), "--port", "0"]
+    command = [sys.executable, "-P", "-m", "qe_edge", "serve", "--model", str(model), "--port", "0"]
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("wb") as file:
