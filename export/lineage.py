@@ -13,8 +13,6 @@ from qe_edge.work.files import sha256
 from qe_edge.work.runs import read_record
 
 _MAY_BE_PATHS = ("student", "eval_dataset")
-
-
 _MADE_FROM = {"export": "model", "prune": "model", "merge": "adapter", "train dpo": "adapter"}
 
 
@@ -31,15 +29,21 @@ def training_records(model: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _is_unchanged(made_from: dict[str, Any]) -> bool:
+    """Whether an input of a record is a file that is still at hand as it was."""
+    file = Path(made_from["path"])
+    return file.is_file() and sha256(file) == made_from["sha256"]
+
+
 def learnt_queries(model: Path) -> set[str]:
     """The queries that a folder's model was trained on, where the files that held them are still at hand."""
     found = set()
     for record in training_records(model):
         accepted = (None, *record["settings"].get("accept", ()))
         for name, made_from in record["inputs"].items():
-            file = Path(made_from["path"])
-            if not file.is_file() or sha256(file) != made_from["sha256"]:
+            if not _is_unchanged(made_from):
                 continue
+            file = Path(made_from["path"])
             if name.startswith("expansions"):
                 found |= {row.query for row in read_jsonl(file, Expansion) if row.problem in accepted}
             elif name == "pairs":
@@ -54,7 +58,7 @@ def training_data(model: Path) -> list[Path]:
         for name, made_from in record["inputs"].items():
             if name.startswith("expansions"):
                 file = Path(made_from["path"])
-                if file.is_file() and sha256(file) == made_from["sha256"]:
+                if _is_unchanged(made_from):
                     files.append(file)
                 else:
                     warn(f"{file}, which the student was trained on, is gone or has changed")

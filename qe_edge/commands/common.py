@@ -98,7 +98,7 @@ def measured_on(made: Path) -> str:
 
 
 def student_for(lang: str) -> list[str]:
-    """The flags of `train sft` for texts in a language, where its default student doesn't know that."""
+    """The flags of `train sft` for a language that its default student, which knows English, does not."""
     return [] if lang == "en" else ["--student", SPEAKS_BOTH]
 
 
