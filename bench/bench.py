@@ -66,12 +66,12 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     load = round(busy(), 2)
     if load > BUSY:
         warnings.append(f"other work took {load:.0%} of the processors at the start: times say little")
-        warn(warnings[-1], "bench")
+        warn(warnings[-1])
     lost = []
     for path in config.teachers:  # a bad file is found before hours of generation
         if not any(is_of(row, data) for row in read_jsonl(path, Expansion) for data in loaded):
             lost.append(f"{path} holds no expansion of these queries")
-            warn(lost[-1], "bench")
+            warn(lost[-1])
     warnings += lost
     tuning = []
     if dev:

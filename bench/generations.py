@@ -45,7 +45,7 @@ def generate_once(
         own.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(own) as partial:
             shutil.copyfile(kept, partial)
-        warn(f"{task.label}: texts and times of an earlier run; delete {kept} to have them anew", "bench")
+        warn(f"{task.label}: texts and times of an earlier run; delete {kept} to have them anew")
     rows, speed, spec = generate(task)
     if not kept.exists():
         with atomic_path(kept) as partial:

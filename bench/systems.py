@@ -88,7 +88,7 @@ class Systems:
             missing = len(self.data.queries) - len(expansions)
             if missing:
                 lacking = several(missing, "query", "queries")
-                warn(f"{name} has no expansion of {lacking} of {self.data}, searched without one", "bench")
+                warn(f"{name} has no expansion of {lacking} of {self.data}, searched without one")
             run = self.retrieve(expansions, Join.parse(self.config.teacher_join))
             more = {"failed": missing, "expansions": expansions}
             self.add(name, "teacher", self.config.teacher_join, run, **more)
@@ -137,7 +137,7 @@ class Systems:
 
     def warn(self, message: str) -> None:
         """Tell it at once, and in the result."""
-        warn(message, "bench")
+        warn(message)
         self.warnings.append(message)
 
     def retrieve(self, expansions: dict[str, str], join: Join) -> dict[str, Ranking]:

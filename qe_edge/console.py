@@ -85,9 +85,9 @@ def note(message: str, stream: TextIO | None = None) -> None:
         print(redact(message), file=stream or sys.stderr, flush=True)
 
 
-def warn(message: str, who: str = "") -> None:
-    """Tell the user what may be amiss: on stderr after `who` says so, and among the `warnings` of --json."""
-    note(f"{who}: {message}" if who else message)
+def warn(message: str) -> None:
+    """Tell the user what may be amiss: on stderr, and among the `warnings` of --json."""
+    note(f"warning: {message}")
     warned[message] = None
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from qe_edge.console import note
+from qe_edge.console import note, warn
 from qe_edge.errors import require
 from qe_edge.train.config import DpoConfig, SftConfig
 from qe_edge.train.hardware import Hardware
@@ -115,7 +115,7 @@ def announce(label: str, needs: Estimate, on: Hardware) -> None:
     has = on.memory_gb()
     note(f"{label}: about {max(needs.memory_gb, 0.1):.1f} GB of memory on {on.name} in {on.precision}")
     if needs.memory_gb > has:
-        note(
+        warn(
             f"{label}: that is more than the {has:.1f} GB there are; if it fails, lower --batch-size and "
             "raise --accumulate alike, or add --checkpointing"
         )

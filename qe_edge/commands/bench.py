@@ -110,7 +110,14 @@ def bench_speed(
     for ref in models:
         note(f"bench: {ref.name}")
         found.append(engine_speed(ref, threads=threads, rounds=rounds))
-    emit(json, "bench speed", table(found), metrics={"models": msgspec.to_builtins(found)})
+    measured = ("qe-edge", "bench", "--dataset", "demo-en", "--model", model[0] if model else "")
+    emit(
+        json,
+        "bench speed",
+        table(found),
+        metrics={"models": msgspec.to_builtins(found)},
+        following=measured if model else ("qe-edge", "train", "sft", "--student", "MODEL"),
+    )
 
 
 def emit_bench(

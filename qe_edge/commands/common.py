@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import msgspec
 import typer
@@ -18,7 +18,6 @@ from qe_edge.arguments import MOST_THREADS
 from qe_edge.console import note, print_json, warn, warned
 from qe_edge.errors import Interrupted, PartlyDone
 from qe_edge.redact import redact
-from qe_edge.runtime.expander import Expander
 from qe_edge.train.config import SPEAKS_BOTH
 from qe_edge.work.files import size_of
 from qe_edge.work.folder import DEFAULT_WORKDIR, Workdir
@@ -110,7 +109,7 @@ def tell_split(named: str, data: Dataset) -> None:
         warn(f"{named}: its {data.split} queries; {named}@train has those to train on")
 
 
-def load_expander(model: str | None, workdir: Path, **settings: Any) -> Expander:
+def chosen_model(model: str | None, workdir: Path) -> str:
     """The model that is named, else the smallest of the newest export: the one meant for the device."""
     from qe_edge.bench.inputs import default_models
 
@@ -118,7 +117,7 @@ def load_expander(model: str | None, workdir: Path, **settings: Any) -> Expander
         models = default_models(Workdir(workdir))
         model = min(models, key=lambda path: size_of(Path(path)))
         took_trained("model", Path(model).parent, model)
-    return Expander.load(model, **settings)
+    return model
 
 
 def emit_asked(
@@ -176,8 +175,12 @@ def emit(
     errors: list[str] | None = None,
     status: str = "ok",
     following: Sequence[object] = (),
+    following_to: TextIO | None = None,
 ) -> None:
-    """The result on stdout: the text and the command `following` it, or with --json the envelope."""
+    """The result on stdout: the text and the command `following` it, or with --json the envelope.
+
+    Where the text is to be piped on, that command goes to another stream, `following_to`.
+    """
     if as_json:
         envelope = {
             "schema_version": 1,
@@ -191,7 +194,14 @@ def emit(
         }
         print_json(envelope)
     else:
-        print(text + (f"\nnext:   {command_line(following)}" if following else ""))
+        print(text)
+        tell_next(following, following_to)
+
+
+def tell_next(following: Sequence[object], stream: TextIO | None = None) -> None:
+    """The command to go on with, on stdout or another stream."""
+    if following:
+        print(f"next:   {command_line(following)}", file=stream, flush=True)
 
 
 def command_line(words: Sequence[object]) -> str:

@@ -7,10 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, ModelOption, WorkdirOption, emit, load_expander
+from qe_edge.commands.common import (
+    WORKDIR,
+    JsonOption,
+    ModelOption,
+    WorkdirOption,
+    chosen_model,
+    emit,
+    tell_next,
+)
 from qe_edge.console import note
 from qe_edge.errors import BadInput, PartlyDone
 from qe_edge.lines import cut, decoded
+from qe_edge.runtime.expander import Expander
 from qe_edge.runtime.expansion import ExpandedQuery
 
 
@@ -33,7 +42,8 @@ def expand(
             raise BadInput("stdin holds no query")
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    with load_expander(model, workdir, budget_tokens=budget_tokens) as expander:
+    model = chosen_model(model, workdir)
+    with Expander.load(model, budget_tokens=budget_tokens) as expander:
         for query in queries:
             try:
                 expanded = expander.expand(query)
@@ -55,11 +65,14 @@ def expand(
             True,
             "expand",
             "",
-            inputs={"model": model or expander.name},
+            inputs={"model": model},
             metrics=metrics,
             errors=failures,
             status=status,
         )
+    elif rows:
+        searched = ("--dataset", f"demo-{expander.spec.prompt.language_of(rows[0]['query'])}")
+        tell_next(("qe-edge", "search", rows[0]["query"], *searched, "--model", model), sys.stderr)
     if failures:
         raise typer.Exit(PartlyDone.exit_code)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from qe_edge.commands.common import WORKDIR, IndexOption, ModelOption, WorkdirOption, load_expander
+from qe_edge.commands.common import WORKDIR, IndexOption, ModelOption, WorkdirOption, chosen_model
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.errors import require
+from qe_edge.runtime.expander import Expander
 from qe_edge.serve.config import StudentConfig
 
 
@@ -25,5 +26,5 @@ def mcp(
     from qe_edge.serve.mcp import create_mcp
 
     collections = open_collections(index or [], workdir / "index")
-    with load_expander(model, workdir, **msgspec.structs.asdict(config)) as expander:
+    with Expander.load(chosen_model(model, workdir), **msgspec.structs.asdict(config)) as expander:
         create_mcp(expander, collections).run("stdio")

@@ -51,5 +51,5 @@ def push(
         artifacts={"url": url},
         following=("qe-edge", "expand", "what causes tides", "--model", f"hf:{repo}/{files[0]}{at}")
         if files
-        else (),
+        else ("python", "-m", "webbrowser", url),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -88,5 +89,6 @@ def report(
         inputs={"results": [str(r) for r in results]},
         artifacts=artifacts,
         metrics={"tables": text} if in_text else {},
-        following=() if in_text else ("python", "-m", "webbrowser", artifacts["report"]),
+        following=("python", "-m", "webbrowser", artifacts["report"]),
+        following_to=sys.stderr if in_text else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,14 @@ def run(
 
     if show:
         text = recipe_file(recipe).read_text(encoding="utf-8")
-        emit(json, "run", text.rstrip(), metrics={"recipe": text})
+        emit(
+            json,
+            "run",
+            text.rstrip(),
+            metrics={"recipe": text},
+            following=("qe-edge", "run", recipe),
+            following_to=sys.stderr,
+        )
         return
     _run(recipe, settings.config(), data, workdir, json)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, ModelOption, WorkdirOption, emit, load_expander
+from qe_edge.commands.common import WORKDIR, JsonOption, ModelOption, WorkdirOption, chosen_model, emit
 from qe_edge.commands.flags import Settings, flags_of
+from qe_edge.runtime.expander import Expander
 from qe_edge.serve.config import SearchConfig
 
 
@@ -29,8 +31,8 @@ def search(
 
     config = settings.config()
     collection = Collection.open(config.dataset, workdir / "index", analyzer=config.analyzer)
-    reading = {"passages": config.passages, "reader": config.reader}
-    expander = None if config.plain else load_expander(model, workdir, **reading)
+    model = None if config.plain else chosen_model(model, workdir)
+    expander = Expander.load(model, passages=config.passages, reader=config.reader) if model else None
     hits, expanded = verb(
         query, collection, expander=expander, feedback=config.feedback, refine=config.refine, k=config.k
     )
@@ -53,5 +55,16 @@ def search(
         "terms": expanded.terms(),
         "fallback": expanded.fallback,
     }
-    inputs = {"query": query, "dataset": config.dataset, "model": expander.name if expander else None}
-    emit(json, "search", text, inputs=inputs, metrics=metrics)
+    inputs = {"query": query, "dataset": config.dataset, "model": model}
+    reader = ("--reader", config.reader) if config.reader else ()
+    emit(
+        json,
+        "search",
+        text,
+        inputs=inputs,
+        metrics=metrics,
+        following=("qe-edge", "serve", "--index", config.dataset, "--model", model, *reader)
+        if model
+        else ("qe-edge", "search", query, "--dataset", config.dataset),
+        following_to=sys.stderr,
+    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-from qe_edge.commands.common import WORKDIR, IndexOption, ModelOption, WorkdirOption, load_expander
+from qe_edge.commands.common import WORKDIR, IndexOption, ModelOption, WorkdirOption, chosen_model
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.errors import require
+from qe_edge.runtime.expander import Expander
 from qe_edge.serve.config import ServeConfig, StudentConfig
 
 
@@ -29,7 +30,7 @@ def serve(
     check_free(config.host, config.port)
     collections = open_collections(index or [], workdir / "index")
     student = {name: getattr(config, name) for name in StudentConfig.__struct_fields__}
-    expander = load_expander(model, workdir, parallel=config.parallel, **student)
+    expander = Expander.load(chosen_model(model, workdir), parallel=config.parallel, **student)
     expander.expand("what causes tides").terms()  # what the first query would wait for
     last = math.ceil(config.deadline_ms / 1000) + 5  # seconds until what was begun is answered
     run(create_app(expander, collections, config), host=config.host, port=config.port, last=last)

@@ -183,4 +183,4 @@ def test_an_encoder_without_the_language_is_warned_of(encoder: Path, tmp_path: P
     result = read_result(bench(config, workdir=Workdir(tmp_path)))
     (warning,) = [text for text in result.warnings if "no tokens" in text]
     assert warning == f"tiny has no tokens for {len(result.datasets[0].queries)} queries of demo-zh@test"
-    assert f"bench: {warning}\n" in capsys.readouterr().err
+    assert f"warning: {warning}\n" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -192,6 +193,21 @@ def test_a_command_line_is_quoted_and_finds_us(monkeypatch, tmp_path):
     assert command_line(("python", "a b")) == "python 'a b'"
 
 
+@pytest.mark.parametrize(
+    ("query", "dataset"), [("how do tides work", "demo-en"), ("潮汐是怎么来的", "demo-zh")]
+)
+def test_what_is_piped_on_has_the_next_command_beside_it(qe_edge, gguf, query, dataset):
+    code, out, err = qe_edge("expand", query, "-m", gguf, "--budget-tokens", 4)
+    assert (code, len(out.splitlines())) == (0, 1)
+    searched = f"qe-edge search {shlex.quote(query)} --dataset {dataset} --model {gguf}"
+    assert err.splitlines()[-1] == f"next:   {searched}"
+    code, out, err = qe_edge(*shlex.split(searched)[1:])
+    assert code == 0 and "next:" not in out
+    assert err.splitlines()[-1] == f"next:   qe-edge serve --index {dataset} --model {gguf}"
+    code, out, err = qe_edge("run", "demo", "--show")
+    assert out.startswith("#") and err == "next:   qe-edge run demo\n"
+
+
 def test_pairs_of_chinese_propose_a_student_that_knows_it(qe_edge, tmp_path):
     texts = builtin_folder("demo-zh") / "expansions" / "train.jsonl"
     code, out, _ = qe_edge("pairs", "-d", "demo-zh@train", "-e", texts, "--out", tmp_path / "pairs")
@@ -350,13 +366,16 @@ def test_a_bare_name_is_told_to_mean_the_test_queries(qe_edge, capsys):
 
     for name in ("demo-en@train", "demo-en@test", "demo-en"):
         tell_split(name, load_dataset(name))
-    assert capsys.readouterr().err == ("demo-en: its test queries; demo-en@train has those to train on\n")
+    assert capsys.readouterr().err == (
+        "warning: demo-en: its test queries; demo-en@train has those to train on\n"
+    )
 
 
 def test_search_without_expansion(qe_edge):
-    code, out, _ = qe_edge("search", "popcorn", "--plain", "-k", "2")
+    code, out, err = qe_edge("search", "popcorn", "--plain", "-k", "2")
     assert code == 0
     assert out.startswith(" 1. en-")
+    assert err == "next:   qe-edge search popcorn --dataset demo-en\n"
     code, _, err = qe_edge("search", "popcorn", "--plain", "--passages", "3")
     assert code == 2 and "give --feedback or --refine too" in err
     code, _, err = qe_edge("search", "popcorn", "--refine", "--feedback")
@@ -371,7 +390,8 @@ def test_report_draws_the_newest_bench_and_prints_markdown(qe_edge, tmp_path):
     write_json(folder / "result.json", msgspec.to_builtins(bench("laptop")))
     code, out, err = qe_edge("report", "--png", tmp_path / "chart.png", "--markdown")
     written = f"written, too: {folder / 'report.html'}, {tmp_path / 'chart.png'}\n"
-    assert (code, err) == (0, f"result: {folder} (the newest; name another to use that)\n{written}")
+    opened = f"next:   {command_line(('python', '-m', 'webbrowser', folder / 'report.html'))}\n"
+    assert (code, err) == (0, f"result: {folder} (the newest; name another to use that)\n{written}{opened}")
     assert out.startswith("### demo-en@test\n\n| system | join | nDCG@10 |")
     assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")

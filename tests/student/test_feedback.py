@@ -408,8 +408,8 @@ def test_a_text_that_adds_nothing_is_not_shown_as_one(
     query = "what makes bread rise"
     expander = scripted(gguf, gate=Gate())
     says(expander, query)
-    monkeypatch.setattr("qe_edge.commands.search.load_expander", lambda *_, **__: expander)
-    monkeypatch.setattr("sys.argv", ["qe-edge", "search", query, "--refine", "-k", "1"])
+    monkeypatch.setattr("qe_edge.commands.search.Expander.load", lambda *_, **__: expander)
+    monkeypatch.setattr("sys.argv", ["qe-edge", "search", query, "--refine", "-k", "1", "-m", str(gguf)])
     with suppress(SystemExit):
         main()
     shown, *_ = capsys.readouterr().out.splitlines()
