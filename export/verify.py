@@ -91,8 +91,8 @@ def source_of(exported: Path) -> Path:
     made_from = read_record(exported.parent).get("inputs", {}).get("model", {}).get("path")
     if not made_from:
         raise NotFound(
-            f"{exported}: no export of qe-edge, for no {MANIFEST} there names what it was made from; "
-            "name it with --source"
+            f"{exported} is of no export: no {MANIFEST} beside it names the model it was made from; "
+            "name that with --source"
         )
     source = near(exported.parent / made_from)
     if not source.is_dir():

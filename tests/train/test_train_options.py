@@ -199,6 +199,21 @@ def test_only_what_train_wrote_is_aligned_or_merged(tiny_qwen3, data, tmp_path):
             verb()
 
 
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        ({"run.json": '{"command": "merge"}'}, "no longer an adapter: `qe-edge export` takes it"),
+        ({"trainer_state.json": "{}"}, "is a checkpoint: give the training's command again, which ends it"),
+    ],
+)
+def test_what_looks_like_an_adapter_has_its_own_remedy(tiny_qwen3, tmp_path, made, told):
+    folder = shutil.copytree(tiny_qwen3, tmp_path / "student")
+    for name, content in made.items():
+        (folder / name).write_text(content)
+    with pytest.raises(BadInput, match=told):
+        merge(folder, workdir=Workdir(tmp_path))
+
+
 def test_what_to_train_on_is_not_guessed(tmp_path):
     work = Workdir(tmp_path)
     with pytest.raises(NotFound, match="name a file with --expansions"):
