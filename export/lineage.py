@@ -51,6 +51,17 @@ def learnt_queries(model: Path) -> set[str]:
     return found
 
 
+def taught_folders(model: Path) -> list[Path]:
+    """Where the data sets are that a folder's model was taught, as `teach` recorded it beside its texts."""
+    files = [
+        Path(made_from["path"])
+        for record in training_records(model)
+        for name, made_from in record["inputs"].items()
+        if name.startswith("expansions")
+    ]
+    return [Path(folder) for file in files if (folder := read_record(file.parent).get("folder"))]
+
+
 def training_data(model: Path) -> list[Path]:
     """The expansions that a merged model was trained on, where they are at hand and haven't changed."""
     files = []

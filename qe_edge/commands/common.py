@@ -89,10 +89,13 @@ def took_trained(what: str, folder: Path, shown: str = "") -> None:
 
 def measured_on(made: Path) -> str:
     """What to measure a student on where nothing is named: a data set of which it learnt another part."""
+    from qe_edge.export.lineage import taught_folders
     from qe_edge.retrieval.datasets import BUILTIN, splits
+    from qe_edge.work.files import near
     from qe_edge.work.runs import learnt_by
 
     learnt = [name.partition("@")[0] for name in learnt_by(made).get("learnt", [])]
+    learnt += [str(near(folder)) for folder in taught_folders(made)]
     return next((name for name in learnt if name in BUILTIN or "test" in splits(Path(name))), "demo-en")
 
 

@@ -16,7 +16,7 @@ from results import bench
 
 from qe_edge import __version__, doctor
 from qe_edge.cli import app, main
-from qe_edge.commands.common import command_line
+from qe_edge.commands.common import command_line, measured_on
 from qe_edge.errors import QeEdgeError, require
 from qe_edge.records import Expansion, Pair, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
@@ -215,6 +215,22 @@ def test_pairs_of_chinese_propose_a_student_that_knows_it(qe_edge, tmp_path):
         0,
         f"next:   qe-edge train sft --student Qwen/Qwen3-0.6B --expansions {texts}",
     )
+
+
+def test_a_student_is_measured_on_the_folder_that_it_learnt_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = shutil.copytree(builtin_folder("demo-en"), tmp_path / "data" / "mine")
+    texts = tmp_path / "teach" / "mine@train" / "expansions.jsonl"
+    for folder, record in (
+        (texts.parent, {"command": "teach", "folder": str(mine)}),
+        (tmp_path / "sft", {"command": "train sft", "inputs": {"expansions[0]": {"path": str(texts)}}}),
+        (tmp_path / "merge", {"command": "merge", "inputs": {"adapter": {"path": str(tmp_path / "sft")}}}),
+    ):
+        folder.mkdir(parents=True)
+        write_json(folder / "run.json", {"schema_version": 1, "learnt": ["mine@train"]} | record)
+    assert measured_on(tmp_path / "merge") == "data/mine"
+    (mine / "qrels" / "test.tsv").unlink()
+    assert measured_on(tmp_path / "merge") == "demo-en"
 
 
 def test_a_folder_that_lacks_its_queries_is_told(qe_edge, tmp_path):

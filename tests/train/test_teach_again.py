@@ -40,7 +40,9 @@ def test_a_budget_is_kept_over_all_runs(tmp_path, limit, most):
             assert outcome.stopped == "the budget is spent"
     # An answer takes 150 tokens, .002 in money; the last ones are not risked on a guess.
     assert 3 <= len(endpoint.requests) <= most
-    sessions = read_json(out / "run.json")["sessions"]
+    record = read_json(out / "run.json")
+    assert record["folder"] == str(data.folder)
+    sessions = record["sessions"]
     assert sum(session["prompt_tokens"] for session in sessions) == 100 * len(endpoint.requests)
     if "max_cost" in limit:
         assert sum(s["cost"] for s in sessions) == pytest.approx(0.002 * len(endpoint.requests))
@@ -71,6 +73,18 @@ def test_a_budget_needs_an_endpoint_that_counts(three, tmp_path):
         assert "reports no token usage" in teach(three, zero_shot(**ask), out=tmp_path / "out").stopped
         assert len(rows(tmp_path / "out")) == 1  # it was paid for, so it is kept
         assert teach(three, zero_shot(endpoint=endpoint.url), out=tmp_path / "out").done == 3
+
+
+def test_a_session_without_an_answer_leaves_the_record_of_the_texts(three, tmp_path):
+    with serve() as endpoint:
+        teach(three, zero_shot(endpoint=endpoint.url), out=tmp_path / "out")
+    before = read_json(tmp_path / "out" / "run.json")
+    assert teach(three, zero_shot(model="other", endpoint=endpoint.url), out=tmp_path / "out").failed == 3
+    with pytest.raises(QeEdgeError, match="no model 'other'"):
+        teach(three, zero_shot(model="other"), out=tmp_path / "out")
+    after = read_json(tmp_path / "out" / "run.json")
+    assert [session["asked"] for session in after["sessions"]] == [3, 0]
+    assert before | {"sessions": None} == after | {"sessions": None}
 
 
 # Killed

@@ -18,7 +18,7 @@ from qe_edge.retrieval.datasets import Dataset
 from qe_edge.text import detect_language
 from qe_edge.train.teach.ledger import Ledger
 from qe_edge.train.teach.problems import problem_of
-from qe_edge.train.teach.teach import EXPANSIONS
+from qe_edge.train.teach.teach import EXPANSIONS, at_hand
 from qe_edge.work.files import MANIFEST, write_json
 from qe_edge.work.runs import check_output, read_record, run_record
 
@@ -74,7 +74,9 @@ def import_expansions(source: Path, config: ImportConfig, data: Dataset | None, 
     settings = {"dataset": str(data), **msgspec.to_builtins(config)}
     with Ledger(out / EXPANSIONS, Expansion, "teach", "candidates") as ledger:
         sessions = read_record(out).get("sessions", [])
-        write_json(out / MANIFEST, run_record("teach", settings, {"import": source}, sessions=sessions))
+        found = at_hand(data) if data else {}
+        record = run_record("teach", settings, {"import": source}, sessions=sessions, **found)
+        write_json(out / MANIFEST, record)
         for row in imported:
             if row.key in ledger.keys:
                 counts["already there"] += 1

@@ -39,10 +39,20 @@ def teach(data: Dataset, config: TeachConfig, *, out: Path) -> Outcome:
     plan = Candidates(data, config, own)
     settings = {"dataset": str(data), **msgspec.to_builtins(config)}
     with Ledger(out / EXPANSIONS, Expansion, "teach", "candidates") as ledger:
-        record = run_record("teach", settings, {}) | {"sessions": read_record(out).get("sessions", [])}
+        before, outcome = read_record(out), None
+        record = run_record("teach", settings, {}, sessions=before.get("sessions", []), **at_hand(data))
         write_json(out / MANIFEST, record)
-        outcome, error = ask_all(plan, ledger, config, teacher, max_tokens=config.max_tokens)
-        record["sessions"].append(msgspec.to_builtins(outcome))
-        write_json(out / MANIFEST, record)
+        try:
+            outcome, error = ask_all(plan, ledger, config, teacher, max_tokens=config.max_tokens)
+            record["sessions"].append(msgspec.to_builtins(outcome))
+        finally:
+            if before and not (outcome and outcome.asked):  # the texts there are as they were asked for
+                record = before | {"sessions": record["sessions"]}
+            write_json(out / MANIFEST, record)
     check_done(outcome, error)
     return outcome
+
+
+def at_hand(data: Dataset) -> dict[str, str]:
+    """Where a data set's folder is, for its record."""
+    return {"folder": str(data.folder.resolve())} if data.folder else {}
