@@ -65,7 +65,9 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     results = []
     load = round(busy(), 2)
     if load > BUSY:
-        warnings.append(f"other work took {load:.0%} of the processors at the start: times say little")
+        warnings.append(
+            f"other work took {100 * load:.0f} % of the processors at the start: times say little"
+        )
         warn(warnings[-1])
     lost = []
     for path in config.teachers:  # a bad file is found before hours of generation

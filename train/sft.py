@@ -56,7 +56,7 @@ def sft(
     on = hardware(config)
     rows = select_rows(expansions, config)
     if marked := _marked(expansions, config):
-        kinds = ", ".join(f"{count} {problem}" for problem, count in marked.items())
+        kinds = ", ".join(f"{problem} ({count})" for problem, count in marked.items())
         warn(f"sft: left out, as `teach` marked them: {kinds} (--accept takes such rows)")
     if len(models := sorted({row.model for row in rows})) > 1:
         warn(f"sft: texts of several models: {', '.join(models)} (--teacher-model takes those of one)")

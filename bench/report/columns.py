@@ -123,7 +123,7 @@ def load_note(run: BenchResult) -> str:
     load = run.machine.get("busy", 0)
     if load <= BUSY:
         return ""
-    return f"Other work took {load:.0%} of the processors at the start: the times say little."
+    return f"Other work took {100 * load:.0f} % of the processors at the start: the times say little."
 
 
 def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | None = None) -> list[str]:

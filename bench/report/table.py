@@ -32,7 +32,7 @@ def console_table(result: BenchResult, columns: Sequence[str] = ()) -> str:
     for tuning in result.tuning:
         chose = f"the best of {len(tuning.curve)} on {tuning.dataset}"
         lines.append(f"{tuning.model}: join {tuning.chosen}, {chose}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _aligned(systems: Sequence[System], columns: Sequence[Column]) -> list[str]:
@@ -120,7 +120,8 @@ def _latex(text: str) -> str:
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     special |= {letter: f"\\{letter}" for letter in "&%$#_{}"} | {"−": "$-$", "–": "--"}
     special |= {"<": "$<$", ">": "$>$", "“": "``", "”": "''"}
-    return "".join(special.get(letter, letter) for letter in text)
+    parts = ["".join(special.get(letter, letter) for letter in part) for part in text.split("`")]
+    return "".join(f"\\texttt{{{part}}}" if number % 2 else part for number, part in enumerate(parts))
 
 
 def _cells(dataset: DatasetResult, shown: Sequence[Column]) -> tuple[list[str], list[list[str]]]:

@@ -78,8 +78,8 @@ def _closeness(exported: Path, found: dict[str, Any]) -> str:
         f"  logit cosine   {found['logit_cosine']:.4f}\n"
         f"  KL divergence  {found['kl_divergence']:.4f} nats a token; "
         f"within answers {found['answer_divergence']:.4f}\n"
-        f"  next token     the likeliest is the same at {found['top1_agreement']:.0%} of all places\n"
-        f"  greedy answer  the same for {found['greedy_agreement']:.0%} of its length, then another\n"
+        f"  next token     the likeliest is the same at {100 * found['top1_agreement']:.0f} % of all places\n"
+        f"  greedy answer  the same for {100 * found['greedy_agreement']:.0f} % of its length, then another\n"
         f"compared at {found['positions']} places of the prompts and answers of "
         f"{several(found['queries'], 'query', 'queries')}"
     )

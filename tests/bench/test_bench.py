@@ -143,9 +143,9 @@ def test_a_busy_machine_is_noted_before_the_work(done, tmp_path, monkeypatch, ca
     monkeypatch.setattr("qe_edge.bench.bench.busy", lambda: 0.9)
     result = read_result(bench(BenchConfig(datasets=("demo-en",)), workdir=Workdir(tmp_path)))
     assert result.machine["busy"] == 0.9
-    assert result.warnings == ["other work took 90% of the processors at the start: times say little"]
-    assert "warning: other work took 90%" in capsys.readouterr().err
-    told = "Other work took 90% of the processors at the start: the times say little."
+    assert result.warnings == ["other work took 90 % of the processors at the start: times say little"]
+    assert "warning: other work took 90 %" in capsys.readouterr().err
+    told = "Other work took 90 % of the processors at the start: the times say little."
     assert told not in markdown_table(result.datasets[0], ["ms"], result)  # nothing was timed
     result = msgspec.structs.replace(read_result(done[0]), machine=result.machine)
     (data,) = result.datasets

@@ -54,7 +54,6 @@ teacher itself).
 Joined by mass:0.7: my[bold]|Q4.
 Joined by repeat:5: gpt-4.1 zero-shot.
 my[bold]|Q4: queries without an expansion, searched as they are: 2.
-
 """
     )
 
@@ -148,8 +147,10 @@ def test_csv_holds_every_figure() -> None:
 def test_latex_escapes_what_latex_would_read() -> None:
     data = small().datasets[0]
     hostile = msgspec.structs.replace(data.systems[0], name="a_b & 50% {x} #1 ^~\\")
-    data = msgspec.structs.replace(data, systems=[hostile, *data.systems[1:]])
+    warnings = ["2 of 3 texts were cut where `teach` ended them"]
+    data = msgspec.structs.replace(data, systems=[hostile, *data.systems[1:]], warnings=warnings)
     lines = latex_table(data).splitlines()
+    assert lines[-2:] == [r"2 of 3 texts were cut where \texttt{teach} ended them.", r"\end{table}"]
     assert lines[:5] == [
         r"\begin{table}",
         r"\centering",
