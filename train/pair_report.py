@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from math import isclose
 from statistics import fmean
+from textwrap import wrap
 from typing import Any
 
 import msgspec
@@ -16,6 +18,8 @@ from qe_edge.train.scoring import NDCG
 # Lower edges of the histogram of each query's gap between best and worst reward.
 GAPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 PLAIN = "plain query"
+# Why two candidates of a query make no pair; all else keeps a text from being a candidate.
+NO_PAIR = ("of equal reward", "below --min-gap", "of nearly the same words", "over --max-per-query")
 
 
 def summarize(
@@ -31,7 +35,7 @@ def summarize(
     `candidates` holds the plain queries as well. All means are over queries, a query's several candidates of
     one origin (model and mode) being averaged first; differences to the plain query are paired, on the
     queries that the origin wrote for, with 95 % bootstrap intervals. `best_of` says for how many queries the
-    reward of an origin is the highest, alone or with others, the plain query's among them.
+    mean reward of an origin is the highest, alone or with others, the plain query being one of them.
     """
     by_query: dict[str, list[Candidate]] = defaultdict(list)
     plain: dict[str, Candidate] = {}
@@ -98,9 +102,12 @@ def _against_plain(values: Mapping[str, float], plain: Mapping[str, Candidate]) 
 def _best_of(by_query: Mapping[str, Sequence[Candidate]], plain: Mapping[str, Candidate]) -> Counter[str]:
     found: Counter[str] = Counter()
     for query_id, group in by_query.items():
-        everyone = [plain[query_id], *group]
-        best = max(c.reward for c in everyone)
-        found.update({_origin(c) for c in everyone if c.reward == best})
+        rewards: dict[str, list[float]] = defaultdict(list)
+        for candidate in (plain[query_id], *group):
+            rewards[_origin(candidate)].append(candidate.reward)
+        means = {origin: fmean(values) for origin, values in rewards.items()}
+        best = max(means.values())
+        found.update(origin for origin, mean in means.items() if isclose(mean, best, abs_tol=1e-9))
     return found
 
 
@@ -125,7 +132,9 @@ def describe(report: dict[str, Any]) -> str:
     each = report["candidates_of_each_query"]
     by_reward = "" if report["reward"] == NDCG else f" by {report['reward']}"
     lines = [
-        f"nDCG@10 of {queries} queries; gain over plain [95 %]; best, or as good, for how many{by_reward}",
+        f"nDCG@10 of {counted(queries, 'query', 'queries')}; gain over plain [95 %]; "
+        f"best, or as good, for how many{by_reward}",
+        "(a model's several texts of one mode are averaged for each query first)",
         f"  {plain['ndcg@10']:.3f}                           plain query, best for {plain['best_of']}",
         *(
             _line(row, f"{origin}, best for {row['best_of']}{_some(row, queries)}")
@@ -135,7 +144,7 @@ def describe(report: dict[str, Any]) -> str:
         _line(each["worst"], "each query's worst candidate"),
         f"candidates {report['candidates']}: {report['candidates_better_than_plain']} better than the plain "
         f"query, {report['candidates_worse_than_plain']} worse{by_reward and ' by nDCG@10'}",
-        f"queries for which all are worse: {report['queries_where_every_candidate_hurts']}",
+        f"queries whose candidates are all worse: {report['queries_where_every_candidate_hurts']}",
         f"gaps between best and worst reward{by_reward}, of queries with several candidates:",
         *(
             f"  {label}: {counted(count, 'query', 'queries')}"
@@ -146,9 +155,17 @@ def describe(report: dict[str, Any]) -> str:
     ]
     if without := report["queries"] - queries:
         lines.append(f"queries without a candidate that can be used: {without}")
-    if report["dropped"]:
-        lines.append(f"not used: {listed(report['dropped'])}")
-    return "\n".join(lines)
+    of_pairs = {reason: count for reason, count in report["dropped"].items() if reason in NO_PAIR}
+    of_texts = {reason: count for reason, count in report["dropped"].items() if reason not in NO_PAIR}
+    if of_texts:
+        lines.append(f"texts left out: {listed(of_texts)}")
+    if of_pairs:
+        lines.append(f"pairs not made: {listed(of_pairs)}")
+    return "\n".join(
+        part
+        for line in "\n".join(lines).splitlines()
+        for part in wrap(line, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    )
 
 
 def counted(count: int, one: str, more: str) -> str:
@@ -156,13 +173,11 @@ def counted(count: int, one: str, more: str) -> str:
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """`3 of equal reward, 1 empty expansion`, and how to let in what `teach` marked."""
+    """`3 of equal reward, 1 empty`, and how to let in what `teach` marked."""
     marked = [reason for reason in counts if reason.startswith("marked")]
-    rest = [reason for reason in counts if reason not in marked]
+    rest = [f"{count} {reason}" for reason, count in counts.items() if reason not in marked]
     text = ", ".join(f"{counts[reason]} {reason}" for reason in marked)
-    return ", ".join(
-        [*([f"{text} (--accept takes marked texts)"] if marked else []), *(f"{counts[r]} {r}" for r in rest)]
-    )
+    return ", ".join([*([f"{text} (--accept takes such texts)"] if marked else []), *rest])
 
 
 def _line(row: dict[str, Any], what: str) -> str:

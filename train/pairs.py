@@ -144,15 +144,15 @@ def usable(
     seen: set[tuple[str, str]] = set()
     for row in rows:
         if row.query_id not in data.queries:
-            dropped["query not judged in this split"] += 1
+            dropped["of queries not judged in this split"] += 1
         elif row.query != data.queries[row.query_id]:
-            dropped["other query of that id"] += 1
+            dropped["of another query with that id"] += 1
         elif row.problem and row.problem not in accept:
-            dropped[f"marked: {row.problem}"] += 1
+            dropped[f"marked as {row.problem}"] += 1
         elif not row.text.strip():
-            dropped["empty expansion"] += 1
+            dropped["empty"] += 1
         elif (row.query_id, row.text) in seen:
-            dropped["duplicate expansion"] += 1
+            dropped["seen before"] += 1
         else:
             seen.add((row.query_id, row.text))
             kept.append(row)
@@ -202,16 +202,16 @@ def make_pairs(
         for better, worse in _combinations(group, config.strategy):
             gap = better.candidate.reward - worse.candidate.reward
             if gap < config.min_gap:
-                dropped["of equal reward" if gap == 0 else "below the minimum gap"] += 1
+                dropped["of equal reward" if gap == 0 else "below --min-gap"] += 1
             elif _near_duplicates(better, worse):
-                dropped["near-duplicates"] += 1
+                dropped["of nearly the same words"] += 1
             else:
                 wide.append((gap, better, worse))
         if config.strategy == "best-vs-sampled":
             random.Random(f"{config.seed}:{query_id}").shuffle(wide)
         else:
             wide.sort(key=lambda item: -item[0])
-        dropped["over the limit per query"] += len(wide[config.max_per_query :])
+        dropped["over --max-per-query"] += len(wide[config.max_per_query :])
         made += [_pair(better, worse) for _, better, worse in wide[: config.max_per_query]]
     return made, +dropped
 

@@ -78,7 +78,7 @@ def test_scores_of_eight_real_candidates_match_an_independent_calculation(
     mine = by_bm25s_alone(data, rows)
 
     assert len(rows) == report["candidates"]
-    assert len(rows) + report["dropped"].get("duplicate expansion", 0) == 8 * len(data.queries)
+    assert len(rows) + report["dropped"].get("seen before", 0) == 8 * len(data.queries)
     # The pool holds passages twice, with equal scores and other grades, which may be ranked either way.
     assert np.mean([abs(row.ndcg - value) < 1e-6 for row, value in zip(rows, mine, strict=True)]) > 0.97
     values = defaultdict(list)

@@ -81,10 +81,10 @@ def test_the_better_retriever_is_chosen_and_everything_is_counted(tmp_path, coll
     assert list(read_jsonl(folder / "best.jsonl", Expansion)) == [candidate("q1", good, "few-shot")]
     report = read_json(folder / "report.json")
     assert report["dropped"] == {
-        "duplicate expansion": 1,
-        "empty expansion": 1,
-        "other query of that id": 1,
-        "query not judged in this split": 1,
+        "seen before": 1,
+        "empty": 1,
+        "of another query with that id": 1,
+        "of queries not judged in this split": 1,
         "of equal reward": 1,
     }
     assert report["candidates"] == 4
@@ -120,7 +120,7 @@ def paired(candidates, **settings):
 def test_gap_and_limit_decide_and_the_widest_gaps_stay():
     made, dropped = paired(scored(0.9, 0.5, 0.46, 0.1), min_gap=0.05, max_per_query=2)
     assert made == [(0, 3), (0, 2)]
-    assert dropped == {"below the minimum gap": 1, "over the limit per query": 3}
+    assert dropped == {"below --min-gap": 1, "over --max-per-query": 3}
 
 
 def test_a_gap_of_exactly_the_minimum_counts():
@@ -146,7 +146,7 @@ def test_strategies():
 def test_near_duplicates_make_no_pair():
     words = "moon gravity ocean water level rise fall shore coast"
     made, dropped = paired(scored(0.9, 0.1, texts=[f"{words} day", f"The {words}, a day!"]))
-    assert (made, dropped) == ([], {"near-duplicates": 1})
+    assert (made, dropped) == ([], {"of nearly the same words": 1})
     assert paired(scored(0.9, 0.1, texts=[words, "dough"]))[0] == [(0, 1)]
 
 
@@ -187,7 +187,7 @@ def test_any_measure_or_a_mix_is_the_reward(tmp_path, collection):
 def test_marked_rows_are_left_out_unless_asked_for(tmp_path, collection):
     cut = msgspec.structs.replace(candidate("q1", "gravity raises tides"), problem="cut")
     rows = [cut, candidate("q1", "dough"), candidate("q2", "yeast")]
-    with pytest.raises(BadInput, match="1 marked: cut"):
+    with pytest.raises(BadInput, match="1 marked as cut"):
         build(tmp_path, collection, rows)
     assert (
         len(list(read_jsonl(build(tmp_path, collection, rows, accept=("cut",)) / "pairs.jsonl", Pair))) == 1
@@ -220,15 +220,18 @@ def test_the_report_says_who_wins_and_where_expansion_hurts(tmp_path, collection
     assert "queries without a pair: 1" in told and "without a candidate" not in told
     told = describe(report | {"reward": "AP"})
     assert told.startswith(
-        "nDCG@10 of 2 queries; gain over plain [95 %]; best, or as good, for how many by AP\n"
+        "nDCG@10 of 2 queries; gain over plain [95 %]; best, or as good, for how many by\n  AP\n"
+        "(a model's several texts of one mode are averaged for each query first)\n"
     )
     assert (
         " worse by nDCG@10\n" in told
         and "gaps between best and worst reward by AP, of queries with several candidates:\n" in told
     )
-    told = describe(report | {"queries": 5, "dropped": {"of equal reward": 1, "marked: cut": 2}})
+    told = describe(report | {"queries": 5, "dropped": {"of equal reward": 1, "marked as cut": 2}})
     assert "queries without a candidate that can be used: 3\n" in told
-    assert told.endswith("not used: 2 marked: cut (--accept takes marked texts), 1 of equal reward")
+    assert told.endswith(
+        "texts left out: 2 marked as cut (--accept takes such texts)\npairs not made: 1 of equal reward"
+    )
     assert report["gaps"] == {
         "0 to 0.05": 1,
         "0.05 to 0.1": 0,
