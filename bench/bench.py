@@ -60,15 +60,9 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         Model(label, name, hashes[label], config.joins, learnt_by_model(name))
         for label, name in named.items()
     ]
-    warnings: list[str] = []
     failures: list[str] = []
     results = []
-    load = round(busy(), 2)
-    if load > BUSY:
-        warnings.append(
-            f"other work took {100 * load:.0f} % of the processors at the start: times say little"
-        )
-        warn(warnings[-1])
+    load, warnings = other_work()
     lost = []
     for path in config.teachers:  # a bad file is found before hours of generation
         if not any(is_of(row, data) for row in read_jsonl(path, Expansion) for data in loaded):
@@ -93,7 +87,7 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     result = BenchResult(
         created=now(),
         label=config.hardware_label or cpu_name(),
-        machine=machine() | {"busy": round(load, 2)},
+        machine=machine() | {"busy": load},
         versions=versions(),
         datasets=results,
         settings=run.record["settings"],
@@ -106,6 +100,16 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         raise QeEdgeError(f"every model failed: {'; '.join(failures)}")
     write_json(run.partial / RESULT, msgspec.to_builtins(result))
     return run.finish()
+
+
+def other_work() -> tuple[float, list[str]]:
+    """The share of the processors that is at work before ours begins, and what was warned of it."""
+    load = round(busy(), 2)
+    if load <= BUSY:
+        return load, []
+    told = f"other work took {100 * load:.0f} % of the processors at the start: times say little"
+    warn(told)
+    return load, [told]
 
 
 def check_config(config: BenchConfig) -> tuple[list[Dataset], Dataset | None]:

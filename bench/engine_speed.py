@@ -21,7 +21,7 @@ import numpy as np
 from qe_edge.bench import synthetic
 from qe_edge.bench.child import in_child
 from qe_edge.bench.speed import peak_memory_mb
-from qe_edge.console import note
+from qe_edge.console import note, progress, several
 from qe_edge.errors import BadArgument, require
 from qe_edge.export.gguf import convert_gguf
 from qe_edge.export.quantize import KINDS, NEED_IMPORTANCE, quantize_gguf
@@ -88,12 +88,13 @@ def measure(task: Task) -> EngineSpeed:
 
     ref, threads, rounds = resolve(task.model), task.threads, task.rounds
     assert ref.path is not None
-    start = time.perf_counter()
-    backend = LlamaCppBackend(ref, threads=threads)
-    load_s = time.perf_counter() - start
+    with progress(f"bench: {ref.name}: loading", None):
+        start = time.perf_counter()
+        backend = LlamaCppBackend(ref, threads=threads)
+        load_s = time.perf_counter() - start
     prompt = np.random.default_rng(0).integers(0, backend.model.vocabulary, PROMPT).tolist()
     ours, loop = [], []
-    with closing(backend):
+    with closing(backend), progress(f"bench: {ref.name}", 2 * rounds + 1) as advance:
         batch = backend.batch(1)
         for turn in range(rounds + 1):  # the first one warms up
             begin = time.perf_counter()
@@ -108,8 +109,12 @@ def measure(task: Task) -> EngineSpeed:
             if turn:
                 ours.append((first - begin, (ANSWER - 1) / (end - first)))
                 loop.append(rate)
+            advance()
         peak_mb = peak_memory_mb()  # of one sequence at a time
-        together = median(_together(backend, prompt) for _ in range(rounds))
+        together = []
+        for _ in range(rounds):
+            together.append(_together(backend, prompt))
+            advance()
         read = _bytes_read_per_token(ref.path)
     bandwidth = memory_bandwidth(threads)
     decode = median(rate for _, rate in ours)
@@ -123,7 +128,7 @@ def measure(task: Task) -> EngineSpeed:
         prefill_tokens_per_s=PROMPT / prefill_s,
         decode_tokens_per_s=decode,
         loop_tokens_per_s=median(loop),
-        batch_tokens_per_s=together,
+        batch_tokens_per_s=median(together),
         of_loop=median(a / b for (_, a), b in zip(ours, loop, strict=True)),
         bandwidth_gb_s=bandwidth / 1e9,
         bandwidth_share=decode * read / bandwidth,
@@ -287,17 +292,26 @@ def _repeat_layers(passes: list[Path], types: dict[str, str], layers: int, out: 
         writer.close()
 
 
-def table(found: list[EngineSpeed]) -> str:
-    """The figures as a Markdown table."""
-    lines = [
-        "| model | MB | load s | first token ms | prefill tok/s | decode tok/s | of the plain loop "
-        f"| {PARALLEL} at once tok/s | of the bandwidth | memory MB |",
-        "| :-- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
-    ]
-    lines += [
-        f"| {s.model} | {s.file_mb:,.0f} | {s.load_s:.2f} | {s.first_token_ms:,.0f} "
-        f"| {s.prefill_tokens_per_s:,.0f} | {s.decode_tokens_per_s:,.1f} | {s.of_loop:.0%} "
-        f"| {s.batch_tokens_per_s:,.1f} | {s.bandwidth_share:.0%} | {s.peak_memory_mb:,.0f} |"
-        for s in found
-    ]
+def text(found: list[EngineSpeed], rounds: int) -> str:
+    """A block for each model: figures, and what each is. Of at most 80 columns, unless a name is longer."""
+    turns, threads = several(rounds, "turn"), several(found[0].threads, "thread")
+    lines = [f"On {threads}; rates are medians of {turns} (prompt {PROMPT} tokens, answer {ANSWER})."]
+    for s in found:
+        of_memory = f"of memory's {s.bandwidth_gb_s:,.0f} GB/s, to read weights"
+        rows = (
+            ("file", f"{s.file_mb:,.0f}", "MB", "on the disk"),
+            ("memory", f"{s.peak_memory_mb:,.0f}", "MB", "most that the process took for one answer"),
+            ("loading", f"{s.load_s:,.2f}", "s", "until the model can be asked"),
+            ("first token", f"{s.first_token_ms:,.0f}", "ms", "reading the prompt, writing one token"),
+            ("prefill", f"{s.prefill_tokens_per_s:,.0f}", "tok/s", "the prompt's, until the first token"),
+            ("decode", f"{s.decode_tokens_per_s:,.1f}", "tok/s", "the answer's, after the first token"),
+            ("of the plain loop", f"{100 * s.of_loop:,.0f}", "%", "of what a bare llama.cpp loop decodes"),
+            (f"{PARALLEL} at once", f"{s.batch_tokens_per_s:,.1f}", "tok/s", "of so many answers, in all"),
+            ("of the bandwidth", f"{100 * s.bandwidth_share:,.0f}", "%", of_memory),
+        )
+        width = max(len(figure) for _, figure, _, _ in rows)
+        lines += ["", s.model]
+        lines += [
+            f"  {label:17}  {figure:>{width}} {unit:5}  {meaning}" for label, figure, unit, meaning in rows
+        ]
     return "\n".join(lines)

@@ -65,6 +65,11 @@ class Systems:
         write_qrels(self.folder / "runs" / self.slug / "qrels.txt", self.data.qrels)
         plain = self.retrieve({}, DEFAULT_JOIN)
         self.add("BM25", "bm25", "", plain)
+        if empty := sum(not ranking for ranking in plain.values()):
+            self.warn(
+                f"BM25 finds nothing at all for {several(empty, 'query', 'queries')} of {self.data}"
+                + (f": does --analyzer {self.config.analyzer} fit them?" if self.config.analyzer else "")
+            )
         if isinstance(self.index, Index):  # feedback needs the postings
             texts = found_texts(self.data, plain)
             self.add("BM25 + RM3", "feedback", "", rm3(self.data, self.index, plain, texts, self.depth))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qe_edge.console import several
 from qe_edge.export.imatrix import Importance
 from qe_edge.student.spec import ModelSpec
 from qe_edge.train.card import base_name, metadata
@@ -56,11 +57,12 @@ def write_card(
         *("", "## Checked against the model it was made from", ""),
         "On the probes of `qe-edge verify`: the same token ids, and logits as close as this, in prompts and",
         "answers or in answers alone. Greedy is how much of the source's greedy answers a file writes before",
-        "it differs.",
+        "it differs. “Compared on” counts the queries, and the places in their prompts and answers.",
         "",
-        "| file | MB | logit cosine | KL divergence | within answers | top-1 | greedy |",
-        "| :-- | --: | --: | --: | --: | --: | --: |",
+        "| file | MB | compared on | logit cosine | KL divergence | within answers | top-1 | greedy |",
+        "| :-- | --: | :-- | --: | --: | --: | --: | --: |",
         *(_row(name, size, checks.get(name)) for name, size in files.items()),
+        *_unlike([checks[name] for name in files if name in checks]),
         *_calibrated(importance),
     ]
     (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -121,10 +123,22 @@ def _prompt(spec: ModelSpec, query: str) -> list[str]:
 
 def _row(name: str, size: int, check: dict[str, Any] | None) -> str:
     if not check:
-        return f"| {name} | {size / 1e6:.1f} | not checked | – | – | – | – |"
+        return f"| {name} | {size / 1e6:.1f} | not checked | – | – | – | – | – |"
+    sample = f"{several(check['queries'], 'query', 'queries')}, {several(check['positions'], 'place')}"
     close = [f"{check[key]:.4f}" for key in ("logit_cosine", "kl_divergence", "answer_divergence")]
     same = [f"{check[key]:.0%}" for key in ("top1_agreement", "greedy_agreement")]
-    return f"| {' | '.join([name, f'{size / 1e6:.1f}', *close, *same])} |"
+    return f"| {' | '.join([name, f'{size / 1e6:.1f}', sample, *close, *same])} |"
+
+
+def _unlike(checks: Sequence[dict[str, Any]]) -> list[str]:
+    """What to say below rows that stand side by side, but were compared on other queries."""
+    if len({check["queries"] for check in checks}) < 2:
+        return []
+    return [
+        "",
+        "**Not all files were compared on the same queries.** Compare only rows with the same number of",
+        "queries. Between others the queries make a difference, too, and one query says little.",
+    ]
 
 
 def _calibrated(importance: Importance | None) -> list[str]:

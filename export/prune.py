@@ -63,16 +63,17 @@ def verify_pruned(folder: Path, source: Path) -> dict[str, Any]:
         `probes` (prompts whose tokens stay, asked of both) and `max_logit_difference` over all that stay.
 
     Raises:
-        BadInput: one of them has no spec.
+        NotFound, BadInput: one of them is missing, is no model folder or has no spec.
         QeEdgeError: a text is cut otherwise, or logits differ.
     """
+    models = Source(source), Source(folder)  # first: what is no model at all has no spec either
     specs = [read_spec(path) for path in (folder, source)]
     if specs[0] is None or specs[0] != specs[1]:
         raise BadInput(f"carries another qe-edge spec than {source}; prune it again", path=folder)
     names = [load_tokenizer(str(path)) for path in (folder, source)]
     tokens: Any = names[0].convert_ids_to_tokens(list(range(len(names[0]))))
     kept: Any = names[1].convert_tokens_to_ids(tokens)
-    return _check(Source(source), Source(folder), specs[0], kept, QUERIES)
+    return _check(*models, specs[0], kept, QUERIES)
 
 
 def _texts_of(source: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from qe_edge.errors import BadInput, require
+from qe_edge.errors import BadInput, NotFound, require
 from qe_edge.work.files import read_json
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class Source:
         model: the folder. Nothing but JSON and safetensors is read; no code of it is run.
 
     Raises:
-        BadInput: the architecture, its settings or a tensor can't be converted.
+        NotFound, BadInput: it is missing or no model folder, or the architecture, its settings or a tensor
+            can't be converted.
     """
 
     def __init__(self, model: Path):
@@ -126,11 +127,24 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def read_config(model: Path) -> tuple[str, HfConfig]:
-    """The architecture's name in `gguf`, and the model's hyper-parameters, checked to be convertible."""
+    """The architecture's name in `gguf`, and the model's hyper-parameters, checked to be convertible.
+
+    Raises:
+        NotFound: there is no such folder.
+        BadInput: it is no model folder, or of a model that can't be converted.
+    """
     path = model / "config.json"
-    if not path.exists() and (model / "adapter_config.json").exists():
+    if not model.exists():
+        raise NotFound(f"{model}: no such model folder")
+    if not path.is_file():
+        if (model / "adapter_config.json").exists():
+            raise BadInput(
+                "is an adapter; merge it into its base with `qe-edge merge`, and export that", path=model
+            )
         raise BadInput(
-            "is an adapter; merge it into its base with `qe-edge merge`, and export that", path=model
+            "holds no config.json, so it is no model folder; the folder of a merged model is wanted, "
+            "as `qe-edge merge` writes it",
+            path=model,
         )
     content = read_json(path)
     if "model_file" in content:  # mlx-lm would run it

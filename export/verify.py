@@ -165,8 +165,9 @@ def verify_gguf(file: Path, source: Path | Reference, *, adapter: Path | None = 
         `lowest_cosine`, `kl_divergence` (the mean, of the export's next-token distribution from the
         source's, in nats), `answer_divergence` (the same where an answer's tokens and what follows
         them are predicted: within the prompt nothing uses what a student predicts),
-        `top1_agreement` (the share whose likeliest next token is the same); last,
-        `greedy_agreement`, how much of the source's greedy answer the export writes before it differs.
+        `top1_agreement` (the share whose likeliest next token is the same);
+        `greedy_agreement`, how much of the source's greedy answer the export writes before it differs; last,
+        `limits`, the least `cosine` and the greatest `divergence` that were allowed.
 
     Raises:
         QeEdgeError: the file can't be loaded, its spec or any token id differs, or logits are too far.
@@ -328,4 +329,5 @@ class Closeness:
             "answer_divergence": round(float(np.concatenate(self.of_answers).mean()), 6),
             "top1_agreement": round(float(np.concatenate(self.same_top).mean()), 4),
             "greedy_agreement": round(float(np.mean(self.greedy)), 4),
+            "limits": limits._asdict(),
         }

@@ -92,6 +92,8 @@ def main(*, interrupted: bool = False) -> None:
         sys.exit(code)
     except UsageError as error:  # it shows the usage, and the options that are like it
         error.message = _plain(error.message)
+        if _command() == "bench" and error.message.startswith("No such command"):
+            error.message += " A data set is named with --dataset."
         error.show()
         if "--json" in sys.argv:
             emit(True, _command(), "", status="error", errors=[redact(error.format_message())])

@@ -22,7 +22,7 @@ from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware
 from qe_edge.train.loop import TrainingRun, counted, trainer_arguments
 from qe_edge.train.lora import rank_of
 from qe_edge.train.output_layer import compute_answers_alone
-from qe_edge.train.rows import CHECKED, OTHER_LANGUAGE, Row, check_batch, check_texts
+from qe_edge.train.rows import CHECKED, OTHER_LANGUAGE, Row, check_batch, check_texts, tell_language
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import read_record
 
@@ -63,6 +63,7 @@ def dpo(
     known = [row for row in rows if row.lang in spec.prompt.languages]
     queries = several(len({r.query for r in known}), "query", "queries")
     note(f"dpo: {several(len(encoded), 'pair')} from {queries}{counted(dropped)}")
+    tell_language("dpo", dropped)
     sides = [row for pair in encoded for row in _rows(pair)]
     longest, answer = max(len(row.ids) for row in sides), max(len(row.ids) - row.answer for row in sides)
     rank = 0 if trained.full else rank_of(adapter)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from qe_edge.console import warn
 from qe_edge.errors import BadInput, QeEdgeError, require
 from qe_edge.student.prompt import hugging_face
 from qe_edge.student.spec import ModelSpec
@@ -15,6 +16,12 @@ CHECKED = 16  # rows whose text is compared: a wrong tokenizer shows at once
 
 
 OTHER_LANGUAGE = "in a language that the student doesn't know"
+
+
+def tell_language(label: str, dropped: Mapping[str, int]) -> None:
+    """What is left out may be a whole data set: that is to be seen."""
+    if count := dropped.get(OTHER_LANGUAGE):
+        warn(f"{label}: {count} left out, {OTHER_LANGUAGE}")
 
 
 class Row(NamedTuple):

@@ -29,7 +29,7 @@ from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware
 from qe_edge.train.loop import TrainingRun, counted, trainer_arguments
 from qe_edge.train.lora import lora_config
 from qe_edge.train.output_layer import compute_answers_alone
-from qe_edge.train.rows import CHECKED, OTHER_LANGUAGE, Row, check_batch, check_texts
+from qe_edge.train.rows import CHECKED, OTHER_LANGUAGE, Row, check_batch, check_texts, tell_language
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import read_record
 
@@ -73,6 +73,7 @@ def sft(
     learnt = _learnt(known, expansions)
     queries = several(len({r.query for r in known}), "query", "queries")
     note(f"sft: {several(len(encoded), 'row')} from {queries}{counted(dropped)}")
+    tell_language("sft", dropped)
     longest = max(len(row["input_ids"]) for row in encoded)
     answer = max(len(row.ids) - row.answer for row in map(_row, encoded))
     full = config.tuning == "full"

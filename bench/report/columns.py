@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
+from qe_edge.bench.inputs import parse_run
 from qe_edge.bench.report.figures import (
     ALPHA,
     MISSING,
@@ -180,4 +181,7 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
         for system in dataset.systems
         if system.failed
     ]
+    runs = run.settings.get("run", ()) if run else ()
+    known = {system.name for system in dataset.systems if system.kind == "run"}
+    lines += [f"{label}: the ranking in {file}." for label, file in map(parse_run, runs) if label in known]
     return [*lines, *(f"{warning}." for warning in dataset.warnings)]

@@ -151,7 +151,7 @@ def headline(section: Section) -> str:
     if row is None:
         return "Neither a model nor a teacher was measured here, only what BM25 does by itself."
     system, rivals = row.system, len({section.title(other) for other in section.of_kind("model")})
-    best_of = f", the best of {rivals}," if rivals > 1 else ""
+    best_of = f", the best of {rivals} rows of models," if rivals > 1 else ""
     subject = section.title(row) if section.best else f"No model was run here. The teacher {system.name}"
     sentences = [
         f"{subject}{best_of} reaches {section.measure} {score(system.ndcg.mean)} on "

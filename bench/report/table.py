@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,7 +89,9 @@ def markdown_table(
     titles, rows = _cells(dataset, shown)
     lines = [titles, [":--" if column.justify == "left" else "--:" for column in [NAME, *shown]]]
     lines += [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *notes(dataset, shown, run), ""])
+    # A star that begins a line would begin a list.
+    told = ["- " + re.sub(r"^[*]", r"\\*", note) for note in notes(dataset, shown, run)]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *told, ""])
 
 
 def latex_table(dataset: DatasetResult, columns: Sequence[str] = (), run: BenchResult | None = None) -> str:

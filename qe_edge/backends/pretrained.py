@@ -46,6 +46,7 @@ def find_on_hub(name: str) -> None:
         NotFound: it has none of that name, or can't be reached.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
 
     if os.environ.get("HF_HUB_OFFLINE") or isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
@@ -53,6 +54,8 @@ def find_on_hub(name: str) -> None:
         HfApi().model_info(name, timeout=HUB_SECONDS)
     except Exception as error:  # its errors come from several packages
         reason = " ".join(str(error).split())[:200]
+        why = "the hub has none for you" if isinstance(error, HfHubHTTPError) else "the hub can't be reached"
         raise NotFound(
-            f"no model {name!r}: there is no such file or folder here, and the hub doesn't give it ({reason})"
+            f"no model {name!r}: there is no such file or folder here, and {why} ({reason}). "
+            "Name a model's folder or GGUF that is here, or try again with a network"
         ) from None

@@ -16,6 +16,7 @@ from qe_edge.commands.common import (
     OutOption,
     ThreadsOption,
     WorkdirOption,
+    chosen_model,
     emit,
     named_columns,
     took_trained,
@@ -75,7 +76,9 @@ def _is_given(context: typer.Context, name: str) -> bool:
 def bench_speed(
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", "-m", help="A GGUF file or builtin:NAME; repeat for several."),
+        typer.Option(
+            "--model", "-m", help="A GGUF file or builtin:NAME; repeat for several (default: newest export)."
+        ),
     ] = None,
     synthetic: Annotated[
         list[str] | None,
@@ -95,28 +98,31 @@ def bench_speed(
     """
     import msgspec
 
-    from qe_edge.bench.engine_speed import engine_speed, synthetic_gguf, table
+    from qe_edge.bench.bench import other_work
+    from qe_edge.bench.engine_speed import engine_speed, synthetic_gguf, text
     from qe_edge.student.models import resolve
 
+    shapes = synthetic or []
+    if quant and not shapes:
+        raise BadArgument("--quant is for random weights; name their shape with --synthetic")
+    names = model or ([] if shapes else [chosen_model(None, workdir)])
+    kinds = (quant or ["Q4_K_M"]) if shapes else []
     folder = Workdir(workdir).root / "synthetic"
-    names = list(model or [])
-    names += [
-        str(synthetic_gguf(shape, kind, folder)) for shape in synthetic or [] for kind in quant or ["Q4_K_M"]
-    ]
-    if not names:
-        raise BadArgument("name a model with --model or a shape with --synthetic")
-    models = [resolve(name) for name in names]  # a wrong name is found before the work
+    made = [str(synthetic_gguf(shape, kind, folder)) for shape in shapes for kind in kinds]
+    models = [resolve(name) for name in [*names, *made]]  # a wrong name is found before the work
+    other_work()
     found = []
     for ref in models:
         note(f"bench: {ref.name}")
         found.append(engine_speed(ref, threads=threads, rounds=rounds))
-    measured = ("qe-edge", "bench", "--dataset", "demo-en", "--model", model[0] if model else "")
+    after = ("bench", "--dataset", "demo-en", "--model", names[0]) if names else None
     emit(
         json,
         "bench speed",
-        table(found),
+        text(found, rounds),
+        inputs={"model": names, "synthetic": shapes, "quant": kinds, "threads": found[0].threads},
         metrics={"models": msgspec.to_builtins(found)},
-        following=measured if model else ("qe-edge", "train", "sft", "--student", "MODEL"),
+        following=("qe-edge", *(after or ("train", "sft", "--student", "MODEL"))),
     )
 
 

@@ -18,12 +18,14 @@ from qe_edge.arguments import MOST_THREADS
 from qe_edge.console import note, print_json, warn, warned
 from qe_edge.errors import Interrupted, PartlyDone
 from qe_edge.redact import redact
+from qe_edge.text import detect_language
 from qe_edge.train.config import SPEAKS_BOTH
 from qe_edge.work.files import size_of
 from qe_edge.work.folder import DEFAULT_WORKDIR, Workdir
 
 if TYPE_CHECKING:
     from qe_edge.retrieval.datasets import Dataset
+    from qe_edge.runtime.expander import Expander
     from qe_edge.train.teach.session import Outcome
 
 WorkdirOption = Annotated[
@@ -121,6 +123,11 @@ def chosen_model(model: str | None, workdir: Path) -> str:
         model = min(models, key=lambda path: size_of(Path(path)))
         took_trained("model", Path(model).parent, model)
     return model
+
+
+def knows(expander: Expander, query: str) -> bool:
+    """Whether the student writes in the query's language."""
+    return detect_language(query) in expander.spec.prompt.languages
 
 
 def emit_asked(

@@ -14,6 +14,7 @@ from qe_edge.commands.common import (
     WorkdirOption,
     chosen_model,
     emit,
+    knows,
     tell_next,
 )
 from qe_edge.console import note
@@ -21,6 +22,7 @@ from qe_edge.errors import BadInput, PartlyDone
 from qe_edge.lines import cut, decoded
 from qe_edge.runtime.expander import Expander
 from qe_edge.runtime.expansion import ExpandedQuery
+from qe_edge.text import detect_language
 
 
 def expand(
@@ -71,8 +73,11 @@ def expand(
             status=status,
         )
     elif rows:
-        searched = ("--dataset", f"demo-{expander.spec.prompt.language_of(rows[0]['query'])}")
-        tell_next(("qe-edge", "search", rows[0]["query"], *searched, "--model", model), sys.stderr)
+        query = rows[0]["query"]
+        demo = "demo-zh" if detect_language(query) == "zh" else "demo-en"
+        searched = ("qe-edge", "search", query, "--dataset", demo, "--model", model)
+        # A student that doesn't know the language is to be trained first: what on, `data info` says.
+        tell_next(searched if knows(expander, query) else ("qe-edge", "data", "info", demo), sys.stderr)
     if failures:
         raise typer.Exit(PartlyDone.exit_code)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, ModelOption, WorkdirOption, chosen_model, emit
+from qe_edge.commands.common import WORKDIR, JsonOption, ModelOption, WorkdirOption, chosen_model, emit, knows
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.runtime.expander import Expander
 from qe_edge.serve.config import SearchConfig
@@ -37,7 +37,12 @@ def search(
         query, collection, expander=expander, feedback=config.feedback, refine=config.refine, k=config.k
     )
     lines = []
+    following: tuple[object, ...] = ("qe-edge", "search", query, "--dataset", config.dataset)
     if expander:
+        reader = ("--reader", config.reader) if config.reader else ()
+        following = ("qe-edge", "serve", "--index", config.dataset, "--model", model, *reader)
+        if not knows(expander, query):  # it is to be trained first
+            following = ("qe-edge", "data", "info", config.dataset)
         expander.close()
         read_alone = config.refine and expanded.relevance and not expanded.text
         what = "nothing written, read alone: " if read_alone else "expansion: "
@@ -56,15 +61,12 @@ def search(
         "fallback": expanded.fallback,
     }
     inputs = {"query": query, "dataset": config.dataset, "model": model}
-    reader = ("--reader", config.reader) if config.reader else ()
     emit(
         json,
         "search",
         text,
         inputs=inputs,
         metrics=metrics,
-        following=("qe-edge", "serve", "--index", config.dataset, "--model", model, *reader)
-        if model
-        else ("qe-edge", "search", query, "--dataset", config.dataset),
+        following=following,
         following_to=sys.stderr,
     )

@@ -19,6 +19,7 @@ from qe_edge.commands.common import (
     tell_split,
 )
 from qe_edge.commands.flags import Settings, flags_of
+from qe_edge.console import warn
 from qe_edge.errors import BadArgument
 from qe_edge.records import Expansion, configured, read_jsonl
 from qe_edge.train.teach.config import TeachConfig
@@ -57,24 +58,27 @@ def teach(
     data = _queries(dataset, queries)
     out = out or Workdir(workdir).teach_folder(str(data) if data else import_file.stem if import_file else "")
     if import_file is not None:
-        following = _following(dataset, data, out / EXPANSIONS) if data else ()
-        _import(import_file, data, out, format, json, settings, following)
+        _import(import_file, dataset, data, out, format, json, settings)
         return
     if not settings.values.get("model") or (data is None and not settings.shown):
-        raise BadArgument(
-            "name the queries with --dataset or --queries, and the teacher with --model (and --endpoint)"
-        )
+        unnamed = [] if data else ["the queries with --dataset or --queries"]
+        unnamed += [] if settings.values.get("model") else ["the teacher with --model (and --endpoint)"]
+        raise BadArgument(f"name {', and '.join(unnamed)}")
     config = settings.config()
     assert data is not None
     outcome = verb(data, config, out=out)
     text = f"{outcome.done} of {outcome.candidates} candidates are in {out / EXPANSIONS}"
-    problems = [row.problem for row in read_jsonl(out / EXPANSIONS, Expansion)] if outcome.done else []
-    cut = problems.count("cut") > len(problems) / 4
-    if cut:
-        text += (
-            "\nmany were cut: ask with a larger --max-tokens, or have `pairs` and `train sft`\n"
+    rows = list(read_jsonl(out / EXPANSIONS, Expansion)) if outcome.done else []
+    following = _following(dataset, data, out / EXPANSIONS, rows, config.model)
+    if _often_cut(rows, config.model):
+        warn(
+            "many were cut: ask with a larger --max-tokens, or have `pairs` and `train sft` "
             "take them as they are, with --accept cut"
         )
+    elif rows and all(row.problem for row in rows if row.model == config.model):
+        warn(f"no answer of {config.model} can be used: look at the texts in {out / EXPANSIONS}")
+        queried = ("--dataset", dataset) if dataset else ("--queries", queries)
+        following = ("qe-edge", "teach", *queried, "--endpoint", config.endpoint or "URL", "--model", "MODEL")
     emit_asked(
         json,
         "teach",
@@ -83,19 +87,24 @@ def teach(
         inputs={"dataset": str(data), "model": config.model, "endpoint": config.endpoint},
         artifacts={"expansions": out / EXPANSIONS},
         metrics={},
-        following=_following(
-            dataset, data, out / EXPANSIONS, cut=cut, single=outcome.candidates <= len(data.queries)
-        ),
+        following=following,
     )
 
 
+def _often_cut(rows: Sequence[Expansion], model: str) -> bool:
+    problems = [row.problem for row in rows if row.model == model]
+    return problems.count("cut") > len(problems) / 4
+
+
 def _following(
-    dataset: str | None, data: Dataset, file: Path, *, cut: bool = False, single: bool = False
+    dataset: str | None, data: Dataset, file: Path, rows: Sequence[Expansion], model: str
 ) -> Sequence[object]:
     """What to do with the candidates: those of test queries are to compare with, not to train on."""
-    accept = ("--accept", "cut") if cut else ()
+    accept = ("--accept", "cut") if _often_cut(rows, model) else ()
+    single = len(rows) <= len(data.queries)
     if not dataset or (single and data.split != "test"):  # there are no pairs
-        return ("qe-edge", "train", "sft", *student_for(data.lang), "--expansions", file, *accept)
+        of_one = ("--teacher-model", model) if any(row.model != model for row in rows) else ()
+        return ("qe-edge", "train", "sft", *student_for(data.lang), "--expansions", file, *of_one, *accept)
     if data.split == "test":
         return ("qe-edge", "bench", "--dataset", dataset, "--teacher", file)
     return ("qe-edge", "pairs", "--dataset", dataset, *accept)
@@ -103,12 +112,12 @@ def _following(
 
 def _import(
     file: Path,
+    dataset: str | None,
     data: Dataset | None,
     out: Path,
     format: str,
     json: bool,
     settings: Settings[TeachConfig],
-    following: Sequence[object],
 ) -> None:
     """Take what was made elsewhere; of the settings only those count that say what it is."""
     from qe_edge.train.teach.importing import ImportConfig, import_expansions
@@ -120,6 +129,7 @@ def _import(
         given["mode"] = ",".join(modes)
     config = configured(ImportConfig, given)
     counts = import_expansions(file, config, data, out=out)
+    rows = list(read_jsonl(out / EXPANSIONS, Expansion))
     text = ", ".join(f"{count} {what}" for what, count in counts.items())
     emit(
         json,
@@ -127,7 +137,9 @@ def _import(
         f"{text}: {out / EXPANSIONS}",
         artifacts={"expansions": out / EXPANSIONS},
         metrics=dict(counts),
-        following=following,
+        following=_following(dataset, data, out / EXPANSIONS, rows, config.model or rows[-1].model)
+        if data
+        else ("qe-edge", "train", "sft", "--expansions", out / EXPANSIONS),
     )
 
 

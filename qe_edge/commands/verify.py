@@ -31,7 +31,7 @@ def verify(
     That is checksums, token ids, spec, logits, and nDCG@10 if asked.
     """
     from qe_edge.export.compare import check_language, compare_retrieval
-    from qe_edge.export.export import far
+    from qe_edge.export.export import FAR, far
     from qe_edge.export.prune import verify_pruned
     from qe_edge.export.verify import source_of, verify_export
     from qe_edge.retrieval.datasets import load_dataset
@@ -50,7 +50,7 @@ def verify(
         )
     else:
         found = verify_export(exported, source)
-        text = _closeness(exported, found)
+        text = _closeness(exported, found, FAR)
         if told := far(exported.name, found):
             warn(told)
             text = text.replace("usually does", "usually does, which is much", 1)
@@ -70,7 +70,9 @@ def verify(
     emit(json, "verify", text, inputs={"export": exported}, metrics=found, following=following)
 
 
-def _closeness(exported: Path, found: dict[str, Any]) -> str:
+def _closeness(exported: Path, found: dict[str, Any], far: float) -> str:
+    """What was found, and by which limits it is judged: its kind's, and `far`, above which we warn."""
+    limits = found["limits"]
     return (
         f"{exported} loses no more than its kind usually does\n"
         f"  checksums      right\n"
@@ -80,6 +82,9 @@ def _closeness(exported: Path, found: dict[str, Any]) -> str:
         f"within answers {found['answer_divergence']:.4f}\n"
         f"  next token     the likeliest is the same at {100 * found['top1_agreement']:.0f} % of all places\n"
         f"  greedy answer  the same for {100 * found['greedy_agreement']:.0f} % of its length, then another\n"
+        f"  its limits     logit cosine at least {limits['cosine']:g}, "
+        f"KL divergence at most {limits['divergence']:g};\n"
+        f"                 within answers more than {far:g} is warned of\n"
         f"compared at {found['positions']} places of the prompts and answers of "
         f"{several(found['queries'], 'query', 'queries')}"
     )

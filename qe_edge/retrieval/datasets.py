@@ -313,7 +313,10 @@ def _load_ir_datasets(name: str, split: str) -> Dataset:
         path = Path(name)
         named = path.suffix == ".tsv" and path.parent.name == "qrels"
         hint = f"; a folder's split is {path.parents[1]}@{path.stem}" if named else ""
-        asked = "" if dataset_id == name else f" ({dataset_id})"
+        others = [other.name for other in path.parent.glob("*") if other.is_dir()]
+        if close := get_close_matches(path.name, others, 1):
+            hint = f". Did you mean {path.parent / close[0]}?"
+        asked = "" if dataset_id == name or name.startswith((".", "/")) else f" ({dataset_id})"
         raise NotFound(f"{name!r} is neither a folder nor an ir_datasets id{asked}{hint}") from None
     try:
         queries = {query.query_id: query.default_text() for query in source.queries_iter()}

@@ -64,9 +64,17 @@ def fetch(name: str) -> Path:
 
 
 def local_file(name: str | Path) -> Path:
-    """A path as it is, or the hub's file that `hf:…` names, see `fetch`."""
+    """A path as it is, or the hub's file that `hf:…` names, see `fetch`.
+
+    Raises:
+        NotFound: there is neither.
+    """
     path = Path(name)
-    return fetch(str(name)) if str(name).startswith(PREFIX) and not path.exists() else path
+    if path.exists():
+        return path
+    if str(name).startswith(PREFIX):
+        return fetch(str(name))
+    raise NotFound(f"{name}: no such file, nor one of the hub (hf:OWNER/NAME:Q8_0)")
 
 
 def _is(file: str, pattern: str) -> bool:

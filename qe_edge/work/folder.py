@@ -10,6 +10,7 @@ qe-edge-work/
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ class Workdir:
         if not files:
             raise NotFound(f"{self.root} holds no output of `qe-edge teach`; name a file with --expansions")
         files = [file for file in files if not file.parent.name.endswith("@test")] or files
-        _refuse_several("`qe-edge teach` collected", [file.parent.name for file in files], "--expansions")
+        taught = {file.parent.name: file for file in files}
+        _refuse_several("`qe-edge teach` collected texts", taught, "--expansions")
         return files[0]
 
     def newest_pairs(self) -> Path:
@@ -109,8 +111,10 @@ class Workdir:
             BadArgument: there is one of another data set, too.
         """
         newest = self.newest("pairs")
-        found = {record["settings"]["dataset"] for record in self._records("pairs")}
-        _refuse_several("`qe-edge pairs` made pairs", sorted(found), "--pairs")
+        found = {
+            record["settings"]["dataset"]: folder / "pairs.jsonl" for folder, record in self._records("pairs")
+        }
+        _refuse_several("`qe-edge pairs` made pairs", found, "--pairs")
         return newest
 
     def newest_sft(self, datasets: Set[str]) -> Path:
@@ -121,14 +125,16 @@ class Workdir:
             BadArgument: there is one that learnt from another data set, too, or it learnt from other ones.
         """
         newest = self.newest("sft")
-        records = self._records("sft")
-        found = {" + ".join(record.get("learnt", ["unknown"])) for record in records}
-        _refuse_several("`qe-edge train sft` made students", sorted(found), "--adapter")
+        found = {
+            " + ".join(record.get("learnt", ["unknown"])): folder for folder, record in self._records("sft")
+        }
+        _refuse_several("`qe-edge train sft` made students", found, "--adapter")
         check_learnt(newest, datasets)
         return newest
 
-    def _records(self, stage: str) -> list[dict[str, Any]]:
-        return [read_json(self._run(stage, number) / MANIFEST) for number in self._numbers(stage)]
+    def _records(self, stage: str) -> list[tuple[Path, dict[str, Any]]]:
+        folders = [self._run(stage, number) for number in self._numbers(stage)]
+        return [(folder, read_json(folder / MANIFEST)) for folder in folders]
 
     def newest(self, *stages: str, named: str = "the input") -> Path:
         """The newest finished output of any of the stages; an error says to name `named` instead."""
@@ -156,7 +162,8 @@ def check_learnt(student: Path, datasets: Set[str]) -> None:
         )
 
 
-def _refuse_several(made: str, datasets: list[str], flag: str) -> None:
-    """What to train on is not to be guessed."""
-    if len(datasets) > 1:
-        raise BadArgument(f"{made} of several data sets ({', '.join(datasets)}); name one with {flag}")
+def _refuse_several(made: str, found: dict[str, Path], flag: str) -> None:
+    """What to train on is not to be guessed: there is only one of each data set, the newest."""
+    if len(found) > 1:
+        choices = " or ".join(f"{flag} {shlex.quote(str(found[name]))}" for name in sorted(found))
+        raise BadArgument(f"{made} of several data sets ({', '.join(sorted(found))}); give {choices}")

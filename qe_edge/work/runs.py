@@ -127,7 +127,7 @@ class RunFolder:
         self.out, self.partial = out, _partial(out)
         if other := self._other_work(out):
             raise BadArgument(
-                f"{self.partial} holds an interrupted run with other {other}; "
+                f"{self.partial} holds an unfinished run with other {other}; "
                 "run it again as it was to finish it, or delete that folder"
             )
         if not self._is_same(self.partial):
@@ -138,7 +138,7 @@ class RunFolder:
     def _place(self, out: Path) -> Path:
         """A work folder's number, `out` or the next free one, with what the same run left at another."""
         while other := self._other_work(out):
-            warn(f"{_partial(out)} holds an interrupted run with other {other}; it stays there")
+            warn(f"{_partial(out)} holds an unfinished run with other {other}; it stays there")
             out = _next(out)
             while out.exists() or not _mine(out):
                 out = _next(out)

@@ -20,6 +20,7 @@ from qe_edge.bench.config import BenchConfig
 from qe_edge.bench.generations import generate_once
 from qe_edge.bench.inputs import default_models, default_teachers, learnt_by_model, parse_model, parse_run
 from qe_edge.bench.quality import retrieve, values_of
+from qe_edge.bench.report.columns import notes
 from qe_edge.bench.report.report import report
 from qe_edge.bench.report.table import console_table, latex_table, markdown_table
 from qe_edge.bench.result import read_result
@@ -119,6 +120,8 @@ def test_another_systems_run_is_a_row_beside_bm25_and_needs_no_model(done, tmp_p
     assert theirs.per_query == rm3.per_query and theirs.vs_bm25 == rm3.vs_bm25
     assert less.per_query == rm3.per_query | {queries[0]: 0.0}
     assert result.warnings == ["part.trec lacks 1 query of demo-en@test, counted as nothing found"]
+    told = notes(result.datasets[0], [], result)
+    assert {f"theirs: the ranking in {own}.", f"part.trec: the ranking in {part}."} <= set(told)
     # Documents of another collection: nothing judged could be found among them.
     foreign = tmp_path / "foreign.trec"
     foreign.write_text("".join(f"{id} Q0 elsewhere-{n} 1 {9 - n} x\n" for id in queries for n in range(3)))

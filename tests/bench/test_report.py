@@ -91,7 +91,7 @@ def test_page_content(tmp_path: Path) -> None:
     assert text.startswith("<!DOCTYPE html>")
     assert "<title>qe-edge bench</title>" in text
     assert "教师模型 few-shot" in parsed.text
-    assert "student-BF16, the best of 4, reaches nDCG@10 .503 on 26 queries" in parsed.text
+    assert "student-BF16, the best of 4 rows of models, reaches nDCG@10 .503 on 26 queries" in parsed.text
     assert "No model was run here." in parsed.text
     assert "swap was in use" in parsed.text
     assert "10000 resamples" in parsed.text

@@ -97,7 +97,10 @@ def test_markdown_table() -> None:
         r"| my[bold]\|Q4 | mass:0.7 | .485 [.412, .561] | +.051 [−.003, +.101] | 61 % |"
     )
     assert lines[4].endswith("| .800 [.700, .900] | – | – | – | 2/0 | – | – | – | – |")
-    assert lines[5:] == ["", *notes(small().datasets[0], all_columns(small().datasets[0]))]
+    told = notes(small().datasets[0], all_columns(small().datasets[0]))
+    assert lines[5:] == ["", *(f"- {note}" for note in told)]
+    starred = [line for line in markdown_table(rich().datasets[0]).splitlines() if "p < .05" in line]
+    assert [line[:12] for line in starred] == [r"- \* p < .05"]
 
 
 def rich() -> BenchResult:

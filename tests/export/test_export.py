@@ -22,6 +22,7 @@ from qe_edge.backends.open import open_backend
 from qe_edge.cli import app
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
 from qe_edge.export import vocab
+from qe_edge.export.card import write_card
 from qe_edge.export.compare import compare_retrieval
 from qe_edge.export.config import ExportConfig
 from qe_edge.export.export import export_model
@@ -114,7 +115,9 @@ def test_the_folder_says_what_it_holds_and_how_to_use_it(exported: Any) -> None:
         assert f"```text\n{spec.prompt.render(query)}\n```" in body
     for name, size in result["files"].items():
         check = result["checks"][name]
-        assert f"| {name} | {size / 1e6:.1f} | {check['logit_cosine']:.4f} |" in body
+        sample = "1 query" if check["queries"] == 1 else f"{check['queries']} queries"
+        start = f"| {name} | {size / 1e6:.1f} | {sample}, {check['positions']} places |"
+        assert f"{start} {check['logit_cosine']:.4f} |" in body
     assert str(out.parent) not in card and str(source) not in card  # no path of this machine
 
     modelfile = (out / "Modelfile").read_text()
@@ -134,6 +137,42 @@ def test_the_folder_says_what_it_holds_and_how_to_use_it(exported: Any) -> None:
     assert smallest != min(ggufs)  # or this would tell nothing
     assert f"FROM ./{smallest}\n" in modelfile
     assert f'Expander.load("{smallest}")' in body
+
+
+@pytest.mark.parametrize("queries", [6, 1])
+def test_the_card_says_which_rows_are_not_to_be_compared(
+    tiny_qwen3: Path, tmp_path: Path, queries: int
+) -> None:
+    spec = read_spec(tiny_qwen3)
+    assert spec
+    close = {"logit_cosine": 0.99, "kl_divergence": 0.25, "answer_divergence": 0.5}
+    check = close | {"top1_agreement": 0.75, "greedy_agreement": 0.25}
+    checks = {
+        "student-BF16.gguf": check | {"queries": 6, "positions": 465},  # not kept, so it is in no row
+        "student-mlx-5bit": check | {"queries": queries, "positions": 57},
+    }
+    files = {"student-mlx-5bit": 2_000_000, "adapter": 100_000}
+    rows = [
+        "| file | MB | compared on | logit cosine | KL divergence | within answers | top-1 | greedy |",
+        "| :-- | --: | :-- | --: | --: | --: | --: | --: |",
+    ]
+    mlx = "1 query" if queries == 1 else "6 queries"
+    same = "0.9900 | 0.2500 | 0.5000 | 75% | 25% |"
+    last = [f"| student-mlx-5bit | 2.0 | {mlx}, 57 places | {same}"]
+    last += ["| adapter | 0.1 | not checked | – | – | – | – | – |"]
+    write_card(tmp_path, spec, files, checks, None)
+    assert (tmp_path / "README.md").read_text().endswith("\n".join(["", "", *rows, *last, ""]))
+
+    checks["student-Q4_K_M.gguf"] = checks.pop("student-BF16.gguf")
+    write_card(tmp_path, spec, {"student-Q4_K_M.gguf": 1_000_000, **files}, checks, None)
+    rows += [f"| student-Q4_K_M.gguf | 1.0 | 6 queries, 465 places | {same}", *last]
+    if queries == 1:
+        rows += [
+            "",
+            "**Not all files were compared on the same queries.** Compare only rows with the same number of",
+            "queries. Between others the queries make a difference, too, and one query says little.",
+        ]
+    assert (tmp_path / "README.md").read_text().endswith("\n".join(["", "", *rows, ""]))
 
 
 def test_the_cards_mlx_command_runs(exported: Any) -> None:
@@ -182,10 +221,24 @@ def test_an_export_is_verified_later_on(exported: Any, tmp_path: Path) -> None:
         (copy / "SHA256SUMS").write_bytes(content)
         with pytest.raises(BadInput, match="isn't a list of checksums"):
             verify_export(copy / "student-F16.gguf", source)
-    with pytest.raises(NotFound, match="name it with --source"):
+    with pytest.raises(NotFound, match="name that with --source"):
         source_of(tmp_path / "other" / "student-mlx-5bit")
     with pytest.raises(NotFound, match="gone: no such file or folder"):
         verify_export(copy / "student-F16.gguf", tmp_path / "gone")
+
+
+@pytest.mark.parametrize("exported", ["qwen3"], indirect=True)
+def test_a_source_that_is_no_model_is_told(exported: Any, tmp_path: Path) -> None:
+    _, out, _ = exported
+    (tmp_path / "scifacts").mkdir()
+    for source in (tmp_path / "scifacts", out / "student-Q8_0.gguf"):
+        command = ["verify", str(out / "student-F16.gguf"), "--source", str(source)]
+        checked = CliRunner().invoke(app, command)
+        assert isinstance(checked.exception, BadInput)
+        assert str(checked.exception) == (
+            f"{source}: holds no config.json, so it is no model folder; "
+            "the folder of a merged model is wanted, as `qe-edge merge` writes it"
+        )
 
 
 @pytest.mark.parametrize("exported", ["qwen3"], indirect=True)
@@ -215,6 +268,10 @@ def test_verify_prints_what_it_found(
     printed = capsys.readouterr().out
     assert printed.startswith(f"{file} loses no more than its kind usually does\n  checksums      right\n")
     assert "\n  token ids      identical for 14 texts\n" in printed
+    assert (
+        "\n  its limits     logit cosine at least 0.995, KL divergence at most 0.02;\n"
+        "                 within answers more than 0.2 is warned of\n"
+    ) in printed
     *lines, following = printed.splitlines()
     assert following.startswith("next:   qe-edge bench")  # and may be as long as the file's name
     assert [line for line in lines[1:] if len(line) > 80] == []
@@ -245,12 +302,16 @@ def test_verify_warns_of_a_loss_that_is_not_chance(
 
 
 def test_only_what_was_asked_for_is_kept_and_stdout_stays_clean(
-    tiny_qwen3: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny_qwen3: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("mlx.core.metal.is_available", lambda: False)
     notes: list[str] = []
     result = export_model(tiny_qwen3, tmp_path / "out", progress=notes.append)
     assert list(result["files"]) == ["student-Q4_K_M.gguf", "student-mlx-5bit"]
     assert result["checks"].keys() == {"student-BF16.gguf", *result["files"]}  # the intermediate, too
+    *_, gguf, mlx = [note.splitlines()[0] for note in notes]
+    assert gguf.endswith(" MB, token ids identical")
+    assert mlx.endswith(" MB, token ids identical, compared on 1 query of 6")
     assert len(notes) == 5
     assert capfd.readouterr().out == ""
 

@@ -114,6 +114,10 @@ def test_it_is_trained_merged_and_exported_as_a_base(tiny_qwen3, tmp_path):
     assert small == work.root / "prune" / "001"
     assert source_of(small) == tiny_qwen3
     assert verify_pruned(small, tiny_qwen3)["max_logit_difference"] < 1e-4
+    with pytest.raises(BadInput, match=r"holds no config\.json, so it is no model folder"):
+        verify_pruned(small, tmp_path)
+    with pytest.raises(NotFound, match="gone: no such model folder"):
+        verify_pruned(small, tmp_path / "gone")
     trained = sft([rows], SftConfig(student=str(small), max_steps=1), workdir=work)
     from qe_edge.train.merge import merge
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 import tomllib
@@ -237,11 +238,17 @@ def test_what_to_train_on_is_not_guessed(tmp_path):
             assert work.newest_pairs() == paired
     (tmp_path / "teach" / "a@test").mkdir()  # to compare with, not to train on
     (tmp_path / "teach" / "a@test" / "expansions.jsonl").write_text("")
-    with pytest.raises(BadArgument, match=r"sets \(a@train, b@train\); name one with --expansions"):
+    sets, teach, pairs, sft = "a@train, b@train", tmp_path / "teach", tmp_path / "pairs", tmp_path / "sft"
+    texts = [teach / name / "expansions.jsonl" for name in ("a@train", "b@train")]
+    told = f"sets ({sets}); give --expansions {texts[0]} or --expansions {texts[1]}"
+    with pytest.raises(BadArgument, match=re.escape(told)):
         work.only_taught()
-    with pytest.raises(BadArgument, match=r"sets \(a@train, b@train\); name one with --pairs"):
+    # Of each data set the newest.
+    told = f"sets ({sets}); give --pairs {pairs / '002/pairs.jsonl'} or --pairs {pairs / '003/pairs.jsonl'}"
+    with pytest.raises(BadArgument, match=re.escape(told)):
         work.newest_pairs()
-    with pytest.raises(BadArgument, match=r"sets \(a \+ c, b \+ c\); name one with --adapter"):
+    told = f"sets (a + c, b + c); give --adapter {sft / '002'} or --adapter {sft / '003'}"
+    with pytest.raises(BadArgument, match=re.escape(told)):
         work.newest_sft({"a"})
 
 
