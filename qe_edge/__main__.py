@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import signal
+from qe_edge.interrupt import held
 
 
 def main() -> None:
     """Run the command line; a Ctrl-C during its import counts as one right after it."""
-    came: list[int] = []
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else whoever called us ignores it
-    if usual:
-        signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    from qe_edge import cli
-
-    if usual:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    cli.main(interrupted=bool(came))
+    interrupted = False
+    try:
+        with held():
+            from qe_edge import cli
+    except KeyboardInterrupt:
+        interrupted = True
+    cli.main(interrupted=interrupted)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ _UNSEEN = re.compile(
     "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000110bd\U000110cd"
     "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001-\U000e0fff]"
 )
+_LAST_WORD = re.compile(rf"[^\W{CJK}]+([-'’][^\W{CJK}]*)*$")
 _CJK_OR_WORD = re.compile(rf"([{CJK}]+)|([^\W{CJK}]+)")
 
 
@@ -75,6 +76,11 @@ def detect_language(text: str) -> Lang:
     if 2 * (han + len(_LATIN.findall(text))) < letters:
         return "other"
     return "zh" if letters and han / letters >= 0.2 else "en"
+
+
+def whole_words(text: str) -> str:
+    """A text that was cut anywhere, without its last word, which may be half of one; Chinese stays whole."""
+    return _LAST_WORD.sub("", text)
 
 
 def count_words(text: str) -> int:

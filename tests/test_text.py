@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qe_edge.errors import BadArgument
 from qe_edge.student.join import Join
-from qe_edge.text import count_words, detect_language, fold, get_analyzer, words_of
+from qe_edge.text import count_words, detect_language, fold, get_analyzer, whole_words, words_of
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,23 @@ def test_what_is_written_alike_matches_in_every_analyzer(one, other, folded):
         assert analyze(f"x1 {one} y1") == analyze(f"x1 {other} y1")
     jieba = pytest.importorskip("jieba") and get_analyzer("jieba")
     assert jieba(one) == jieba(other)
+
+
+@pytest.mark.parametrize(
+    ("cut", "whole"),
+    [
+        ("A sourdough star", "A sourdough "),
+        ("A sourdough ", "A sourdough "),
+        ("It ends.", "It ends."),
+        ("a well-kno", "a "),
+        ("the moon’s", "the "),
+        ("潮汐由月", "潮汐由月"),
+        ("维生素D", "维生素"),
+        ("half", ""),
+    ],
+)
+def test_a_text_that_was_cut_loses_what_may_be_half_a_word(cut, whole):
+    assert whole_words(cut) == whole
 
 
 @pytest.mark.parametrize(("one", "other", "_"), ALIKE)

@@ -104,16 +104,20 @@ if __name__ == "__main__":
     )
     parser.add_argument("--model", default="builtin:smollm2-135m", help="the student (default: %(default)s)")
     parser.add_argument("--reader", help="an encoder's .gguf, to read what the student's text finds")
+    parser.add_argument(
+        "--cache", default="notes-cache.db", help="keeps texts (default: %(default)s)"
+    )
     parser.add_argument("--port", type=int, default=8018, help="to listen on (default: %(default)s)")
     asked = parser.parse_args()
     if not asked.folder.is_dir():
         parser.error(f"{asked.folder} is no folder")
     notes = Notes(asked.folder)
-    if not notes.db.execute("SELECT count(*) FROM notes").fetchone()[0]:
+    count = notes.db.execute("SELECT count(*) FROM notes").fetchone()[0]
+    if not count:
         parser.error(f"{asked.folder} holds no .md and no .txt file")
     try:
         expander = Expander.load(
-            asked.model, reader=asked.reader, budget_tokens=48, parallel=4, cache="notes-cache.db"
+            asked.model, reader=asked.reader, budget_tokens=48, parallel=4, cache=asked.cache
         )
         page = partial(Page, notes, expander, asked.reader is not None)
         server = ThreadingHTTPServer(("127.0.0.1", asked.port), page)
@@ -121,6 +125,9 @@ if __name__ == "__main__":
         parser.error(f"port {asked.port}: {error.strerror}; --port takes another")
     except (QeEdgeError, OverflowError) as error:  # no such model; no such port
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130)
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
+    print(f"{count} notes of {asked.folder}, {asked.model}, cache {asked.cache}; Ctrl-C ends it", flush=True)
     with suppress(KeyboardInterrupt):
         server.serve_forever()

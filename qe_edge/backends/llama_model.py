@@ -15,6 +15,7 @@ from qe_edge.backends.gguf_check import check_gguf
 from qe_edge.backends.lifetime import Lifetime
 from qe_edge.backends.one_thread import OneThread
 from qe_edge.errors import BadInput, QeEdgeError, require
+from qe_edge.interrupt import held
 from qe_edge.work.machine import drowsy_threads, usable_cores
 
 # All models compute here. GNU's OpenMP starts as many threads for each thread that calls it; as soon as it
@@ -34,6 +35,10 @@ class LlamaModel:
     """
 
     def __init__(self, path: Path, *, threads: int | None, longest: int, repack: bool | None = None):
+        with held():  # llama.cpp calls back to log
+            self._load(path, threads=threads, longest=longest, repack=repack)
+
+    def _load(self, path: Path, *, threads: int | None, longest: int, repack: bool | None) -> None:
         self.lib = lib = load_library()
         self.threads = threads or usable_cores()  # llama.cpp's own default is half of them
         self._free = FreeCores(self.threads) if threads is None and self.threads > 1 else None
@@ -87,7 +92,8 @@ class LlamaModel:
         params.n_batch = params.n_ubatch = batch
         params.n_threads = params.n_threads_batch = self.threads
         params.kv_unified, params.embeddings = unified, embeddings
-        context = self.lib.llama_init_from_model(self.pointer, params)
+        with held():  # llama.cpp calls back to log
+            context = self.lib.llama_init_from_model(self.pointer, params)
         if not context:
             raise QeEdgeError(f"llama.cpp can't make a cache of {cells} tokens: memory is short")
         return context, self.lib.llama_batch_init(batch, 0, 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from qe_edge.console import quiet_transformers
 from qe_edge.errors import BadInput, NotFound
+from qe_edge.student.hub import reason
 
 HUB_SECONDS = 10.0
 
@@ -46,16 +47,13 @@ def find_on_hub(name: str) -> None:
         NotFound: it has none of that name, or can't be reached.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
 
     if os.environ.get("HF_HUB_OFFLINE") or isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
     try:
         HfApi().model_info(name, timeout=HUB_SECONDS)
     except Exception as error:  # its errors come from several packages
-        reason = " ".join(str(error).split())[:200]
-        why = "the hub has none for you" if isinstance(error, HfHubHTTPError) else "the hub can't be reached"
         raise NotFound(
-            f"no model {name!r}: there is no such file or folder here, and {why} ({reason}). "
+            f"no model {name!r}: there is no such file or folder here, and {reason(error)}. "
             "Name a model's folder or GGUF that is here, or try again with a network"
         ) from None

@@ -130,6 +130,11 @@ def knows(expander: Expander, query: str) -> bool:
     return detect_language(query) in expander.spec.prompt.languages
 
 
+def exported(workdir: Path) -> bool:
+    """Whether there is an export, which a command takes where no model is named."""
+    return any((workdir / "export").glob("[0-9]*"))
+
+
 def emit_asked(
     as_json: bool,
     command: str,

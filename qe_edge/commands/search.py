@@ -8,10 +8,20 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, ModelOption, WorkdirOption, chosen_model, emit, knows
+from qe_edge.commands.common import (
+    WORKDIR,
+    JsonOption,
+    ModelOption,
+    WorkdirOption,
+    chosen_model,
+    emit,
+    exported,
+    knows,
+)
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.runtime.expander import Expander
 from qe_edge.serve.config import SearchConfig
+from qe_edge.student.models import DEFAULT_STUDENT
 
 
 @flags_of(SearchConfig, "")
@@ -37,7 +47,8 @@ def search(
         query, collection, expander=expander, feedback=config.feedback, refine=config.refine, k=config.k
     )
     lines = []
-    following: tuple[object, ...] = ("qe-edge", "search", query, "--dataset", config.dataset)
+    student = ("--model", DEFAULT_STUDENT) if not exported(workdir) else ()
+    following: tuple[object, ...] = ("qe-edge", "search", query, "--dataset", config.dataset, *student)
     if expander:
         reader = ("--reader", config.reader) if config.reader else ()
         following = ("qe-edge", "serve", "--index", config.dataset, "--model", model, *reader)

@@ -91,6 +91,8 @@ class ExpansionCache:
     @contextmanager
     def _connected(self, *, wait: float = WAIT) -> Iterator[sqlite3.Connection]:
         """A connection for one transaction: SQLite's own may not be shared by threads, nor by a fork."""
+        if self.path.is_dir():
+            raise BadInput("is a folder; a cache of expansions is a SQLite file", path=self.path)
         try:
             with closing(sqlite3.connect(self.path, timeout=wait)) as db, db:
                 db.execute("PRAGMA synchronous=NORMAL")

@@ -21,7 +21,7 @@ from qe_edge.runtime.generation import Generation
 from qe_edge.runtime.pending import Pending
 from qe_edge.student.gate import OPEN, Gate
 from qe_edge.student.prompt import clean_query
-from qe_edge.text import words_of
+from qe_edge.text import whole_words, words_of
 
 HOTTEST = 10  # temperature, above which all words are as likely
 PATIENCE = 0.1  # seconds for a cache that another process holds
@@ -223,8 +223,8 @@ class Writing(Pending):
         return expanded
 
     def _judged(self, written: Completion, *, prompt_tokens: int = 0, cached: bool = False) -> ExpandedQuery:
-        text = " ".join(written.text.split())
         cut = CUT.get(written.finish_reason, "")
+        text = " ".join((whole_words(written.text) if cut else written.text).split())
         if cut and not text:
             reason = f"{cut} before the first word"
         else:

@@ -20,6 +20,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from qe_edge import __version__
@@ -43,6 +44,13 @@ from qe_edge.serve.messages import (
     StreamRequest,
 )
 from qe_edge.student.join import DEFAULT_JOIN
+
+REQUESTS: dict[str, type[BaseModel]] = {
+    "/expand": ExpandRequest,
+    "/expand/stream": StreamRequest,
+    "/feedback": FeedbackRequest,
+    "/search": SearchRequest,
+}
 
 
 class Service:
@@ -165,6 +173,8 @@ def create_app(
         found = [{name: part[name] for name in ("type", "loc", "msg")} for part in error.errors()]
         for part in found:
             part["msg"] = part["msg"].removeprefix("Value error, ")
+            if part["type"] == "extra_forbidden" and (asked := REQUESTS.get(request.url.path)):
+                part["msg"] = f"there is no such field; there are {', '.join(asked.model_fields)}"
             if part["loc"] == ("body",) and "json" not in request.headers.get("Content-Type", ""):
                 part["msg"] = "send the header Content-Type: application/json"
         return Response(json.dumps({"detail": found}), 422, media_type="application/json")
@@ -215,8 +225,9 @@ def create_app(
             raise HTTPException(422, "feedback and refine expand the query: leave expand out")
         name = request.index or next(iter(collections), "")
         if name not in collections:
-            known = ", ".join(collections) or "none; start the server with --index"
-            raise HTTPException(404, f"no index {name!r}; the indexes here: {known}")
+            if not collections:
+                raise HTTPException(404, "there is no index here; start the server with --index")
+            raise HTTPException(404, f"no index {name!r}; the indexes here: {', '.join(collections)}")
         collection = collections[name]
         async with service.place(1):
             plain = await run_in_threadpool(collection.plain, request.query)

@@ -60,7 +60,7 @@ def fetch(name: str) -> Path:
     try:
         return Path(hub.hf_hub_download(repo, found[0], revision=revision))
     except Exception as error:
-        raise NotFound(f"can't fetch {name}: {_reason(error)}") from None
+        raise NotFound(f"can't fetch {name}: {reason(error)}") from None
 
 
 def local_file(name: str | Path) -> Path:
@@ -87,10 +87,14 @@ def _kept(hub: Any, name: str, repo: str, revision: str | None, why: Exception) 
         folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
     except Exception:
         raise NotFound(
-            f"no model {name!r}: the hub doesn't give it, and it isn't here ({_reason(why)})"
+            f"no model {name!r}: it was not fetched before, and {reason(why)}. "
+            "Name a GGUF that is here, or try again with a network"
         ) from None
     return folder, [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def reason(error: Exception) -> str:
+    """Why the hub gave nothing, in our words and in its own."""
+    answered = isinstance(error, require("huggingface_hub.errors", "hub").HfHubHTTPError)
+    why = "the hub has none for you" if answered else "the hub can't be reached"
+    return f"{why} ({' '.join(str(error).split())[:200]})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,25 @@ from qe_edge.errors import QeEdgeError
 from qe_edge.student.spec import read_spec
 
 pytest.importorskip("llama_cpp")
+
+
+def test_ctrl_c_while_llama_cpp_logs_is_not_forgotten(gguf, monkeypatch):
+    """Python reports what is raised in a function that C calls back, and goes on."""
+    from llama_cpp import _logger
+
+    from qe_edge import Expander
+
+    class Levels(dict[int, int]):
+        def __getitem__(self, level: int) -> int:
+            if threading.current_thread() is threading.main_thread():
+                signal.raise_signal(signal.SIGINT)
+            return super().__getitem__(level)
+
+    levels = Levels(_logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL)
+    monkeypatch.setattr(_logger, "GGML_LOG_LEVEL_TO_LOGGING_LEVEL", levels)
+    with pytest.raises(KeyboardInterrupt):
+        Expander.load(gguf)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def run(code: str, *arguments: object) -> str:

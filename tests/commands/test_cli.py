@@ -442,7 +442,7 @@ def test_search_without_expansion(qe_edge):
     code, out, err = qe_edge("search", "popcorn", "--plain", "-k", "2")
     assert code == 0
     assert out.startswith(" 1. en-")
-    assert err == "next:   qe-edge search popcorn --dataset demo-en\n"
+    assert err == "next:   qe-edge search popcorn --dataset demo-en --model builtin:smollm2-135m\n"
     code, _, err = qe_edge("search", "popcorn", "--plain", "--passages", "3")
     assert code == 2 and "give --feedback or --refine too" in err
     code, _, err = qe_edge("search", "popcorn", "--refine", "--feedback")

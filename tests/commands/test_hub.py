@@ -101,7 +101,10 @@ def test_what_the_hub_lacks_or_refuses_is_said_in_one_line(
 ) -> None:
     there.repos["me/two"] = {"a-Q4_K_M.gguf": b"GGUF", "b-Q4_K_M.gguf": b"GGUF"}
     for name, message in (
-        ("hf:me/nothing:Q4_K_M", "no model 'hf:me/nothing:Q4_K_M': the hub doesn't give it"),
+        (
+            "hf:me/nothing:Q4_K_M",
+            "it was not fetched before, and the hub has none for you",
+        ),
         ("hf:me/two:Q8_0", "me/two has no file *Q8_0.gguf; it has a-Q4_K_M.gguf, b-Q4_K_M.gguf"),
         ("hf:me/two:Q4_K_M", "name one of them: hf:me/two/a-Q4_K_M.gguf, hf:me/two/b-Q4_K_M.gguf"),
     ):
