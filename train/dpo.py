@@ -183,5 +183,8 @@ def encode_pairs(
             encoded.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     if not encoded:
         known = ", ".join(spec.prompt.languages)
-        raise BadInput(f"no pair is left to train on, by a student that knows {known}{counted(dropped)}")
+        raise BadInput(
+            f"no pair is left to train on, by a student that knows {known}{counted(dropped)}; "
+            "--adapter takes one that learnt from them"
+        )
     return encoded, dropped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -36,6 +36,24 @@ class Column(NamedTuple):
 NAME = Column("system", "system", lambda s: s.name, "left")
 KEYS = ("join", "ndcg", "vs-bm25", "of-teacher", "of-gain", "helped", "speed", "ms", "file", "memory")
 NARROW = ("ndcg", "vs-bm25", "of-teacher", "speed", "ms")  # with a name, 80 characters
+
+# What a student's row ends with where it is used in more ways than to write.
+WAYS = {
+    "gate": "the student's text where its gate lets it pass, else the query alone",
+    "refine": "a text is written, what it finds is read, and both expand the query",
+    "feedback": "what the plain query finds is read; nothing is written",
+}
+JOINS = {
+    "mass": "mass:R weighs an expansion R times as much as its query",
+    "repeat": "repeat:N counts the query's words N times, the expansion's once",
+    "adaptive": "adaptive:B repeats the query by the expansion's length over B",
+}
+
+
+def ways(systems: Iterable[System]) -> list[str]:
+    """What the ways of using a student are, that rows of models name."""
+    names = [system.name for system in systems if system.kind == "model"]
+    return [f"+ {way}: {what}." for way, what in WAYS.items() if any(f" + {way}" in name for name in names)]
 
 
 def _share(interval: Interval | None) -> str:
@@ -87,7 +105,7 @@ def chosen(dataset: DatasetResult, keys: Sequence[str]) -> list[Column]:
     """
     known = {column.key: column for column in all_columns(dataset)}
     check_columns(keys, [name for system in dataset.systems for name in system.measures])
-    return [known[key] for key in keys if key in known]  # no budget may have cut anything
+    return [known.get(key) or Column(key, key.replace("-", " "), lambda _: MISSING) for key in keys]
 
 
 def check_columns(keys: Sequence[str], measures: Sequence[str]) -> None:
@@ -146,8 +164,16 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
         others = len(dataset.systems) - 1
         corrected = f", corrected by Holm over {others} systems" if others > 1 else ""
         lines.append(f"* p < {score(ALPHA).rstrip('0')} against BM25: paired randomization test{corrected}.")
+    lines += ways(dataset.systems)
+    if timed:
+        lines.append("tok/s: tokens written a second. ms/query: the median time to expand a query.")
     if any(key.endswith("-tokens") for key in keys):
-        lines.append(f"N tokens: {dataset.measure} when each expansion ends after so many.")
+        longest = max((budget for system in dataset.systems for budget in system.budgets), default=0)
+        later = [key for key in keys if key.endswith("-tokens") and int(key.partition("-")[0]) > longest]
+        more = f" {MISSING}: none is longer, or it wasn't cut." if later else ""
+        lines.append(f"N tokens: {dataset.measure} when each expansion ends after so many.{more}")
+    if dataset.teacher is None and keys & {"of-teacher", "of-gain"}:
+        lines.append("No teacher was measured to compare with: --teacher names a file of its texts.")
     if dataset.teacher is not None and "of-teacher" in keys:
         lines.append(
             f"of teacher: {dataset.measure} as a share of that of {dataset.teacher} "
@@ -170,6 +196,9 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
         for join in filter(None, joined):
             both = ", the first what is written and the second what is read" if " + " in join else ""
             lines.append(f"Joined by {join}{both}: {', '.join(joined[join])}.")
+    rules = [text for rule, text in JOINS.items() if any(f"{rule}:" in s.join for s in dataset.systems)]
+    if rules:
+        lines.append(f"{'; '.join(rules)}.")
     lines += dict.fromkeys(
         f"Encoding {dataset.info.documents:,} documents took {once.seconds:.0f} s on {once.threads} threads, "
         f"for {rate(once.megabytes)} MB of vectors: all rows with dense or hybrid need it first."

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qe_edge.bench.report import charts
-from qe_edge.bench.report.columns import load_note
+from qe_edge.bench.report.columns import load_note, ways
 from qe_edge.bench.report.figures import MISSING, bounds, caveat, percent, rate, score, signed
 from qe_edge.bench.report.section import Measurement, Section, headline, merge
 from qe_edge.bench.result import BenchResult, System, read_result
@@ -46,7 +46,9 @@ def chart_png(result: BenchResult, out: Path) -> Path:
     vl_convert = require("vl_convert", "report")
     sections = [section for section in merge([result]) if section.drawn]
     if not sections:
-        raise BadInput("no model's speed is in this bench result, so there is nothing to draw")
+        raise BadInput(
+            "no model was timed in this bench result, so there is nothing to draw; leave --png out"
+        )
     plots = [
         charts.pareto(section, charts.light_paint, _PNG_WIDTH).properties(
             title=alt.Title(section.info.name, subtitle=f"{len(section.queries)} queries, {result.label}")
@@ -94,7 +96,7 @@ def _view(section: Section, runs: Sequence[BenchResult]) -> dict[str, Any]:
         "section": section,
         "headline": headline(section),
         "caveat": caveat(section.info.name, len(section.queries), hint=": see the interval of “vs BM25”"),
-        "told": sorted(told),
+        "told": [*sorted(told), *ways(row.system for row in section.rows)],
         "pareto": charts.pareto(section, paint, "container").to_dict() if section.drawn else None,
         "by_budget": charts.by_budget(section, paint, "container").to_dict() if section.has_budgets else None,
         "tested": any(row.system.p_vs_bm25 is not None for row in section.rows),

@@ -19,21 +19,36 @@ GAP = "  "
 
 
 def console_table(result: BenchResult, columns: Sequence[str] = ()) -> str:
-    """All data sets of a result as text of 80 columns, wider only where the `columns` asked for are."""
+    """All data sets of a result as text of 80 columns; what has no room beside the first columns is below."""
     lines: list[str] = []
     for dataset in result.datasets:
-        shown = chosen(dataset, columns) if columns else narrow(dataset)
-        more = [] if columns else added(dataset)
+        groups = [chosen(dataset, columns)] if columns else [narrow(dataset), added(dataset)]
+        shown = [column for group in groups for column in group]
+        blocks = [block for group in groups for block in _blocks(dataset.systems, group)]
         lines += [f"{dataset.info.name} on {result.label}", ""]
-        lines += [*_aligned(dataset.systems, shown), ""]
-        having = [s for s in dataset.systems if any(column.cell(s) != MISSING for column in more)]
-        if having:
-            lines += [*_aligned(having, more), ""]
-        lines += [*(line for note in notes(dataset, [*shown, *more], result) for line in _wrapped(note)), ""]
+        for number, block in enumerate(blocks):
+            # Of the further ones only rows that have a figure there.
+            having = [s for s in dataset.systems if any(column.cell(s) != MISSING for column in block)]
+            if not number or having:
+                lines += [*_aligned(having if number else dataset.systems, block), ""]
+        lines += [*(line for note in notes(dataset, shown, result) for line in _wrapped(note)), ""]
     for tuning in result.tuning:
         chose = f"the best of {len(tuning.curve)} on {tuning.dataset}"
         lines.append(f"{tuning.model}: join {tuning.chosen}, {chose}")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _blocks(systems: Sequence[System], columns: Sequence[Column]) -> list[list[Column]]:
+    """The columns by tables that fit."""
+    from rich.cells import cell_len
+
+    blocks: list[list[Column]] = []
+    for column in columns:
+        if blocks and max(map(cell_len, _aligned(systems, [*blocks[-1], column]))) <= WIDTH:
+            blocks[-1].append(column)
+        else:
+            blocks.append([column])
+    return blocks
 
 
 def _aligned(systems: Sequence[System], columns: Sequence[Column]) -> list[str]:
@@ -83,8 +98,7 @@ def markdown_table(
     dataset: DatasetResult, columns: Sequence[str] = (), run: BenchResult | None = None
 ) -> str:
     """One data set as a Markdown table with its notes, for a README; all columns where none are named."""
-    of_teacher = () if dataset.teacher else ("of-teacher", "of-gain")  # which would be empty
-    every = [column for column in all_columns(dataset) if column.key not in of_teacher]
+    every = [c for c in all_columns(dataset) if any(c.cell(s) != MISSING for s in dataset.systems)]
     shown = chosen(dataset, columns) if columns else every
     titles, rows = _cells(dataset, shown)
     lines = [titles, [":--" if column.justify == "left" else "--:" for column in [NAME, *shown]]]

@@ -104,9 +104,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--model", default="builtin:smollm2-135m", help="the student (default: %(default)s)")
     parser.add_argument("--reader", help="an encoder's .gguf, to read what the student's text finds")
-    parser.add_argument(
-        "--cache", default="notes-cache.db", help="keeps texts (default: %(default)s)"
-    )
+    parser.add_argument("--cache", default="notes-cache.db", help="keeps texts (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8018, help="to listen on (default: %(default)s)")
     asked = parser.parse_args()
     if not asked.folder.is_dir():

@@ -18,6 +18,7 @@ from qe_edge.commands.common import (
     WorkdirOption,
     chosen_model,
     emit,
+    measured_on,
     named_columns,
     took_trained,
 )
@@ -115,7 +116,7 @@ def bench_speed(
     for ref in models:
         note(f"bench: {ref.name}")
         found.append(engine_speed(ref, threads=threads, rounds=rounds))
-    after = ("bench", "--dataset", "demo-en", "--model", names[0]) if names else None
+    after = ("bench", "--dataset", measured_on(Path(names[0]).parent), "--model", names[0]) if names else None
     emit(
         json,
         "bench speed",

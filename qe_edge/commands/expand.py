@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from qe_edge.commands.common import (
     chosen_model,
     emit,
     knows,
+    measured_on,
     tell_next,
 )
 from qe_edge.console import note
@@ -74,7 +76,7 @@ def expand(
         )
     elif rows:
         query = rows[0]["query"]
-        demo = "demo-zh" if detect_language(query) == "zh" else "demo-en"
+        demo = "demo-zh" if detect_language(query) == "zh" else measured_on(Path(model).parent)
         searched = ("qe-edge", "search", query, "--dataset", demo, "--model", model)
         # A student that doesn't know the language is to be trained first: what on, `data info` says.
         tell_next(searched if knows(expander, query) else ("qe-edge", "data", "info", demo), sys.stderr)

@@ -63,12 +63,12 @@ def report(
         took("result", results[0])
     folder = results[0] if results[0].is_dir() else results[0].parent
     artifacts = {"report": verb(results, out or folder / "report.html")}
-    if png:
-        artifacts["png"] = chart_png(read_result(results[0]), png)
     read = [read_result(path) for path in results]
     if csv:
         write_bytes(csv, csv_rows(read).encode())
         artifacts["csv"] = csv
+    if png:  # last: it may be that there is nothing to draw
+        artifacts["png"] = chart_png(read[0], png)
     text = "\n".join(str(path) for path in artifacts.values())
     if markdown:
         tables = [

@@ -19,9 +19,11 @@ from qe_edge.commands.common import (
     knows,
 )
 from qe_edge.commands.flags import Settings, flags_of
+from qe_edge.console import warn
 from qe_edge.runtime.expander import Expander
 from qe_edge.serve.config import SearchConfig
 from qe_edge.student.models import DEFAULT_STUDENT
+from qe_edge.text import detect_language
 
 
 @flags_of(SearchConfig, "")
@@ -52,6 +54,9 @@ def search(
     if expander:
         reader = ("--reader", config.reader) if config.reader else ()
         following = ("qe-edge", "serve", "--index", config.dataset, "--model", model, *reader)
+        lang = detect_language(" ".join(hit.text for hit in hits[:3]))
+        if hits and knows(expander, query) and lang not in expander.spec.prompt.languages:
+            warn(f"{config.dataset} is in {lang}, which the student doesn't know: it finds little there")
         if not knows(expander, query):  # it is to be trained first
             following = ("qe-edge", "data", "info", config.dataset)
         expander.close()

@@ -77,7 +77,7 @@ def _pairs_for(work: Workdir, student: Path) -> bool:
     from qe_edge.train.pairs import PAIRS
 
     try:
-        check_learnt(student, {row.dataset for row in read_jsonl(work.newest_pairs() / PAIRS, Pair)})
+        check_learnt(student, {row.dataset for row in read_jsonl(work.newest_pairs(student) / PAIRS, Pair)})
     except QeEdgeError:
         return False
     return True
@@ -109,7 +109,8 @@ def train_dpo(
     work = Workdir(workdir)
     taken = pairs is None
     if pairs is None:
-        pairs = work.newest_pairs() / PAIRS
+        known = adapter if adapter and (adapter / MANIFEST).is_file() else None
+        pairs = work.newest_pairs(known) / PAIRS
     datasets = {row.dataset for row in read_jsonl(pairs, Pair)}
     if taken:
         took("pairs", pairs, f"the newest, of {', '.join(sorted(datasets))}")

@@ -103,19 +103,21 @@ class Workdir:
         _refuse_several("`qe-edge teach` collected texts", taught, "--expansions")
         return files[0]
 
-    def newest_pairs(self) -> Path:
-        """The newest output of `pairs`.
+    def newest_pairs(self, student: Path | None = None) -> Path:
+        """The newest output of `pairs`; for a `student` of what it learnt from, where there is one.
 
         Raises:
             NotFound: there is none.
             BadArgument: there is one of another data set, too.
         """
-        newest = self.newest("pairs")
-        found = {
-            record["settings"]["dataset"]: folder / "pairs.jsonl" for folder, record in self._records("pairs")
-        }
-        _refuse_several("`qe-edge pairs` made pairs", found, "--pairs")
-        return newest
+        self.newest("pairs")  # or says that there is none
+        learnt = read_json(student / MANIFEST).get("learnt", ()) if student else ()
+        every = [(record["settings"]["dataset"], folder) for folder, record in self._records("pairs")]
+        fit = [(name, folder) for name, folder in every if _base(name) in map(_base, learnt)] or every
+        _refuse_several(
+            "`qe-edge pairs` made pairs", {name: folder / "pairs.jsonl" for name, folder in fit}, "--pairs"
+        )
+        return fit[-1][1]
 
     def newest_sft(self, datasets: Set[str]) -> Path:
         """The newest output of `train sft`, to go on with pairs of these data sets.
@@ -144,7 +146,13 @@ class Workdir:
         if last:
             return max(last, key=lambda folder: folder.stat().st_mtime)
         wanted = " or ".join(f"`{_COMMAND[stage]}`" for stage in stages)
-        raise NotFound(f"{self.root} holds no output of {wanted}; run it first, or name {named}")
+        first = "run it first" if len(stages) == 1 else "run one of them first"
+        raise NotFound(f"{self.root} holds no output of {wanted}; {first}, or name {named}")
+
+
+def _base(name: str) -> str:
+    """A data set's name, without its split and the folders above its own."""
+    return Path(name.partition("@")[0]).name
 
 
 def check_learnt(student: Path, datasets: Set[str]) -> None:

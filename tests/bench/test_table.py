@@ -49,10 +49,13 @@ gpt-4.1 zero-shot .800 [.700, .900]                    –       –     –    
 
 2 queries, 95 % bootstrap intervals. So few cannot tell small differences from
 chance: see the interval of “vs BM25”.
+tok/s: tokens written a second. ms/query: the median time to expand a query.
 of teacher: nDCG@10 as a share of that of gpt-4.1 zero-shot (–: BM25, and the
 teacher itself).
 Joined by mass:0.7: my[bold]|Q4.
 Joined by repeat:5: gpt-4.1 zero-shot.
+mass:R weighs an expansion R times as much as its query; repeat:N counts the
+query's words N times, the expansion's once.
 my[bold]|Q4: queries without an expansion, searched as they are: 2.
 """
     )
@@ -74,10 +77,31 @@ def test_columns_can_be_chosen() -> None:
     (line,) = (x for x in console_table(small(), ["join", "of-gain", "file"]).splitlines() if "|Q4  " in x)
     assert line.split() == ["my[bold]|Q4", "mass:0.7", "−6", "%", "105"]
     assert markdown_table(small().datasets[0], ["ms"]).splitlines()[3] == r"| my[bold]\|Q4 | 385 |"
+    # What has no room beside the others stands below them.
+    wide = ["join", "ndcg", "vs-bm25", "of-teacher", "of-gain", "helped", "speed", "ms", "file", "memory"]
+    lines = console_table(small(), wide).splitlines()
+    assert max(map(cell_len, lines)) <= 80 and sum(line.startswith("my[bold]|Q4") for line in lines) >= 2
+    # What wasn't measured is not left out without a word.
+    told = " ".join(console_table(small(), ["ndcg", "128-tokens"]).split())
+    assert "system nDCG@10 128 tokens" in told
+    assert "when each expansion ends after so many. –: none is longer, or it wasn't cut." in told
+    (data,) = small().datasets
+    alone = msgspec.structs.replace(data, teacher=None)
+    told = console_table(msgspec.structs.replace(small(), datasets=[alone]), ["of-teacher"])
+    assert "No teacher was measured to compare with: --teacher names a file of its texts." in told
     told = "of its gain: of what gpt-4.1 zero-shot gains over BM25, the share that is gained too."
     assert told in " ".join(console_table(small(), ["of-gain"]).split())
     with pytest.raises(BadArgument, match=r"no column 'x'; there are: join, ndcg, vs-bm25, of-teacher"):
         console_table(small(), ["x"])
+
+
+def test_ways_of_using_a_student_are_explained_where_they_stand() -> None:
+    (data,) = small().datasets
+    gated = msgspec.structs.replace(data.systems[1], name="my[bold]|Q4 + gate")
+    data = msgspec.structs.replace(data, systems=[*data.systems, gated])
+    told = "+ gate: the student's text where its gate lets it pass, else the query alone."
+    for table in (console_table(msgspec.structs.replace(small(), datasets=[data])), latex_table(data)):
+        assert told in table and "+ refine:" not in table
 
 
 def test_rows_of_one_name_show_their_join() -> None:

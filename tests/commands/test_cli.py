@@ -217,6 +217,9 @@ def test_no_next_command_is_for_a_student_that_lacks_the_language(qe_edge):
     for command in (["expand"], ["search", "-d", "demo-zh"]):
         code, _, err = qe_edge(*command, "潮汐是怎么来的", "-m", "builtin:smollm2-135m")
         assert (code, err.splitlines()[-1]) == (0, "next:   qe-edge data info demo-zh")
+    _, out, err = qe_edge("search", "-d", "demo-zh", "what does SPF stand for", "-m", "builtin:smollm2-135m")
+    assert "防晒" in out
+    assert "warning: demo-zh is in zh, which the student doesn't know: it finds little there\n" in err
 
 
 def test_a_reader_that_is_not_there_is_told_before_the_work(qe_edge, gguf):
@@ -449,6 +452,19 @@ def test_search_without_expansion(qe_edge):
     assert code == 2 and "give one of --plain, --feedback and --refine" in err
     code, _, err = qe_edge("bench", "-d", "demo-en", "--passages", "3")
     assert code == 2 and "passages are read with feedback or refine only" in err
+
+
+def test_a_report_without_times_writes_its_csv_and_says_what_to_leave_out(qe_edge, tmp_path):
+    pytest.importorskip("altair")
+    made = bench()
+    write_json(
+        tmp_path / "result.json",
+        msgspec.to_builtins(msgspec.structs.replace(made, datasets=made.datasets[1:])),
+    )
+    flags = ["--png", tmp_path / "a.png", "--csv", tmp_path / "a.csv"]
+    code, _, err = qe_edge("report", tmp_path / "result.json", *flags)
+    assert code == 5 and err.endswith("so there is nothing to draw; leave --png out\n")
+    assert (tmp_path / "a.csv").read_text().startswith("machine,dataset,")
 
 
 def test_report_draws_the_newest_bench_and_prints_markdown(qe_edge, tmp_path):

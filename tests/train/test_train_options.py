@@ -247,6 +247,7 @@ def test_what_to_train_on_is_not_guessed(tmp_path):
     told = f"sets ({sets}); give --pairs {pairs / '002/pairs.jsonl'} or --pairs {pairs / '003/pairs.jsonl'}"
     with pytest.raises(BadArgument, match=re.escape(told)):
         work.newest_pairs()
+    assert work.newest_pairs(sft / "002") == pairs / "002" and work.newest_pairs(sft / "003") == pairs / "003"
     told = f"sets (a + c, b + c); give --adapter {sft / '002'} or --adapter {sft / '003'}"
     with pytest.raises(BadArgument, match=re.escape(told)):
         work.newest_sft({"a"})

@@ -101,7 +101,7 @@ class EndpointTeacher:
                     extra_body={name: value for name, value in body.items() if value is not None},
                 )
         except (TimeoutError, openai.APITimeoutError):
-            raise Unanswered(f"no answer within {self._timeout:g} s", late=True) from None
+            raise Unanswered(f"no answer within {self._timeout:g} s (--timeout)", late=True) from None
         except openai.APIStatusError as error:
             raise self._refusal(error.status_code, error.body, error.response, request) from None
         except openai.APIConnectionError as error:
