@@ -45,7 +45,8 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     if config.teacher_models and not config.teachers:
         raise BadArgument("--teacher-model chooses among the texts of a --teacher: name one")
     if not config.models:
-        note("bench: without a model, since none is named; --model builtin:smollm2-135m takes ours")
+        ours = ", as builtin:smollm2-135m does" if any(data.lang == "en" for data in loaded) else ""
+        note(f"bench: without a model, since none is named; --model takes one that knows the language{ours}")
     named = dict(parse_model(text) for text in config.models)
     inputs: dict[str, Path | str] = {label: resolve(name).path or name for label, name in named.items()}
     inputs |= {f"teachers[{i}]": path for i, path in enumerate(config.teachers)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from qe_edge.interrupt import held
 
 
@@ -13,7 +15,10 @@ def main() -> None:
             from qe_edge import cli
     except KeyboardInterrupt:
         interrupted = True
-    cli.main(interrupted=interrupted)
+    try:
+        cli.main(interrupted=interrupted)
+    finally:  # the work is done: a Ctrl-C while Python ends must not say that it isn't
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

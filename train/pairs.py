@@ -94,7 +94,9 @@ def pairs(
     scored = list(zip(known, candidates[len(queries) :], strict=True))
     made, why_not = make_pairs(scored, config, index.analyze)
     best = best_of(scored, {candidate.query_id: candidate.reward for candidate in candidates[: len(queries)]})
-    report = summarize(candidates, made, dropped + why_not, queries=len(data.queries), reward=config.reward)
+    penalty = f" less {config.length_penalty:g} per hundred words" if config.length_penalty else ""
+    named = f"{config.reward}{penalty}"
+    report = summarize(candidates, made, dropped + why_not, queries=len(data.queries), reward=named)
     if not made:
         more = "Ask for more of each query (`qe-edge teach --n 4`)"
         if any(reason.startswith("marked") for reason in report["dropped"]):

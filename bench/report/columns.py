@@ -145,6 +145,13 @@ def load_note(run: BenchResult) -> str:
     return f"Other work took {100 * load:.0f} % of the processors at the start: the times say little."
 
 
+def reuse_note(systems: Iterable[System]) -> str:
+    """Whose times are not of this run."""
+    names = dict.fromkeys(system.name for system in systems if system.speed and system.speed.reused)
+    told = "Times measured in an earlier run, at least in part, and under its load: "
+    return f"{told}{', '.join(names)}." if names else ""
+
+
 def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | None = None) -> list[str]:
     """What a reader of a table must know: its size, its teacher, its failures, and what its columns say.
 
@@ -156,10 +163,8 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
     timed = keys & {"speed", "ms"} and any(system.speed for system in dataset.systems)
     if run and timed and (told := load_note(run)):
         lines.append(told)
-    reused = [s.name for s in dataset.systems if s.speed and s.speed.reused]
-    if reused and timed:
-        names = ", ".join(dict.fromkeys(reused))
-        lines.append(f"Times measured in an earlier run, at least in part, and under its load: {names}.")
+    if timed and (told := reuse_note(dataset.systems)):
+        lines.append(told)
     if "vs-bm25" in keys and any((system.p_vs_bm25 or 1) < ALPHA for system in dataset.systems):
         others = len(dataset.systems) - 1
         corrected = f", corrected by Holm over {others} systems" if others > 1 else ""

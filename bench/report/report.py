@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qe_edge.bench.report import charts
-from qe_edge.bench.report.columns import load_note, ways
+from qe_edge.bench.report.columns import load_note, reuse_note, ways
 from qe_edge.bench.report.figures import MISSING, bounds, caveat, percent, rate, score, signed
 from qe_edge.bench.report.section import Measurement, Section, headline, merge
 from qe_edge.bench.result import BenchResult, System, read_result
@@ -89,7 +89,11 @@ def _view(section: Section, runs: Sequence[BenchResult]) -> dict[str, Any]:
         for run in runs
         for data in run.datasets
         if data.fingerprint == section.fingerprint
-        for warning in [load_note(run) if section.drawn else "", *(f"{text}." for text in data.warnings)]
+        for warning in [
+            load_note(run) if section.drawn else "",
+            reuse_note(data.systems),
+            *(f"{text}." for text in data.warnings),
+        ]
         if warning
     }
     return {

@@ -54,7 +54,7 @@ def read_header(data: mmap.mmap) -> tuple[dict[str, Value], dict[str, Tensor], i
     magic, reader = data[:4], _Reader(data, 4)
     version = reader.number(_UINT32)
     if magic != b"GGUF" or version not in (2, 3):
-        raise Damaged(f"it begins with {magic!r} and version {version}, not with b'GGUF' and 2 or 3")
+        raise Damaged(f"it is no GGUF of version 2 or 3, for it begins with {magic!r} and version {version}")
     tensor_count, key_count = reader.number(_UINT64), reader.number(_UINT64)
     if 13 * key_count + 24 * tensor_count > len(data):
         raise Damaged(f"it promises {key_count} keys and {tensor_count} tensors, more than it has room for")

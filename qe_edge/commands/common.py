@@ -219,6 +219,11 @@ def tell_next(following: Sequence[object], stream: TextIO | None = None) -> None
         print(f"next:   {command_line(following)}", file=stream, flush=True)
 
 
+def last_words(text: str) -> tuple[str, ...]:
+    """A text as the last words of a command; one like a flag needs a mark before it."""
+    return ("--", text) if text.startswith("-") else (text,)
+
+
 def command_line(words: Sequence[object]) -> str:
     """A command as it can be copied into a shell, one of ours in the work folder that this one was given.
 
@@ -229,7 +234,8 @@ def command_line(words: Sequence[object]) -> str:
         asked = sys.argv[1:]
         given = [word.partition("=")[2] for word in asked if word.startswith("--workdir=")]
         given += [value for word, value in pairwise(asked) if word == "--workdir"]
-        others += ["--workdir", given[-1]] if given else []
+        flags = others.index("--") if "--" in others else len(others)  # what is behind it is no flag
+        others[flags:flags] = ["--workdir", given[-1]] if given else []
         if Path(sys.argv[0]).stem == PROGRAM and not shutil.which(PROGRAM):
             first = sys.argv[0]
     elif not shutil.which(first):  # Python

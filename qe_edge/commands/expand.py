@@ -16,6 +16,7 @@ from qe_edge.commands.common import (
     chosen_model,
     emit,
     knows,
+    last_words,
     measured_on,
     tell_next,
 )
@@ -77,7 +78,7 @@ def expand(
     elif rows:
         query = rows[0]["query"]
         demo = "demo-zh" if detect_language(query) == "zh" else measured_on(Path(model).parent)
-        searched = ("qe-edge", "search", query, "--dataset", demo, "--model", model)
+        searched = ("qe-edge", "search", "--dataset", demo, "--model", model, *last_words(query))
         # A student that doesn't know the language is to be trained first: what on, `data info` says.
         tell_next(searched if knows(expander, query) else ("qe-edge", "data", "info", demo), sys.stderr)
     if failures:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qe_edge.commands.bench import emit_bench
-from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, command_line, emit
+from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, command_line, emit, last_words
 from qe_edge.commands.flags import DataOption, Settings, flags_of
 from qe_edge.overrides import Overrides
 from qe_edge.work.folder import Workdir
@@ -68,6 +68,7 @@ def _run(recipe: str, overrides: Overrides, data: Path | None, workdir: Path, js
         smallest = min(exported.glob("[!.]*.gguf"), key=lambda file: file.stat().st_size)
         searched = work.made_folder(Path(loaded.notes.folder)) if loaded.notes else loaded.bench.datasets[0]
         question = next(iter(load_dataset(str(searched)).queries.values()))
-        expand = ("qe-edge", "expand", question, "--model", smallest)
-        search = ("qe-edge", "search", question, "--refine", "--dataset", searched, "--model", smallest)
+        expand = ("qe-edge", "expand", "--model", smallest, *last_words(question))
+        flags = ("--refine", "--dataset", searched, "--model", smallest)
+        search = ("qe-edge", "search", *flags, *last_words(question))
         print(f"model:  {smallest}\nnext:   {command_line(expand)}\n        {command_line(search)}")

@@ -17,12 +17,14 @@ from qe_edge.commands.common import (
     emit,
     exported,
     knows,
+    last_words,
 )
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import warn
 from qe_edge.runtime.expander import Expander
 from qe_edge.serve.config import SearchConfig
 from qe_edge.student.models import DEFAULT_STUDENT
+from qe_edge.student.prompt import clean_query
 from qe_edge.text import detect_language
 
 
@@ -42,6 +44,7 @@ def search(
     from qe_edge.serve.collection import search as verb
 
     config = settings.config()
+    clean_query(query)  # a blank one is refused before the work
     collection = Collection.open(config.dataset, workdir / "index", analyzer=config.analyzer)
     model = None if config.plain else chosen_model(model, workdir)
     expander = Expander.load(model, passages=config.passages, reader=config.reader) if model else None
@@ -50,7 +53,8 @@ def search(
     )
     lines = []
     student = ("--model", DEFAULT_STUDENT) if not exported(workdir) else ()
-    following: tuple[object, ...] = ("qe-edge", "search", query, "--dataset", config.dataset, *student)
+    asked = ("search", "--dataset", config.dataset, *student, *last_words(query))
+    following: tuple[object, ...] = ("qe-edge", *asked)
     if expander:
         reader = ("--reader", config.reader) if config.reader else ()
         following = ("qe-edge", "serve", "--index", config.dataset, "--model", model, *reader)

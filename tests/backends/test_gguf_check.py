@@ -205,7 +205,10 @@ BYTES: list[tuple[Callable[[bytes], bytes], str]] = [
     (lambda data: data[:100], "a text ends after the file|it ends within|promises"),
     (lambda data: data[:-1000], r"\S+ ends after the file"),
     (lambda data: b"GGML" + data[4:], "begins with b'GGML' and version 3"),
-    (lambda data: data[:4] + pack("<I", 1) + data[8:], "version 1, not with"),
+    (
+        lambda data: data[:4] + pack("<I", 1) + data[8:],
+        "no GGUF of version 2 or 3, for it begins with b'GGUF' and version 1",
+    ),
     (lambda data: data[:4] + pack(">I", 3) + data[8:], "version 50331648"),
     (lambda data: data[:8] + pack("<Q", 2**40) + data[16:], "promises .* and 1099511627776 tensors"),
     (lambda data: data[:16] + pack("<Q", 2**63) + data[24:], "promises 9223372036854775808 keys"),

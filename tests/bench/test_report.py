@@ -94,6 +94,15 @@ def test_page_content(tmp_path: Path) -> None:
     assert "student-BF16, the best of 4 rows of models, reaches nDCG@10 .503 on 26 queries" in parsed.text
     assert "No model was run here." in parsed.text
     assert "swap was in use" in parsed.text
+    data, *others = bench().datasets
+    systems = [
+        msgspec.structs.replace(s, speed=s.speed and msgspec.structs.replace(s.speed, reused=True))
+        for s in data.systems
+    ]
+    again = [msgspec.structs.replace(data, systems=systems), *others]
+    told = "Times measured in an earlier run, at least in part, and under its load: smollm2-135m base, student-BF16"
+    assert told in Page(page(tmp_path, msgspec.structs.replace(bench(), datasets=again))).text
+    assert told not in parsed.text
     assert "10000 resamples" in parsed.text
     # One chart of effectiveness and speed, and one per model that answered alike on both machines.
     assert len(parsed.specs()) == 5

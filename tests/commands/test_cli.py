@@ -16,7 +16,7 @@ from results import bench
 
 from qe_edge import __version__, doctor
 from qe_edge.cli import app, main
-from qe_edge.commands.common import command_line, measured_on
+from qe_edge.commands.common import command_line, last_words, measured_on
 from qe_edge.errors import QeEdgeError, require
 from qe_edge.records import Expansion, Pair, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
@@ -192,6 +192,8 @@ def test_a_command_line_is_quoted_and_finds_us(monkeypatch, tmp_path):
     (tmp_path / "qe-edge").touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert command_line(words) == "qe-edge export 'my work/001' --q4 --workdir 'my work'"
+    like_a_flag = ("qe-edge", "search", *last_words("-5 degrees"))
+    assert command_line(like_a_flag) == "qe-edge search --workdir 'my work' -- '-5 degrees'"
     assert command_line(("python", "a b")) == f"{sys.executable} 'a b'"
     (tmp_path / "python").touch(0o755)
     assert command_line(("python", "a b")) == "python 'a b'"
@@ -203,7 +205,7 @@ def test_a_command_line_is_quoted_and_finds_us(monkeypatch, tmp_path):
 def test_what_is_piped_on_has_the_next_command_beside_it(qe_edge, gguf, query, dataset):
     code, out, err = qe_edge("expand", query, "-m", gguf, "--budget-tokens", 4)
     assert (code, len(out.splitlines())) == (0, 1)
-    searched = f"qe-edge search {shlex.quote(query)} --dataset {dataset} --model {gguf}"
+    searched = f"qe-edge search --dataset {dataset} --model {gguf} {shlex.quote(query)}"
     assert err.splitlines()[-1] == f"next:   {searched}"
     code, out, err = qe_edge(*shlex.split(searched)[1:])
     assert code == 0 and "next:" not in out
@@ -445,7 +447,10 @@ def test_search_without_expansion(qe_edge):
     code, out, err = qe_edge("search", "popcorn", "--plain", "-k", "2")
     assert code == 0
     assert out.startswith(" 1. en-")
-    assert err == "next:   qe-edge search popcorn --dataset demo-en --model builtin:smollm2-135m\n"
+    assert err == "next:   qe-edge search --dataset demo-en --model builtin:smollm2-135m popcorn\n"
+    for blank in ("", "  "):
+        code, _, err = qe_edge("search", blank, "--plain")
+        assert (code, err) == (5, "error: the query is empty; give at least one word\n")
     code, _, err = qe_edge("search", "popcorn", "--plain", "--passages", "3")
     assert code == 2 and "give --feedback or --refine too" in err
     code, _, err = qe_edge("search", "popcorn", "--refine", "--feedback")

@@ -156,6 +156,11 @@ def test_of_two_equally_good_candidates_the_shorter_wins(tmp_path, collection):
     with pytest.raises(BadInput, match="of equal reward"):
         build(tmp_path, collection, rows)
     folder = build(tmp_path, collection, rows, length_penalty=1.0)
+    told = describe(read_json(folder / "report.json")).splitlines()
+    assert told[:2] == [
+        "nDCG@10 of 1 query; gain over plain [95 %]; best, or as good, for how many by",
+        "  nDCG@10 less 1 per hundred words",
+    ]
     (pair,) = read_jsonl(folder / "pairs.jsonl", Pair)
     assert pair.chosen == "gravity raises tides"
     assert (pair.chosen_ndcg, pair.rejected_ndcg) == (1.0, 1.0)
