@@ -100,7 +100,7 @@ def test_page_content(tmp_path: Path) -> None:
         for s in data.systems
     ]
     again = [msgspec.structs.replace(data, systems=systems), *others]
-    told = "Times measured in an earlier run, at least in part, and under its load: smollm2-135m base, student-BF16"
+    told = "Times measured in an earlier run, at least in part, and under its load: smollm2-135m base"
     assert told in Page(page(tmp_path, msgspec.structs.replace(bench(), datasets=again))).text
     assert told not in parsed.text
     assert "10000 resamples" in parsed.text
