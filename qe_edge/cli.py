@@ -92,8 +92,7 @@ def main(*, interrupted: bool = False) -> None:
         sys.exit(code)
     except UsageError as error:  # it shows the usage, and the options that are like it
         error.message = _plain(error.message)
-        if _command() == "bench" and error.message.startswith("No such command"):
-            error.message += " A data set is named with --dataset."
+        error.message += _remedy(error)
         error.show()
         if "--json" in sys.argv:
             emit(True, _command(), "", status="error", errors=[redact(error.format_message())])
@@ -119,6 +118,21 @@ _PYDANTIC = {
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
 }
+
+
+def _remedy(error: Any) -> str:
+    """What to write instead, where Typer doesn't say it."""
+    unknown_option = error.message.startswith("No such option")
+    if unknown_option and "--split" in error.message:
+        return ". A split is named with its data set: NAME@SPLIT"
+    if unknown_option and _command() in ("expand", "search"):
+        return ". A query that begins with - comes after --, as in: -- '-5 degrees'"
+    if unknown_option and error.ctx.parent is None:
+        return ". Options stand behind the command"
+    if error.message.startswith("No such command") and "Did you mean" not in error.message:
+        known = f" There are: {', '.join(error.ctx.command.commands)}."
+        return f"{known} A data set is named with --dataset." if _command() == "bench" else known
+    return ""
 
 
 def _plain(message: str) -> str:

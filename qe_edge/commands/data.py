@@ -44,7 +44,13 @@ def data_info(
     """Count a data set, and check that its judgments fit its documents."""
     import msgspec
 
-    from qe_edge.retrieval.datasets import describe, load_collection, load_dataset, split_name, splits
+    from qe_edge.retrieval.datasets import (
+        describe,
+        load_collection,
+        load_dataset,
+        split_name,
+        splits,
+    )
 
     dataset = load_collection(name)
     if dataset.folder and splits(dataset.folder) and not dataset.queries:
@@ -52,13 +58,15 @@ def data_info(
     if dataset.folder and "train" in splits(dataset.folder):  # a teacher is asked for these first
         name = f"{split_name(name)[0]}@train"
     asking = ("teach", "--dataset") if dataset.queries else ("data", "queries")
+    # Without queries to train on there are none to take few-shot exemplars from.
+    mode = ("--mode", "zero-shot") if dataset.queries and not name.endswith("@train") else ()
     info = msgspec.to_builtins(describe(dataset)) | {"fingerprint": dataset.fingerprint()}
     emit(
         json,
         "data info",
         "\n".join(f"{key:<12} {value}" for key, value in info.items()),
         metrics=info,
-        following=("qe-edge", *asking, name, "--endpoint", "URL", "--model", "MODEL"),
+        following=("qe-edge", *asking, name, "--endpoint", "URL", "--model", "MODEL", *mode),
     )
 
 

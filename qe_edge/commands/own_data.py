@@ -103,7 +103,9 @@ def data_queries(
         inputs={"folder": folder, "model": config.model, "endpoint": config.endpoint},
         artifacts={"folder": folder},
         metrics=msgspec.to_builtins(report) if report else {},
-        following=("qe-edge", "teach", "--dataset", f"{folder}@train", *at, "--model", config.model),
+        following=("qe-edge", "teach", "--dataset", f"{folder}@train", *at, "--model", config.model)
+        if report and report.train
+        else ("qe-edge", "bench", "--dataset", folder),
     )
 
 
@@ -156,7 +158,18 @@ def data_judge(
         inputs={"dataset": str(data), "model": config.model, "endpoint": config.endpoint},
         artifacts={"judgments": file},
         metrics=msgspec.to_builtins(found) if found else {},
-        following=("qe-edge", "bench", "--dataset", judged, "--measure", "Judged@10"),
+        following=("qe-edge", "bench", "--dataset", judged, "--measure", "Judged@10")
+        if outcome.done > sum(outcome.problems.values())
+        else (
+            "qe-edge",
+            "data",
+            "judge",
+            dataset,
+            "--endpoint",
+            config.endpoint or "URL",
+            "--model",
+            "MODEL",
+        ),
     )
 
 

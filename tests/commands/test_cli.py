@@ -245,6 +245,37 @@ def test_a_data_set_that_is_mistyped_or_out_of_place_has_its_remedy(qe_edge, tmp
     assert (code, err) == (2, "error: name the teacher with --model (and --endpoint)\n")
 
 
+def test_a_data_set_without_training_queries_is_taught_without_examples(qe_edge, tmp_path):
+    shutil.copytree(builtin_folder("demo-en"), tmp_path / "mine")
+    (tmp_path / "mine" / "qrels" / "train.tsv").unlink()
+    _, out, _ = qe_edge("data", "info", tmp_path / "mine")
+    asked = f"teach --dataset {tmp_path / 'mine'} --endpoint URL --model MODEL --mode zero-shot"
+    assert out.splitlines()[-1] == f"next:   qe-edge {asked}"
+    _, out, _ = qe_edge("data", "info", "demo-en")
+    assert (
+        out.splitlines()[-1] == "next:   qe-edge teach --dataset demo-en@train --endpoint URL --model MODEL"
+    )
+
+
+def test_a_usage_error_says_what_to_write_instead(qe_edge):
+    for asked, told in (
+        (
+            ["teach", "--split", "train"],
+            "No such option: --split. A split is named with its data set: NAME@SPLIT",
+        ),
+        (["--json", "doctor"], "Options stand behind the command"),
+        (["train", "foo"], "No such command 'foo'. There are: sft, dpo."),
+    ):
+        code, _, err = qe_edge(*asked)
+        assert code == 2 and told in err
+
+
+def test_a_query_like_a_flag_has_its_remedy(qe_edge):
+    for command in ("expand", "search"):
+        code, _, err = qe_edge(command, "-5 degrees")
+        assert code == 2 and "A query that begins with - comes after --, as in: -- '-5 degrees'" in err
+
+
 def test_queries_that_bm25_finds_nothing_for_are_told(qe_edge):
     code, out, _ = qe_edge("bench", "-d", "demo-zh", "--analyzer", "english", "--json")
     told = "does --analyzer english fit them?"
