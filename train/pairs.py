@@ -99,14 +99,17 @@ def pairs(
     report = summarize(candidates, made, dropped + why_not, queries=len(data.queries), reward=named)
     if not made:
         more = "Ask for more of each query (`qe-edge teach --n 4`)"
-        if any(reason.startswith("marked") for reason in report["dropped"]):
-            more = "Take what is marked (--accept cut), or ask for more of each query (`qe-edge teach --n 4`)"
+        if "marked as cut" in report["dropped"]:
+            more = "Take what was cut (--accept cut), or ask for more of each query (`qe-edge teach --n 4`)"
+        if "below --min-gap" in report["dropped"]:
+            more += ", or take a smaller --min-gap"
+        more += "; `train sft` needs no pairs"
         if len(known) == len(queries):
             left_out = f" ({listed(report['dropped'])})" if report["dropped"] else ""
             raise BadInput(f"no query has two candidates, of which a pair could be made{left_out}. {more}")
         raise BadInput(
             f"no two candidates of one query differ by {config.min_gap} {config.reward}; "
-            f"{listed(report['dropped'])}. {more}, or take a smaller --min-gap"
+            f"{listed(report['dropped'])}. {more}"
         )
     with atomic_path(out) as partial:
         partial.mkdir()

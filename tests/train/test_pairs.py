@@ -192,8 +192,14 @@ def test_any_measure_or_a_mix_is_the_reward(tmp_path, collection):
 def test_marked_rows_are_left_out_unless_asked_for(tmp_path, collection):
     cut = msgspec.structs.replace(candidate("q1", "gravity raises tides"), problem="cut")
     rows = [cut, candidate("q1", "dough"), candidate("q2", "yeast")]
-    with pytest.raises(BadInput, match="1 marked as cut"):
+    with pytest.raises(BadInput, match="1 marked as cut") as error:
         build(tmp_path, collection, rows)
+    assert "Take what was cut (--accept cut), or ask for more" in str(error.value)
+    copied = msgspec.structs.replace(cut, problem="copy of the query")
+    with pytest.raises(BadInput, match="1 marked as copy of the query") as error:
+        build(tmp_path, collection, [copied, *rows[1:]], accept=("cut",))
+    assert "--accept cut" not in str(error.value) and "--min-gap" not in str(error.value)
+    assert str(error.value).endswith("`qe-edge teach --n 4`); `train sft` needs no pairs")
     assert (
         len(list(read_jsonl(build(tmp_path, collection, rows, accept=("cut",)) / "pairs.jsonl", Pair))) == 1
     )
