@@ -125,10 +125,10 @@ def _remedy(error: Any) -> str:
     unknown_option = error.message.startswith("No such option")
     if unknown_option and "--split" in error.message:
         return ". A split is named with its data set: NAME@SPLIT"
-    if unknown_option and _command() in ("expand", "search"):
-        return ". A query that begins with - comes after --, as in: -- '-5 degrees'"
     if unknown_option and error.ctx.parent is None:
         return ". Options stand behind the command"
+    if unknown_option and _command() in ("expand", "search"):
+        return ". A query that begins with - comes after --, as in: -- '-5 degrees'"
     if error.message.startswith("No such command") and "Did you mean" not in error.message:
         known = f" There are: {', '.join(error.ctx.command.commands)}."
         return f"{known} A data set is named with --dataset." if _command() == "bench" else known

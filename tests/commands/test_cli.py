@@ -264,6 +264,7 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
             "No such option: --split. A split is named with its data set: NAME@SPLIT",
         ),
         (["--json", "doctor"], "Options stand behind the command"),
+        (["--json", "search"], "Options stand behind the command"),
         (["train", "foo"], "No such command 'foo'. There are: sft, dpo."),
     ):
         code, _, err = qe_edge(*asked)
