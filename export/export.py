@@ -326,8 +326,8 @@ def _summary(path: Path, checks: dict[str, Any]) -> str:
     if check := checks.get(path.name):
         of_answers = f"within answers {check['answer_divergence']:.4f}"
         # MLX on a slow machine. Beside the line of a file that was asked everything, this one misleads.
-        less = check["queries"] < len(QUERIES)
-        sample = f", compared on {several(check['queries'], 'query', 'queries')} of {len(QUERIES)}" * less
+        asked = several(check["queries"], "query", "queries")
+        sample = f", compared on {asked} of {len(QUERIES)}" if check["queries"] < len(QUERIES) else ""
         return (
             f"{size}, token ids identical{sample}\n  logit cosine {check['logit_cosine']:.4f}, "
             f"KL divergence {check['kl_divergence']:.4f} nats a token ({of_answers})"

@@ -314,11 +314,11 @@ class Closeness:
         divergence = float(np.concatenate(self.divergences).mean())
         # NaN fails both.
         if not (cosine >= limits.cosine and divergence <= limits.divergence):
-            few_bits = limits.cosine < LIMITS_16["BF16"].cosine and limits is not ADAPTER_LIMITS
+            more_bits = ". A kind of more bits, such as --q8, keeps more"
             raise QeEdgeError(
                 f"{where.name} answers differently from its source: mean logit cosine {cosine:.4f}, at least "
                 f"{limits.cosine} expected; KL divergence {divergence:.4f}, at most {limits.divergence}"
-                + (". A kind of more bits, such as --q8, keeps more" if few_bits else "")
+                + (more_bits if limits.cosine < LIMITS[8].cosine else "")
             )
         return {
             "token_ids": "identical",

@@ -19,7 +19,12 @@ from qe_edge.train.scoring import NDCG
 GAPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 PLAIN = "plain query"
 # Why two candidates of a query make no pair; all else keeps a text from being a candidate.
-NO_PAIR = ("of equal reward", "below --min-gap", "of nearly the same words", "over --max-per-query")
+NO_PAIR = (EQUAL, TOO_NEAR, ALIKE, TOO_MANY) = (
+    "of equal reward",
+    "below --min-gap",
+    "of nearly the same words",
+    "over --max-per-query",
+)
 
 
 def summarize(

@@ -21,7 +21,7 @@ from qe_edge.student.hub import local_file
 from qe_edge.student.join import Join
 from qe_edge.text import count_words
 from qe_edge.train.config import PairsConfig, Strategy
-from qe_edge.train.pair_report import listed, summarize
+from qe_edge.train.pair_report import ALIKE, EQUAL, TOO_MANY, TOO_NEAR, listed, summarize
 from qe_edge.train.scoring import NDCG, Refining, Reward, score
 from qe_edge.work.files import MANIFEST, atomic_path, write_json
 from qe_edge.work.folder import Workdir
@@ -101,7 +101,7 @@ def pairs(
         more = "Ask for more of each query (`qe-edge teach --n 4`)"
         if "marked as cut" in report["dropped"]:
             more = "Take what was cut (--accept cut), or ask for more of each query (`qe-edge teach --n 4`)"
-        if "below --min-gap" in report["dropped"]:
+        if TOO_NEAR in report["dropped"]:
             more += ", or take a smaller --min-gap"
         more += "; `train sft` needs no pairs"
         if len(known) == len(queries):
@@ -207,16 +207,16 @@ def make_pairs(
         for better, worse in _combinations(group, config.strategy):
             gap = better.candidate.reward - worse.candidate.reward
             if gap < config.min_gap:
-                dropped["of equal reward" if gap == 0 else "below --min-gap"] += 1
+                dropped[EQUAL if gap == 0 else TOO_NEAR] += 1
             elif _near_duplicates(better, worse):
-                dropped["of nearly the same words"] += 1
+                dropped[ALIKE] += 1
             else:
                 wide.append((gap, better, worse))
         if config.strategy == "best-vs-sampled":
             random.Random(f"{config.seed}:{query_id}").shuffle(wide)
         else:
             wide.sort(key=lambda item: -item[0])
-        dropped["over --max-per-query"] += len(wide[config.max_per_query :])
+        dropped[TOO_MANY] += len(wide[config.max_per_query :])
         made += [_pair(better, worse) for _, better, worse in wide[: config.max_per_query]]
     return made, +dropped
 

@@ -16,7 +16,7 @@ import typer
 
 from qe_edge.arguments import MOST_THREADS
 from qe_edge.console import note, print_json, warn, warned
-from qe_edge.errors import Interrupted, PartlyDone
+from qe_edge.errors import Interrupted, NotFound, PartlyDone
 from qe_edge.redact import redact
 from qe_edge.text import detect_language
 from qe_edge.train.config import SPEAKS_BOTH
@@ -132,7 +132,11 @@ def knows(expander: Expander, query: str) -> bool:
 
 def exported(workdir: Path) -> bool:
     """Whether there is an export, which a command takes where no model is named."""
-    return any((workdir / "export").glob("[0-9]*"))
+    try:
+        Workdir(workdir).newest("export")
+    except NotFound:
+        return False
+    return True
 
 
 def emit_asked(

@@ -44,13 +44,7 @@ def data_info(
     """Count a data set, and check that its judgments fit its documents."""
     import msgspec
 
-    from qe_edge.retrieval.datasets import (
-        describe,
-        load_collection,
-        load_dataset,
-        split_name,
-        splits,
-    )
+    from qe_edge.retrieval.datasets import describe, load_collection, load_dataset, split_name, splits
 
     dataset = load_collection(name)
     if dataset.folder and splits(dataset.folder) and not dataset.queries:

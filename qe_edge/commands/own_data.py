@@ -150,6 +150,10 @@ def data_judge(
             of_systems = f"tau of {len(found.systems)} systems"
             kappas = {"kappa": found.kappa, "relevant or not": found.kappa_binary, of_systems: found.tau}
             text += ", ".join(f"{name} {value:.2f}" for name, value in kappas.items() if value is not None)
+    following = ("qe-edge", "bench", "--dataset", judged, "--measure", "Judged@10")
+    if outcome.done <= sum(outcome.problems.values()):  # there is no grade: another model may give some
+        at = ("--endpoint", config.endpoint) if config.endpoint else ()
+        following = ("qe-edge", "data", "judge", dataset, *at, "--model", "MODEL")
     emit_asked(
         json,
         "data judge",
@@ -158,18 +162,7 @@ def data_judge(
         inputs={"dataset": str(data), "model": config.model, "endpoint": config.endpoint},
         artifacts={"judgments": file},
         metrics=msgspec.to_builtins(found) if found else {},
-        following=("qe-edge", "bench", "--dataset", judged, "--measure", "Judged@10")
-        if outcome.done > sum(outcome.problems.values())
-        else (
-            "qe-edge",
-            "data",
-            "judge",
-            dataset,
-            "--endpoint",
-            config.endpoint or "URL",
-            "--model",
-            "MODEL",
-        ),
+        following=following,
     )
 
 

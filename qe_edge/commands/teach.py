@@ -71,8 +71,10 @@ def teach(
     rows = list(read_jsonl(out / EXPANSIONS, Expansion)) if outcome.done else []
     following = _following(dataset, data, out / EXPANSIONS, rows, config.model)
     if _often_cut(rows, config.model):
-        accepted = ", or have `pairs` and `train sft` take them as they are, with --accept cut"
-        warn(f"many were cut: ask with a larger --max-tokens{accepted * (data.split != 'test')}")
+        told = "many were cut: ask with a larger --max-tokens"
+        if data.split != "test":
+            told += ", or have `pairs` and `train sft` take them as they are, with --accept cut"
+        warn(told)
     elif rows and all(row.problem for row in rows if row.model == config.model):
         warn(f"no answer of {config.model} can be used: look at the texts in {out / EXPANSIONS}")
         queried = ("--dataset", dataset) if dataset else ("--queries", queries)

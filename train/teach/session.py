@@ -255,7 +255,7 @@ class _Session(Generic[J, R]):
                         self._tell(f"the endpoint's rate limit holds everything back for {wait:.0f} s")
                     continue
                 if error.late and self.pace.late(started):
-                    self._tell(f"{error}, so no more than {int(self.pace.allowed)} at once are asked now")
+                    self._tell(f"{error}, so at most {int(self.pace.allowed)} at once from now on")
                 since = since or started
                 failures += 1
                 patience = self.ask.patience if self.outcome.asked else min(self.ask.patience, FIRST_PATIENCE)
