@@ -129,6 +129,8 @@ def _remedy(error: Any) -> str:
         return ". Options stand behind the command"
     if unknown_option and _command() in ("expand", "search"):
         return ". A query that begins with - comes after --, as in: -- '-5 degrees'"
+    if error.message.startswith("Got unexpected extra argument") and _command() == "search":
+        return ". A query of several words stands in quotes"
     if error.message.startswith("No such command") and "Did you mean" not in error.message:
         known = f" There are: {', '.join(error.ctx.command.commands)}."
         return f"{known} A data set is named with --dataset." if _command() == "bench" else known

@@ -18,6 +18,7 @@ from qe_edge.train.scoring import NDCG
 # Lower edges of the histogram of each query's gap between best and worst reward.
 GAPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 PLAIN = "plain query"
+MARKED = "marked as "  # by `teach`, with the problem behind it
 # Why two candidates of a query make no pair; all else keeps a text from being a candidate.
 NO_PAIR = (EQUAL, TOO_NEAR, ALIKE, TOO_MANY) = (
     "of equal reward",
@@ -179,10 +180,11 @@ def counted(count: int, one: str, more: str) -> str:
 
 def listed(counts: Mapping[str, int]) -> str:
     """`3 of equal reward, 1 empty`, and how to let in what `teach` marked."""
-    marked = [reason for reason in counts if reason.startswith("marked")]
+    marked = [reason for reason in counts if reason.startswith(MARKED)]
     rest = [f"{count} {reason}" for reason, count in counts.items() if reason not in marked]
     text = ", ".join(f"{counts[reason]} {reason}" for reason in marked)
-    return ", ".join([*([f"{text} (--accept takes such texts)"] if marked else []), *rest])
+    flags = " ".join(f"--accept {reason.removeprefix(MARKED)}" for reason in marked)
+    return ", ".join([*([f"{text} ({flags} takes them)"] if marked else []), *rest])
 
 
 def _line(row: dict[str, Any], what: str) -> str:

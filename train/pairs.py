@@ -21,7 +21,7 @@ from qe_edge.student.hub import local_file
 from qe_edge.student.join import Join
 from qe_edge.text import count_words
 from qe_edge.train.config import PairsConfig, Strategy
-from qe_edge.train.pair_report import ALIKE, EQUAL, TOO_MANY, TOO_NEAR, listed, summarize
+from qe_edge.train.pair_report import ALIKE, EQUAL, MARKED, TOO_MANY, TOO_NEAR, listed, summarize
 from qe_edge.train.scoring import NDCG, Refining, Reward, score
 from qe_edge.work.files import MANIFEST, atomic_path, write_json
 from qe_edge.work.folder import Workdir
@@ -99,7 +99,7 @@ def pairs(
     report = summarize(candidates, made, dropped + why_not, queries=len(data.queries), reward=named)
     if not made:
         more = "Ask for more of each query (`qe-edge teach --n 4`)"
-        if "marked as cut" in report["dropped"]:
+        if f"{MARKED}cut" in report["dropped"]:
             more = "Take what was cut (--accept cut), or ask for more of each query (`qe-edge teach --n 4`)"
         if TOO_NEAR in report["dropped"]:
             more += ", or take a smaller --min-gap"
@@ -153,7 +153,7 @@ def usable(
         elif row.query != data.queries[row.query_id]:
             dropped["of another query with that id"] += 1
         elif row.problem and row.problem not in accept:
-            dropped[f"marked as {row.problem}"] += 1
+            dropped[f"{MARKED}{row.problem}"] += 1
         elif not row.text.strip():
             dropped["empty"] += 1
         elif (row.query_id, row.text) in seen:

@@ -57,7 +57,8 @@ def sft(
     rows = select_rows(expansions, config)
     if marked := _marked(expansions, config):
         kinds = ", ".join(f"{problem} ({count})" for problem, count in marked.items())
-        warn(f"sft: left out, as `teach` marked them: {kinds} (--accept takes such rows)")
+        flags = " ".join(f"--accept {problem}" for problem in marked)
+        warn(f"sft: left out, as `teach` marked them: {kinds} ({flags} takes them)")
     if len(models := sorted({row.model for row in rows})) > 1:
         warn(f"sft: texts of several models: {', '.join(models)} (--teacher-model takes those of one)")
     out = out or workdir.new("sft")

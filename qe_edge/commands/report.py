@@ -58,12 +58,14 @@ def report(
     shown = named_columns(columns)
     if shown and not (markdown or latex):
         raise BadArgument("--columns chooses those of a table: give --markdown or --latex, too")
-    if not results:
-        results = [Workdir(workdir).newest("bench")]
-        took("result", results[0])
+    none_named = not results
+    results = results or [Workdir(workdir).newest("bench")]
+    read = [read_result(path) for path in results]
+    if none_named:
+        on = " + ".join(data.info.name for data in read[0].datasets)
+        took("result", results[0], f"the newest, on {on}")
     folder = results[0] if results[0].is_dir() else results[0].parent
     artifacts = {"report": verb(results, out or folder / "report.html")}
-    read = [read_result(path) for path in results]
     if csv:
         write_bytes(csv, csv_rows(read).encode())
         artifacts["csv"] = csv

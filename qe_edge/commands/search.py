@@ -18,6 +18,7 @@ from qe_edge.commands.common import (
     exported,
     knows,
     last_words,
+    took,
 )
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import warn
@@ -45,6 +46,8 @@ def search(
 
     config = settings.config()
     clean_query(query)  # a blank one is refused before the work
+    if "dataset" not in settings.values:
+        took("data set", config.dataset, "the default")
     collection = Collection.open(config.dataset, workdir / "index", analyzer=config.analyzer)
     model = None if config.plain else chosen_model(model, workdir)
     expander = Expander.load(model, passages=config.passages, reader=config.reader) if model else None

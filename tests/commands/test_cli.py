@@ -178,6 +178,7 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         ),
         (["--json", "doctor"], "Options stand behind the command"),
         (["--json", "search"], "Options stand behind the command"),
+        (["search", "tap", "water"], "A query of several words stands in quotes"),
         (["train", "foo"], "No such command 'foo'. There are: sft, dpo."),
     ):
         code, _, err = qe_edge(*asked)
@@ -328,7 +329,9 @@ def test_search_without_expansion(qe_edge):
     code, out, err = qe_edge("search", "popcorn", "--plain", "-k", "2")
     assert code == 0
     assert out.startswith(" 1. en-")
-    assert err == "next:   qe-edge search --dataset demo-en --model builtin:smollm2-135m popcorn\n"
+    following = "next:   qe-edge search --dataset demo-en --model builtin:smollm2-135m popcorn\n"
+    assert err == f"data set: demo-en (the default; name another to use that)\n{following}"
+    assert qe_edge("search", "popcorn", "--plain", "-k", "2", "-d", "demo-en") == (0, out, following)
     for blank in ("", "  "):
         code, _, err = qe_edge("search", blank, "--plain")
         assert (code, err) == (5, "error: the query is empty; give at least one word\n")
@@ -360,7 +363,8 @@ def test_report_draws_the_newest_bench_and_prints_markdown(qe_edge, tmp_path):
     code, out, err = qe_edge("report", "--png", tmp_path / "chart.png", "--markdown")
     written = f"written, too: {folder / 'report.html'}, {tmp_path / 'chart.png'}\n"
     opened = f"next:   {command_line(('python', '-m', 'webbrowser', folder / 'report.html'))}\n"
-    assert (code, err) == (0, f"result: {folder} (the newest; name another to use that)\n{written}{opened}")
+    took = f"result: {folder} (the newest, on demo-en@test + demo-zh@test; name another to use that)\n"
+    assert (code, err) == (0, took + written + opened)
     assert out.startswith("### demo-en@test\n\n| system | join | nDCG@10 |")
     assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")

@@ -241,7 +241,7 @@ def test_the_report_says_who_wins_and_where_expansion_hurts(tmp_path, collection
     told = describe(report | {"queries": 5, "dropped": {"of equal reward": 1, "marked as cut": 2}})
     assert "queries without a candidate that can be used: 3\n" in told
     assert told.endswith(
-        "texts left out: 2 marked as cut (--accept takes such texts)\npairs not made: 1 of equal reward"
+        "texts left out: 2 marked as cut (--accept cut takes them)\npairs not made: 1 of equal reward"
     )
     assert report["gaps"] == {
         "0 to 0.05": 1,
