@@ -144,14 +144,14 @@ def data_judge(
     judged = f"{dataset.partition('@')[0]}@{file}"
     text = f"{outcome.done} of {outcome.candidates} grades were given"
     if found:
-        text = f"{outcome.done} grades in {file}, as {judged} judges with them"
+        text = f"{several(found.grades, 'grade', 'grades')} in {file}, as {judged} judges with them"
         if found.pairs:
             text += f"\nagreement with the {found.pairs} known judgments among them: "
             of_systems = f"tau of {len(found.systems)} systems"
             kappas = {"kappa": found.kappa, "relevant or not": found.kappa_binary, of_systems: found.tau}
             text += ", ".join(f"{name} {value:.2f}" for name, value in kappas.items() if value is not None)
     following = ("qe-edge", "bench", "--dataset", judged, "--measure", "Judged@10")
-    if outcome.done <= sum(outcome.problems.values()):  # there is no grade: another model may give some
+    if found and not found.grades:  # another model may give some
         at = ("--endpoint", config.endpoint) if config.endpoint else ()
         following = ("qe-edge", "data", "judge", dataset, *at, "--model", "MODEL")
     emit_asked(

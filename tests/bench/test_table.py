@@ -204,6 +204,12 @@ def test_headline_claims_no_more_than_the_interval() -> None:
         "gpt-4.1 zero-shot, the teacher, reaches .800: the model keeps 61 % of that. "
         "The model writes 158 tokens/s, 385 ms per query, on laptop."
     )
+    (data,) = small().datasets
+    bm25, model, teacher = data.systems
+    gaining = msgspec.structs.replace(model, gain_retention=Interval(0.3, 0.1, 0.5))
+    data = msgspec.structs.replace(data, systems=[bm25, gaining, teacher])
+    (section,) = merge([msgspec.structs.replace(small(), datasets=[data])])
+    assert "keeps 61 % of that and 30 % of its gain over BM25." in headline(section).replace("\u00a0", " ")
     assert verdict(Interval(0.05, 0.01, 0.1), 43, 0.04).endswith("the gain is unlikely to be chance.")
     assert verdict(Interval(0.05, 0.01, 0.1), 43, None).endswith("the gain is unlikely to be chance.")
     assert verdict(Interval(0.05, 0.01, 0.1), 43, 0.2).endswith("it may be chance (p .200).")

@@ -1,5 +1,6 @@
 """`next:`: the command that each command ends with can be copied, and does what is to be done next."""
 
+import json
 import shlex
 import shutil
 import sys
@@ -104,6 +105,34 @@ def test_a_student_is_measured_on_the_folder_that_it_learnt_from(tmp_path, monke
     assert measured_on(tmp_path / "merge") == "data/mine"
     (mine / "qrels" / "test.tsv").unlink()
     assert measured_on(tmp_path / "merge") == "demo-en"
+
+
+def test_made_queries_are_taught_and_grades_are_measured_with(qe_edge, tmp_path):
+    pytest.importorskip("openai")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    shutil.copy(builtin_folder("demo-en") / "corpus.jsonl", mine)
+
+    def passage(body):
+        return max(body["messages"][-1]["content"].splitlines(), key=len)[:60]
+
+    with serve(text=passage) as endpoint:
+        at = ["--endpoint", endpoint.url, "--model", "big"]
+        _, out, _ = qe_edge("data", "queries", mine, *at)
+        taught = ("qe-edge", "teach", "--dataset", f"{mine}@train", *at)
+        assert out.splitlines()[-1] == f"next:   {command_line(taught)}"
+        assert load_dataset(f"{mine}@train").queries
+    for answer, following in (("Grade: 2", None), ("Well.", ("data", "judge", "demo-en"))):
+        with serve(text=lambda body, answer=answer: answer) as endpoint:
+            at = ["--endpoint", endpoint.url, "--model"]
+            asked = [*at, answer[0], "--depth", 1, "--out", tmp_path / answer[0], "--json"]
+            _, out, _ = qe_edge("data", "judge", "demo-en", *asked)
+            _, text, _ = qe_edge("data", "judge", "demo-en", *asked[:-1])  # which asks nothing again
+        file = json.loads(out)["artifacts"]["judgments"]
+        measured = ("bench", "--dataset", f"demo-en@{file}", "--measure", "Judged@10")
+        expected = measured if following is None else (*following, *at, "MODEL")
+        assert text.splitlines()[-1] == f"next:   {command_line(('qe-edge', *expected))}"
+        assert text.startswith("0 grades in" if following else "30 grades in")
 
 
 def test_one_candidate_a_query_is_to_train_on_not_to_pair(qe_edge, tmp_path):

@@ -51,11 +51,12 @@ class Judgment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 class Agreement(msgspec.Struct, frozen=True):
     """How far the grades agree with those of people.
 
-    `pairs` were graded by both. Cohen's kappa is of grades 0 to 3, where people gave more than two, and of
+    So many `grades` there are; `pairs` were graded by both. Cohen's kappa is of grades 0 to 3, where people gave more than two, and of
     relevant or not: from 2 on, or from 1 where people gave 0 and 1 alone. Kendall's tau is that of the
     systems' order by nDCG@10 under either, over the queries that both judged.
     """
 
+    grades: int
     pairs: int
     kappa: float | None
     kappa_binary: float | None
@@ -206,6 +207,7 @@ def agreement(people: Qrels, graded: Qrels, runs: Mapping[str, Run]) -> Agreemen
         means[name] = by[0], by[1]
     tau = kendalltau(*zip(*means.values(), strict=True)).statistic if len(means) > 1 else float("nan")
     return Agreement(
+        sum(map(len, graded.values())),
         len(both),
         cohens_kappa(theirs, ours) if relevant == 2 else None,
         cohens_kappa(theirs >= relevant, ours >= 2),
