@@ -51,9 +51,9 @@ class Judgment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 class Agreement(msgspec.Struct, frozen=True):
     """How far the grades agree with those of people.
 
-    So many `grades` there are; `pairs` were graded by both. Cohen's kappa is of grades 0 to 3, where people gave more than two, and of
-    relevant or not: from 2 on, or from 1 where people gave 0 and 1 alone. Kendall's tau is that of the
-    systems' order by nDCG@10 under either, over the queries that both judged.
+    So many `grades` there are; `pairs` were graded by both. Cohen's kappa is of grades 0 to 3, where people
+    gave more than two, and of relevant or not: from 2 on, or from 1 where people gave 0 and 1 alone.
+    Kendall's tau is that of the systems' order by nDCG@10 under either, over the queries that both judged.
     """
 
     grades: int
