@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from qe_edge.console import warn
 from qe_edge.records import Expansion, Pair, configured, read_jsonl
 from qe_edge.student.spec import ModelSpec
 from qe_edge.train.config import SftConfig
-from qe_edge.work.files import sha256
 from qe_edge.work.runs import read_record
 
 _MAY_BE_PATHS = ("student", "eval_dataset")
@@ -29,19 +29,26 @@ def training_records(model: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _is_unchanged(made_from: dict[str, Any]) -> bool:
-    """Whether an input of a record is a file that is still at hand as it was."""
+def _is_at_hand(made_from: dict[str, Any]) -> bool:
+    """Whether an input of a record is a file that begins as it was: `teach` adds to its texts."""
     file = Path(made_from["path"])
-    return file.is_file() and sha256(file) == made_from["sha256"]
+    if not file.is_file():
+        return False
+    with file.open("rb") as content:
+        held = content.read(made_from.get("bytes", -1))
+    return hashlib.sha256(held).hexdigest() == made_from["sha256"]
 
 
 def learnt_queries(model: Path) -> set[str]:
-    """The queries that a folder's model was trained on, where the files that held them are still at hand."""
+    """The queries that a folder's model was trained on, where the files that held them are still at hand.
+
+    Those that `teach` added to a file since count, too.
+    """
     found = set()
     for record in training_records(model):
         accepted = (None, *record["settings"].get("accept", ()))
         for name, made_from in record["inputs"].items():
-            if not _is_unchanged(made_from):
+            if not _is_at_hand(made_from):
                 continue
             file = Path(made_from["path"])
             if name.startswith("expansions"):
@@ -63,16 +70,17 @@ def taught_folders(model: Path) -> list[Path]:
 
 
 def training_data(model: Path) -> list[Path]:
-    """The expansions that a merged model was trained on, where they are at hand and haven't changed."""
+    """The expansions that a merged model was trained on, where they are at hand; they may have grown."""
     files = []
     for record in training_records(model):
         for name, made_from in record["inputs"].items():
             if name.startswith("expansions"):
                 file = Path(made_from["path"])
-                if _is_unchanged(made_from):
+                if _is_at_hand(made_from):
                     files.append(file)
                 else:
-                    warn(f"{file}, which the student was trained on, is gone or has changed")
+                    what = "has changed" if file.is_file() else "is gone"
+                    warn(f"{file}, which the student was trained on, {what}")
     return files
 
 

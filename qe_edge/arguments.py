@@ -25,7 +25,7 @@ def check_number(name: str, value: Any, least: float, most: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
     if not least <= float(value) <= most:
-        raise BadArgument(f"{name} must be from {least:g} to {most:g}, not {float(value):g}")
+        raise BadArgument(f"{name} must be from {least:.10g} to {most:.10g}, not {float(value):.10g}")
 
 
 def check_whole(name: str, value: Any, least: int, most: int) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -28,7 +29,7 @@ from qe_edge.commands.serve import serve
 from qe_edge.commands.teach import teach
 from qe_edge.commands.train import train_app
 from qe_edge.commands.verify import verify
-from qe_edge.console import prepare_streams, warned
+from qe_edge.console import prepare_streams, still_at_work, warned
 from qe_edge.errors import DEBUG, Interrupted, PartlyDone, QeEdgeError, explained
 from qe_edge.redact import redact
 from qe_edge.work.machine import drowsy_threads
@@ -85,7 +86,8 @@ def main(*, interrupted: bool = False) -> None:
     try:
         if interrupted:
             raise KeyboardInterrupt
-        with drowsy_threads():  # of PyTorch and whatever else a command loads
+        quiet = _command() in ("serve", "mcp")  # they work on request
+        with drowsy_threads(), nullcontext() if quiet else still_at_work(_command()):
             code = app(standalone_mode=False) or 0
         if code == 130:  # as Typer returns Ctrl-C
             _interrupted()
@@ -127,10 +129,13 @@ def _remedy(error: Any) -> str:
         return ". A split is named with its data set: NAME@SPLIT"
     if unknown_option and error.ctx.parent is None:
         return ". Options stand behind the command"
-    if unknown_option and _command() in ("expand", "search"):
-        return ". A query that begins with - comes after --, as in: -- '-5 degrees'"
-    if error.message.startswith("Got unexpected extra argument") and _command() == "search":
-        return ". A query of several words stands in quotes"
+    if unknown_option and _command() in ("expand", "search") and "option: --" not in error.message:
+        return ". A query that begins with - comes last, after --, as in: -- '-5 degrees'"
+    if error.message.startswith("Got unexpected extra argument"):
+        if "--" in sys.argv:
+            return ". Options stand before the --, which only a query comes after"
+        if _command() == "search":
+            return ". A query of several words stands in quotes"
     if error.message.startswith("No such command") and "Did you mean" not in error.message:
         known = f" There are: {', '.join(error.ctx.command.commands)}."
         return f"{known} A data set is named with --dataset." if _command() == "bench" else known

@@ -19,6 +19,9 @@ T = TypeVar("T")
 
 warned: dict[str, None] = {}  # what `warn` was told in this process, each once
 FIRST, SILENCE = 10, 30  # seconds until the first word, and without another one, where no bar is drawn
+QUIET = 15  # seconds without a word or a bar, after which a command says that it is still at work
+_last_word = time.monotonic()  # when `note` told something
+_bars = 0  # how many `progress` are shown, which speak for themselves
 
 
 def prepare_streams() -> None:
@@ -81,6 +84,8 @@ def is_main_process() -> bool:
 
 def note(message: str, stream: TextIO | None = None) -> None:
     """Tell the user something, on stderr."""
+    global _last_word
+    _last_word = time.monotonic()
     if is_main_process():
         print(redact(message), file=stream or sys.stderr, flush=True)
 
@@ -102,6 +107,27 @@ def quiet_transformers() -> None:
 
 
 @contextmanager
+def still_at_work(name: str) -> Iterator[None]:
+    """A line wherever a command is silent for long, as while a library works that says nothing."""
+    start, ended, stream = time.monotonic(), Event(), sys.stderr
+
+    def tell() -> None:
+        while not ended.wait(QUIET / 10):
+            now = time.monotonic()
+            if not _bars and now - max(start, _last_word) > QUIET:
+                minutes, seconds = divmod(round(now - start), 60)
+                note(f"{name}: {minutes:02d}:{seconds:02d} so far", stream)
+
+    teller = Thread(target=tell, name="qe-edge at work", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+
+
+@contextmanager
 def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[Callable[..., None]]:
     """A progress bar with rate and time left; where there is no terminal, a line soon and each half minute.
 
@@ -110,6 +136,7 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
     """
     from tqdm import tqdm
 
+    global _bars
     bar_shown = sys.stderr.isatty() and is_main_process()
     start = time.monotonic()
     made, at, known = 0, start, ""  # `at`: when the last step was
@@ -128,11 +155,9 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
                 # By what the steps took that are made. The one under way has had its time since; where it
                 # takes much longer than they did, nobody knows.
                 step, since = (at - start) / made, time.monotonic() - at
-                left = step * (total - done - made) - since
+                left = max(step * (total - done - made) - since, 0)
                 late = f"nothing new for {tqdm.format_interval(since)}"
-                when = (
-                    late if since > max(2 * step, FIRST) or left < 0 else f"{tqdm.format_interval(left)} left"
-                )
+                when = late if since > max(2 * step, FIRST) else f"{tqdm.format_interval(left)} left"
                 where = f"{done + made} of {total}, "
             else:
                 where, when = f"{done + made} of {total}, ", f"{tqdm.format_interval(took)} so far"
@@ -147,12 +172,14 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
             made, at, known = made + steps, time.monotonic(), info
 
         teller = Thread(target=tell, name="qe-edge progress", daemon=True)
+        _bars += 1
         if not bar_shown:
             teller.start()
         try:
             yield advance
         finally:
             ended.set()
+            _bars -= 1
             if not bar_shown:
                 teller.join()  # nothing more is said of what has ended
 

@@ -49,7 +49,7 @@ _UNSEEN = re.compile(
     "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000110bd\U000110cd"
     "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001-\U000e0fff]"
 )
-_LAST_WORD = re.compile(rf"[^\W{CJK}]+([-'’][^\W{CJK}]*)*$")
+_LAST_WORD = re.compile(rf"[^\W{CJK}]+([-'’][^\W{CJK}]*)*\Z")
 _CJK_OR_WORD = re.compile(rf"([{CJK}]+)|([^\W{CJK}]+)")
 
 

@@ -13,6 +13,7 @@ import msgspec
 
 from qe_edge.records import Candidate, Pair
 from qe_edge.retrieval.measures import mean_interval
+from qe_edge.train.config import accepting
 from qe_edge.train.scoring import NDCG
 
 # Lower edges of the histogram of each query's gap between best and worst reward.
@@ -183,8 +184,8 @@ def listed(counts: Mapping[str, int]) -> str:
     marked = [reason for reason in counts if reason.startswith(MARKED)]
     rest = [f"{count} {reason}" for reason, count in counts.items() if reason not in marked]
     text = ", ".join(f"{counts[reason]} {reason}" for reason in marked)
-    flags = " ".join(f"--accept {reason.removeprefix(MARKED)}" for reason in marked)
-    return ", ".join([*([f"{text} ({flags} takes them)"] if marked else []), *rest])
+    problems = [reason.removeprefix(MARKED) for reason in marked]
+    return ", ".join([*([f"{text} ({accepting(problems)} takes them)"] if marked else []), *rest])
 
 
 def _line(row: dict[str, Any], what: str) -> str:

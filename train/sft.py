@@ -22,7 +22,7 @@ from qe_edge.train.base_model import (
     load_tokenizer,
     prepare_student,
 )
-from qe_edge.train.config import SPEAKS_BOTH, SftConfig, Task
+from qe_edge.train.config import SPEAKS_BOTH, SftConfig, Task, accepting
 from qe_edge.train.dev import load_dev
 from qe_edge.train.estimate import announce, estimate
 from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware
@@ -57,8 +57,7 @@ def sft(
     rows = select_rows(expansions, config)
     if marked := _marked(expansions, config):
         kinds = ", ".join(f"{problem} ({count})" for problem, count in marked.items())
-        flags = " ".join(f"--accept {problem}" for problem in marked)
-        warn(f"sft: left out, as `teach` marked them: {kinds} ({flags} takes them)")
+        warn(f"sft: left out, as `teach` marked them: {kinds} ({accepting(marked)} takes them)")
     if len(models := sorted({row.model for row in rows})) > 1:
         warn(f"sft: texts of several models: {', '.join(models)} (--teacher-model takes those of one)")
     out = out or workdir.new("sft")

@@ -37,6 +37,12 @@ NAME = Column("system", "system", lambda s: s.name, "left")
 KEYS = ("join", "ndcg", "vs-bm25", "of-teacher", "of-gain", "helped", "speed", "ms", "file", "memory")
 NARROW = ("ndcg", "vs-bm25", "of-teacher", "speed", "ms")  # with a name, 80 characters
 
+# What is beside BM25 without a student, by how its row begins, or ends behind the texts of another.
+BASELINES = {
+    "dense": "all documents are ranked by an encoder's vectors",
+    "rerank": "an encoder orders what BM25 finds first",
+    "hybrid": "BM25's ranks and the encoder's are added up",
+}
 # What a student's row ends with where it is used in more ways than to write.
 WAYS = {
     "gate": "the student's text where its gate lets it pass, else the query alone",
@@ -51,9 +57,20 @@ JOINS = {
 
 
 def ways(systems: Iterable[System]) -> list[str]:
-    """What the ways of using a student are, that rows of models name."""
-    names = [system.name for system in systems if system.kind == "model"]
-    return [f"+ {way}: {what}." for way, what in WAYS.items() if any(f" + {way}" in name for name in names)]
+    """What the rows are, but for the plain BM25 and what a model is named."""
+    rows: dict[str, list[str]] = {}
+    for system in systems:
+        rows.setdefault(system.kind, []).append(system.name)
+    lines = [f"{name}: the query with words of what BM25 finds first." for name in rows.get("feedback", [])]
+    lines += [f"{', '.join(rows['teacher'])}: the teacher's texts."] if "teacher" in rows else []
+    for kind, what in BASELINES.items():
+        if any(f" + {kind} " in f" + {name}" for name in rows.get("run", [])):
+            lines.append(f"{kind}: {what}.")
+    return lines + [
+        f"+ {way}: {what}."
+        for way, what in WAYS.items()
+        if any(f" + {way}" in name for name in rows.get("model", []))
+    ]
 
 
 def _share(interval: Interval | None) -> str:
@@ -192,8 +209,12 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
         )
     if "helped" in keys:
         lines.append(f"helped/hurt: queries whose {dataset.measure} is above, or below, BM25's.")
+    if "file" in keys:
+        lines.append("MB file: the size of the model's file.")
     if "memory" in keys:
         lines.append("MB mem: the most memory of the process that ran the model.")
+    if more_measures := sorted(key for key in keys if any(key in s.measures for s in dataset.systems)):
+        lines.append(f"{', '.join(more_measures)}: as ir-measures names measures.")
     if "join" not in keys:
         joined: dict[str, list[str]] = {}
         for system in dataset.systems:

@@ -28,13 +28,13 @@ export function before(gate, query, { scores = [], languages = [] } = {}) {
 export function after(gate, query, text) {
   const words = wordsOf(text);
   if (gate.same_language && words.length && detectLanguage(text) !== detectLanguage(query))
-    return `it is not in the query's language, ${detectLanguage(query)}`;
+    return `the text is not in the query's language, ${detectLanguage(query)}`;
   const known = new Set(wordsOf(query));
   const distinct = new Set(words);
   const fresh = [...distinct].filter((word) => !known.has(word)).length;
   if (given(gate.min_new_words) && fresh < gate.min_new_words)
-    return words.length ? "it adds nothing to the query" : "it is empty";
+    return words.length ? "the text adds nothing to the query" : "the text is empty";
   if (given(gate.min_distinct) && distinct.size < gate.min_distinct * words.length)
-    return `it repeats itself: ${distinct.size} different words of ${words.length}`;
+    return `the text repeats itself: ${distinct.size} different words of ${words.length}`;
   return "";
 }

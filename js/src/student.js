@@ -6,7 +6,7 @@ import { beginning, messages, pieces } from "./prompt.js";
 import * as queries from "./queries.js";
 import { readSpec } from "./spec.js";
 import { TooLong } from "./engines.js";
-import { check, cleanQuery, cut, oneLine, wordsOf } from "./text.js";
+import { check, cleanQuery, cut, oneLine, wholeWords, wordsOf } from "./text.js";
 
 const LATE = "the signal aborted";
 
@@ -92,11 +92,12 @@ export class Student {
     };
     let text = "";
     try {
-      if (!signal?.aborted) text = oneLine(await this.engine.write(request));
+      if (!signal?.aborted) text = await this.engine.write(request);
     } catch (error) {
       if (!(error instanceof TooLong)) throw error;
       return new ExpandedQuery(query, spec.join, { fallback: error.message });
     }
+    text = oneLine(signal?.aborted ? wholeWords(text) : text);
     let reason = gates.after(gate, query, text);
     if (signal?.aborted && !text) reason = `${LATE} before the first word`;
     else if (signal?.aborted && reason) reason = `${LATE}; so far, ${reason}`;

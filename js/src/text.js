@@ -14,7 +14,9 @@ const UNSEEN = new RegExp(
     "\u{13430}-\u{1343f}\u{1bca0}-\u{1bca3}\u{1d173}-\u{1d17a}\u{e0001}-\u{e0fff}]",
   "gu",
 );
-const CJK_OR_WORD = new RegExp(`([${CJK}]+)|((?:(?![${CJK}])[\\p{L}\\p{N}_])+)`, "gu");
+const LETTER = `(?:(?![${CJK}])[\\p{L}\\p{N}_])`;
+const CJK_OR_WORD = new RegExp(`([${CJK}]+)|(${LETTER}+)`, "gu");
+const LAST_WORD = new RegExp(`${LETTER}+([-'’]${LETTER}*)*$`, "u");
 const WHITE = /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+/u; // Python's
 
 const count = (text, pattern) => text.match(pattern)?.length ?? 0;
@@ -44,12 +46,9 @@ export function countWords(text) {
 export function wordsOf(text, cjk = 2) {
   const terms = [];
   for (const [, run, word] of fold(text).matchAll(CJK_OR_WORD)) {
-    if (word) {
-      terms.push(word);
-      continue;
-    }
-    const characters = [...run];
-    for (let i = 0; i < Math.max(1, characters.length - cjk + 1); i++)
+    if (word) terms.push(word);
+    const characters = [...(run ?? "")];
+    for (let i = 0; i < characters.length && i <= Math.max(0, characters.length - cjk); i++)
       terms.push(characters.slice(i, i + cjk).join(""));
   }
   return terms;
@@ -66,9 +65,10 @@ export function check(fits, message) {
 }
 
 /** Without surrounding blanks, each run of white space one blank. */
-export function oneLine(text) {
-  return text.split(WHITE).filter(Boolean).join(" ");
-}
+export const oneLine = (text) => text.split(WHITE).filter(Boolean).join(" ");
+
+/** A text that was cut anywhere, without its last word, which may be half of one; Chinese stays whole. */
+export const wholeWords = (text) => text.replace(LAST_WORD, "");
 
 /** A text on one line, without control characters, in Unicode form NFC. */
 export function cleanText(text) {

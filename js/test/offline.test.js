@@ -85,7 +85,7 @@ test("the gate stands before and after the engine", async () => {
   assert.match((await student.expand("潮汐")).fallback, /the query is in zh, the student writes en/);
   assert.equal(engine.asked.length, 1);
   const same = await new Student(SPEC, says("Tides")).expand("tides");
-  assert.deepEqual([same.text, same.rejected, same.fallback], ["", "Tides", "it adds nothing to the query"]);
+  assert.deepEqual([same.text, same.rejected, same.fallback], ["", "Tides", "the text adds nothing to the query"]);
   assert.deepEqual([...same.words().keys()], ["tides"]);
   await assert.rejects(student.expand("  "), /the query is empty/);
 });
@@ -124,6 +124,13 @@ test("an endpoint gets both messages, and its errors are told", async () => {
   const slow = endpoint("http://x/v1", { fetch: (_, { signal }) => Promise.reject(signal.reason) });
   const late = await new Student(SPEC, slow).expand("tides", { signal: AbortSignal.abort() });
   assert.deepEqual([late.text, late.fallback], ["", "the signal aborted before the first word"]);
+  for (const [written, kept] of [["The moon pu", "The moon"], ["Vol", ""], ["月球引", "月球引"]]) {
+    const controller = new AbortController();
+    const gate = { ...SPEC.gate, same_language: false };
+    const write = async () => (controller.abort(), written);
+    const cut = await new Student(SPEC, { write }, { gate }).expand("tides", { signal: controller.signal });
+    assert.deepEqual([cut.text, cut.fallback], [kept, kept ? "" : "the signal aborted before the first word"]);
+  }
   const broken = endpoint("http://x/v1", { fetch: async () => new Response("no model", { status: 503 }) });
   await assert.rejects(new Student(SPEC, broken).expand("tides"), /HTTP 503: no model/);
   const elsewhere = endpoint("http://x", { fetch: async () => new Response("", { status: 404 }) });

@@ -5,6 +5,7 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
 import { ExpandedQuery, cleanQuery, countWords, detectLanguage, fold, gate, pieces, queries, wordsOf } from "../src/index.js";
+import { wholeWords } from "../src/text.js";
 
 const read = (name) => JSON.parse(readFileSync(new URL(`../../tests/vectors/${name}.json`, import.meta.url), "utf8"));
 
@@ -23,6 +24,7 @@ test("texts are folded, cut and told apart as in Python", () => {
     assert.equal(detectLanguage(entry.text), entry.language, entry.text);
     assert.equal(countWords(entry.text), entry.count, entry.text);
     assert.deepEqual(wordsOf(entry.text), entry.words);
+    assert.equal(wholeWords(entry.text), entry["whole words"]);
     assert.deepEqual(wordsOf(entry.text, 3), entry["pieces of three"]);
   }
 });

@@ -35,6 +35,9 @@ WorkdirOption = Annotated[
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Output folder (default: a new one in the work folder).")
 ]
+NamedOutOption = Annotated[
+    Path | None, typer.Option("--out", help="Output folder (default: of its name, in the work folder).")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 ModelOption = Annotated[
     str | None,
@@ -128,6 +131,14 @@ def chosen_model(model: str | None, workdir: Path) -> str:
 def knows(expander: Expander, query: str) -> bool:
     """Whether the student writes in the query's language."""
     return detect_language(query) in expander.spec.prompt.languages
+
+
+def to_learn(query: str, dataset: str, workdir: Path) -> tuple[object, ...]:
+    """The command to go on with where a student doesn't know a query's language: another one can learn it."""
+    lang = detect_language(query)
+    if texts := Workdir(workdir).taught_in(lang):
+        return ("qe-edge", "train", "sft", *student_for(lang), "--expansions", texts)
+    return ("qe-edge", "data", "info", dataset)  # which says how a teacher is asked
 
 
 def exported(workdir: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qe_edge.commands.common import JsonOption, OutOption, emit
+from qe_edge.commands.common import JsonOption, emit
 from qe_edge.commands.own_data import data_judge, data_make, data_queries
 
 data_app = typer.Typer(help="Look at data sets, and make your own.", no_args_is_help=True)
@@ -54,7 +54,10 @@ def data_info(
     asking = ("teach", "--dataset") if dataset.queries else ("data", "queries")
     # Without queries to train on there are none to take few-shot exemplars from.
     mode = ("--mode", "zero-shot") if dataset.queries and not name.endswith("@train") else ()
-    info = msgspec.to_builtins(describe(dataset)) | {"fingerprint": dataset.fingerprint()}
+    info = msgspec.to_builtins(describe(dataset))
+    if dataset.folder and (found := splits(dataset.folder)):
+        info["splits"] = ", ".join(found)
+    info["fingerprint"] = dataset.fingerprint()
     emit(
         json,
         "data info",
@@ -100,7 +103,12 @@ def data_import(
     pool: Annotated[
         bool, typer.Option("--pool", help="The passages are only some of the collection's; figures say so.")
     ] = False,
-    out: OutOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Output folder (default: NAME in $QE_EDGE_DATA, or among the user's data)."
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Make a data set from official topics, judgments and passages.

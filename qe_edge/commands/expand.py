@@ -19,6 +19,7 @@ from qe_edge.commands.common import (
     last_words,
     measured_on,
     tell_next,
+    to_learn,
 )
 from qe_edge.console import note
 from qe_edge.errors import BadInput, PartlyDone
@@ -79,8 +80,7 @@ def expand(
         query = rows[0]["query"]
         demo = "demo-zh" if detect_language(query) == "zh" else measured_on(Path(model).parent)
         searched = ("qe-edge", "search", "--dataset", demo, "--model", model, *last_words(query))
-        # A student that doesn't know the language is to be trained first: what on, `data info` says.
-        tell_next(searched if knows(expander, query) else ("qe-edge", "data", "info", demo), sys.stderr)
+        tell_next(searched if knows(expander, query) else to_learn(query, demo, workdir), sys.stderr)
     if failures:
         raise typer.Exit(PartlyDone.exit_code)
 

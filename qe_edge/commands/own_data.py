@@ -11,7 +11,7 @@ import typer
 from qe_edge.commands.common import (
     WORKDIR,
     JsonOption,
-    OutOption,
+    NamedOutOption,
     WorkdirOption,
     emit,
     emit_asked,
@@ -35,7 +35,7 @@ def data_make(
         Path, typer.Argument(help="A folder of notes: text, Markdown, HTML, JSON Lines, PDF, Office.")
     ],
     words: Annotated[int, typer.Option(min=20, max=2000, help="Words of a passage, about.")] = 100,
-    out: OutOption = None,
+    out: NamedOutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
 ) -> None:
@@ -118,7 +118,7 @@ def data_judge(
         list[str] | None,
         typer.Option(help="A TREC run to grade too: FILE or LABEL=FILE (default: the newest bench's)."),
     ] = None,
-    out: OutOption = None,
+    out: NamedOutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
     *,

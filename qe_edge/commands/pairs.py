@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from qe_edge.commands.common import (
     took,
 )
 from qe_edge.commands.flags import Settings, flags_of
-from qe_edge.errors import BadArgument
+from qe_edge.errors import BadArgument, QeEdgeError
 from qe_edge.train.config import PairsConfig
 from qe_edge.work.folder import Workdir
 
@@ -41,7 +42,7 @@ def pairs(
     """Score expansions by retrieval, and pair the better with the worse."""
     from qe_edge.retrieval.datasets import load_dataset
     from qe_edge.train.pair_report import counted, describe
-    from qe_edge.train.pairs import REPORT
+    from qe_edge.train.pairs import PAIRS, REPORT
     from qe_edge.train.pairs import pairs as verb
     from qe_edge.work.files import read_json
 
@@ -59,6 +60,12 @@ def pairs(
     folder = verb(dataset, files, config, out=out, workdir=work)
     tell_split(dataset, data)
     report = read_json(folder / REPORT)
+    following: list[object] = ["qe-edge", "train", "sft", *student_for(data.lang)]
+    following += [word for file in files for word in ("--expansions", file)]
+    following += [word for problem in config.accept for word in ("--accept", problem)]
+    with suppress(QeEdgeError):  # where a student has learnt from these queries' texts already
+        learnt = ("--adapter", work.newest_sft({data.name}))
+        following = ["qe-edge", "train", "dpo", *learnt, "--pairs", folder / PAIRS]
     text = (
         f"{counted(report['pairs'], 'pair', 'pairs')} of "
         f"{counted(report['queries_with_pairs'], 'query', 'queries')} in {folder}\n{describe(report)}"
@@ -70,9 +77,5 @@ def pairs(
         inputs={"dataset": dataset},
         artifacts={"folder": folder},
         metrics=report,
-        following=(
-            *("qe-edge", "train", "sft", *student_for(data.lang)),
-            *(word for file in files for word in ("--expansions", file)),
-            *(word for problem in config.accept for word in ("--accept", problem)),
-        ),
+        following=following,
     )

@@ -18,10 +18,12 @@ from qe_edge.commands.common import (
     exported,
     knows,
     last_words,
+    to_learn,
     took,
 )
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import warn
+from qe_edge.errors import BadArgument
 from qe_edge.runtime.expander import Expander
 from qe_edge.serve.config import SearchConfig
 from qe_edge.student.models import DEFAULT_STUDENT
@@ -45,6 +47,8 @@ def search(
     from qe_edge.serve.collection import search as verb
 
     config = settings.config()
+    if config.plain and model:
+        raise BadArgument("--plain searches without a model: leave --model out")
     clean_query(query)  # a blank one is refused before the work
     if "dataset" not in settings.values:
         took("data set", config.dataset, "the default")
@@ -54,18 +58,12 @@ def search(
     hits, expanded = verb(
         query, collection, expander=expander, feedback=config.feedback, refine=config.refine, k=config.k
     )
-    lines = []
-    student = ("--model", DEFAULT_STUDENT) if not exported(workdir) else ()
-    asked = ("search", "--dataset", config.dataset, *student, *last_words(query))
-    following: tuple[object, ...] = ("qe-edge", *asked)
+    lines, known = [], True
     if expander:
-        reader = ("--reader", config.reader) if config.reader else ()
-        following = ("qe-edge", "serve", "--index", config.dataset, "--model", model, *reader)
+        known = knows(expander, query)
         lang = detect_language(" ".join(hit.text for hit in hits[:3]))
-        if hits and knows(expander, query) and lang not in expander.spec.prompt.languages:
+        if hits and known and lang not in expander.spec.prompt.languages:
             warn(f"{config.dataset} is in {lang}, which the student doesn't know: it finds little there")
-        if not knows(expander, query):  # it is to be trained first
-            following = ("qe-edge", "data", "info", config.dataset)
         expander.close()
         read_alone = config.refine and expanded.relevance and not expanded.text
         what = "nothing written, read alone: " if read_alone else "expansion: "
@@ -76,6 +74,19 @@ def search(
     for hit in hits:
         before = "" if config.plain else f"  (plain: {hit.plain_rank or f'not in the first {CANDIDATES}'})"
         lines.append(f"{hit.rank:>2}. {hit.doc_id}{before}\n    {hit.text[:200]}")
+    following: tuple[object, ...]
+    if not hits and "dataset" not in settings.values and detect_language(query) == "zh":
+        following = ("qe-edge", "search", "--dataset", "demo-zh", "--plain", *last_words(query))
+    elif not known:
+        following = to_learn(query, config.dataset, workdir)
+    elif not hits:
+        following = ("qe-edge", "data", "info", config.dataset)
+    elif expander:
+        reader = ("--reader", config.reader) if config.reader else ()
+        following = ("qe-edge", "serve", "--index", config.dataset, "--model", model, *reader)
+    else:
+        student = () if exported(workdir) else ("--model", DEFAULT_STUDENT)
+        following = ("qe-edge", "search", "--dataset", config.dataset, *student, *last_words(query))
     text = "\n".join(lines if hits else [*lines, "nothing found"])
     metrics = {
         "hits": msgspec.to_builtins(hits),

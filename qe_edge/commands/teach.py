@@ -11,7 +11,7 @@ import typer
 from qe_edge.commands.common import (
     WORKDIR,
     JsonOption,
-    OutOption,
+    NamedOutOption,
     WorkdirOption,
     emit,
     emit_asked,
@@ -45,7 +45,7 @@ def teach(
         str,
         typer.Option(help="Its format: querygym, query2doc or jsonl (our own)."),
     ] = "jsonl",
-    out: OutOption = None,
+    out: NamedOutOption = None,
     workdir: WorkdirOption = WORKDIR,
     json: JsonOption = False,
     *,

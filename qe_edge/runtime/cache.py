@@ -98,7 +98,9 @@ class ExpansionCache:
                 db.execute("PRAGMA synchronous=NORMAL")
                 yield db
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter for a damaged name in its schema
-            raise BadInput(f"can't be used as a cache of expansions: {error}", path=self.path) from None
+            raise BadInput(
+                f"can't be used as a cache of expansions, name another file: {error}", path=self.path
+            ) from None
 
     def get(self, key: str, kind: type[T], *, wait: float = WAIT) -> T | None:
         """What was put under the key; None too for what another version wrote.

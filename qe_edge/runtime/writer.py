@@ -27,7 +27,7 @@ HOTTEST = 10  # temperature, above which all words are as likely
 PATIENCE = 0.1  # seconds for a cache that another process holds
 PAUSE = 1.0  # seconds after that in which nobody waits for it
 # Why a text ended before its student was done.
-CUT = {"deadline": "the deadline passed", "broken off": "it was broken off"}
+CUT = {"deadline": "the deadline passed", "broken off": "the writing was broken off"}
 
 
 class Completion(NamedTuple):

@@ -85,7 +85,9 @@ class Service:
             over = self.pending + queries - self.most
             wait = max(1, round(min(over, self.most) * self._pace + 0.5))
             raise HTTPException(
-                429, f"{self.pending} queries wait already; try again", headers={"Retry-After": str(wait)}
+                429,
+                f"{self.pending} queries are under way or wait; try again",
+                headers={"Retry-After": str(wait)},
             )
         self.pending += queries
         start = time.perf_counter()

@@ -68,13 +68,13 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def after(self, query: str, text: str) -> str:
         """Why an expansion must not be used; empty if it may."""
         if self.same_language and words_of(text) and detect_language(text) != detect_language(query):
-            return f"it is not in the query's language, {detect_language(query)}"
+            return f"the text is not in the query's language, {detect_language(query)}"
         words = words_of(text)
         new = set(words) - set(words_of(query))
         if self.min_new_words is not None and len(new) < self.min_new_words:
-            return "it adds nothing to the query" if words else "it is empty"
+            return "the text adds nothing to the query" if words else "the text is empty"
         if self.min_distinct is not None and len(set(words)) < self.min_distinct * len(words):
-            return f"it repeats itself: {len(set(words))} different words of {len(words)}"
+            return f"the text repeats itself: {len(set(words))} different words of {len(words)}"
         return ""
 
 

@@ -132,7 +132,7 @@ def _folder_engine(path: Path) -> Engine:
     config = path / "config.json"
     if not config.is_file():
         ggufs = sorted(path.glob("[!.]*.gguf"), key=lambda file: (not file.name.startswith("student"), file))
-        hint = f"; did you mean {ggufs[0]}?" if ggufs else ""
+        hint = f"; did you mean {ggufs[0]}?" if ggufs else "; give one, a .gguf file or a hub id"
         if (path / "adapter_config.json").is_file():
             hint = "; it is an adapter: `qe-edge merge` makes a model of it"
         raise BadInput(f"holds no config.json, so it is no model folder{hint}", path=path)

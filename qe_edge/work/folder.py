@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qe_edge.errors import BadArgument, NotFound
+from qe_edge.records import Expansion, read_jsonl
 from qe_edge.work.files import MANIFEST, claim, read_json, recover_all
 
 DEFAULT_WORKDIR = "qe-edge-work"
@@ -85,8 +86,21 @@ class Workdir:
         """The candidates that `teach` collected for a data set."""
         file = self.teach_folder(dataset) / "expansions.jsonl"
         if not file.is_file():
-            raise NotFound(f"{file}: no such file; run `qe-edge teach`, or name a file with --expansions")
+            of_others = self.root.glob(f"teach/{_base(dataset)}@*/expansions.jsonl")
+            known = ", ".join(sorted(other.parent.name for other in of_others))
+            there = f" (there is one of {known})" if known else ""
+            raise NotFound(
+                f"{file}: no such file{there}; run `qe-edge teach`, or name a file with --expansions"
+            )
         return file
+
+    def taught_in(self, lang: str) -> Path | None:
+        """Candidates that `teach` collected for queries in a language, but not for test queries."""
+        for file in sorted(self.root.glob("teach/*/expansions.jsonl")):
+            first = next(iter(read_jsonl(file, Expansion)), None)
+            if first and first.lang == lang and not file.parent.name.endswith("@test"):
+                return file
+        return None
 
     def only_taught(self) -> Path:
         """The candidates that `teach` collected, but for those of test queries, beside others.

@@ -37,7 +37,11 @@ def run_record(
         "argv": redact(sys.argv[1:]),
         "settings": redact(settings),
         "inputs": {
-            name: {"path": _absolute(path), "sha256": sha256(path) if Path(path).exists() else None}
+            name: {
+                "path": _absolute(path),
+                "sha256": sha256(path) if Path(path).exists() else None,
+                "bytes": Path(path).stat().st_size if Path(path).is_file() else None,
+            }
             for name, path in inputs.items()
         },
         "versions": versions(),

@@ -587,6 +587,12 @@ def test_queries_that_a_model_was_trained_on_are_said(student, tmp_path):
     exported.symlink_to(student)
     assert learnt_by_model(str(exported)) == {known, paired}
     assert learnt_by_model(str(student)) == set()
+    added = msgspec.structs.replace(rows[0], query="asked later")  # as `teach` adds
+    (tmp_path / "expansions.jsonl").write_bytes(encode_jsonl([*rows, added]))
+    assert learnt_by_model(str(exported)) == {known, paired, "asked later"}
+    (tmp_path / "expansions.jsonl").write_bytes(encode_jsonl([added, *rows]))
+    assert learnt_by_model(str(exported)) == {paired}
+    (tmp_path / "expansions.jsonl").write_bytes(encode_jsonl(rows))
     config = BenchConfig(datasets=("demo-en",), models=(str(exported),), budget_tokens=2)
     result = read_result(bench(config, workdir=Workdir(tmp_path)))
     known_ones = "2 of the 26 queries of demo-en@test"

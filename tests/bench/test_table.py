@@ -49,6 +49,7 @@ gpt-4.1 zero-shot .800 [.700, .900]                    –       –     –    
 
 2 queries, 95 % bootstrap intervals. So few cannot tell small differences from
 chance: see the interval of “vs BM25”.
+gpt-4.1 zero-shot: the teacher's texts.
 tok/s: tokens written a second. ms/query: the median time to expand a query.
 of teacher: nDCG@10 as a share of that of gpt-4.1 zero-shot (–: BM25, and the
 teacher itself).

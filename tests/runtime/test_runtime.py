@@ -28,7 +28,7 @@ def test_the_gate_spares_the_student_or_refuses_what_it_wrote(gguf: Path) -> Non
             assert expanded.finish_reason == "skipped"
         says(expander, "moon moon moon moon")
         refused = expander.expand("tides")
-    assert refused.fallback == "it repeats itself: 1 different words of 4"
+    assert refused.fallback == "the text repeats itself: 1 different words of 4"
     assert (refused.text, refused.rejected) == ("", "moon moon moon moon")
     assert refused.terms() == {"tide": 1.0} and refused.words() == {"tides": 1.0}
 
@@ -59,7 +59,7 @@ def test_what_the_deadline_cut_is_not_blamed_on_the_student(gguf: Path) -> None:
     with scripted(gguf) as expander:
         says(expander, "what causes tides? " * 20 + "the moon", pause=0.02)
         cut = expander.expand("what causes tides", deadline_ms=200)
-        assert cut.fallback == "the deadline passed; so far, it adds nothing to the query"
+        assert cut.fallback == "the deadline passed; so far, the text adds nothing to the query"
         assert cut.finish_reason == "deadline" and cut.rejected.startswith("what")
 
 
@@ -103,7 +103,7 @@ def test_a_refused_stream_says_so_at_its_end(gguf: Path) -> None:
         says(expander, "tides tides")
         stream = expander.stream("tides")
         assert "".join(stream) == "tides tides"
-        assert stream.expanded.fallback == "it adds nothing to the query"
+        assert stream.expanded.fallback == "the text adds nothing to the query"
 
 
 def test_asyncio_gets_the_same(gguf: Path) -> None:

@@ -16,7 +16,7 @@ from qe_edge.student.feedback import Feedback, RelevanceModel
 from qe_edge.student.gate import OPEN, Gate
 from qe_edge.student.join import Join
 from qe_edge.student.prompt import EMPTY_THINK, PromptText, clean_text, load_prompt
-from qe_edge.text import count_words, detect_language, fold, stop_words, words_of
+from qe_edge.text import count_words, detect_language, fold, stop_words, whole_words, words_of
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -85,6 +85,7 @@ def vectors() -> dict[str, Any]:
                 "count": count_words(text),
                 "words": words_of(text),
                 "pieces of three": words_of(text, cjk=3),
+                "whole words": whole_words(text),
             }
             for text in TEXTS + ANSWERS + PASSAGES
         ],
