@@ -15,7 +15,7 @@ import msgspec
 import typer
 
 from qe_edge.arguments import MOST_THREADS
-from qe_edge.console import note, print_json, warn, warned
+from qe_edge.console import note, print_json, several, warn, warned
 from qe_edge.errors import Interrupted, NotFound, PartlyDone
 from qe_edge.redact import redact
 from qe_edge.text import detect_language
@@ -165,7 +165,7 @@ def emit_asked(
     bad = ", ".join(f"{count} {what}" for what, count in outcome.problems.items())
     tokens = outcome.prompt_tokens + outcome.completion_tokens
     text += (
-        f"\nthis session: {outcome.asked} answers, {tokens:,} tokens"
+        f"\nthis session: {several(outcome.asked, 'answer')}, {tokens:,} tokens"
         + (f", cost {outcome.cost:.4f}" if outcome.cost else "")
         + (f"; unusable: {bad}" if bad else "")
     )
