@@ -174,6 +174,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             continue
         if isinstance(value, dict):
             found |= _flat(value, f"{prefix}{key}.")
-        else:
+        elif value is not None:  # an interval that is missing has no column beside its ends
             found[prefix + key] = value
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -74,19 +75,6 @@ def search(
     for hit in hits:
         before = "" if config.plain else f"  (plain: {hit.plain_rank or f'not in the first {CANDIDATES}'})"
         lines.append(f"{hit.rank:>2}. {hit.doc_id}{before}\n    {hit.text[:200]}")
-    following: tuple[object, ...]
-    if not hits and "dataset" not in settings.values and detect_language(query) == "zh":
-        following = ("qe-edge", "search", "--dataset", "demo-zh", "--plain", *last_words(query))
-    elif not known:
-        following = to_learn(query, config.dataset, workdir)
-    elif not hits:
-        following = ("qe-edge", "data", "info", config.dataset)
-    elif expander:
-        reader = ("--reader", config.reader) if config.reader else ()
-        following = ("qe-edge", "serve", "--index", config.dataset, "--model", model, *reader)
-    else:
-        student = () if exported(workdir) else ("--model", DEFAULT_STUDENT)
-        following = ("qe-edge", "search", "--dataset", config.dataset, *student, *last_words(query))
     text = "\n".join(lines if hits else [*lines, "nothing found"])
     metrics = {
         "hits": msgspec.to_builtins(hits),
@@ -101,6 +89,23 @@ def search(
         text,
         inputs=inputs,
         metrics=metrics,
-        following=following,
+        following=_following(query, config, workdir, model, found=bool(hits), known=known),
         following_to=sys.stderr,
     )
+
+
+def _following(
+    query: str, config: SearchConfig, workdir: Path, model: str | None, *, found: bool, known: bool
+) -> tuple[object, ...]:
+    """The next command, also where nothing was found or the student doesn't know the query's language."""
+    if not found and config.dataset == SearchConfig().dataset and detect_language(query) == "zh":
+        return ("qe-edge", "search", "--dataset", "demo-zh", "--plain", *last_words(query))
+    if not known:
+        return to_learn(query, config.dataset, workdir)
+    if not found:
+        return ("qe-edge", "data", "info", config.dataset)
+    if model:
+        reader = ("--reader", config.reader) if config.reader else ()
+        return ("qe-edge", "serve", "--index", config.dataset, "--model", model, *reader)
+    student = () if exported(workdir) else ("--model", DEFAULT_STUDENT)
+    return ("qe-edge", "search", "--dataset", config.dataset, *student, *last_words(query))
