@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
-from qe_edge.console import json_bytes, prepare_streams
+from qe_edge.console import json_bytes, prepare_streams, speaking, still_at_work
 from qe_edge.errors import DEBUG, QeEdgeError, explained
 
 A = TypeVar("A")
@@ -45,7 +45,8 @@ def in_child(work: Callable[[Any], A], task: Any, *, what: str) -> A:
     command = [sys.executable, "-P", "-m", "qe_edge.bench.child", spec.name, work.__name__]
     # The standard library's JSON keeps names of files that are no text.
     asked = json.dumps(msgspec.to_builtins(task)).encode()
-    child = subprocess.run(command, input=asked, stdout=subprocess.PIPE, check=False)
+    with speaking():
+        child = subprocess.run(command, input=asked, stdout=subprocess.PIPE, check=False)
     try:
         reply = msgspec.json.decode(child.stdout, type=_Reply)
     except msgspec.MsgspecError:
@@ -65,7 +66,9 @@ def _main() -> None:
     try:
         work = getattr(import_module(sys.argv[1]), sys.argv[2])
         kind = next(iter(get_type_hints(work).values()))
-        reply = {"value": work(msgspec.convert(json.loads(sys.stdin.buffer.read()), kind, str_keys=True))}
+        task = msgspec.convert(json.loads(sys.stdin.buffer.read()), kind, str_keys=True)
+        with still_at_work("bench"):
+            reply = {"value": work(task)}
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
-from qe_edge.console import warn
+from qe_edge.console import note, warn
 from qe_edge.records import Expansion, Pair, configured, read_jsonl
 from qe_edge.student.spec import ModelSpec
 from qe_edge.train.config import SftConfig
@@ -78,6 +79,8 @@ def training_data(model: Path) -> list[Path]:
                 file = Path(made_from["path"])
                 if _is_at_hand(made_from):
                     files.append(file)
+                    if file.stat().st_size > (made_from.get("bytes") or sys.maxsize):
+                        note(f"{file} has grown since the student was trained on it; it counts as a whole")
                 else:
                     what = "has changed" if file.is_file() else "is gone"
                     warn(f"{file}, which the student was trained on, {what}")

@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 warned: dict[str, None] = {}  # what `warn` was told in this process, each once
 FIRST, SILENCE = 10, 30  # seconds until the first word, and without another one, where no bar is drawn
-QUIET = 15  # seconds without a word or a bar, after which a command says that it is still at work
+QUIET = 25  # seconds without a word or a bar, after which a command says that it is still at work
 _last_word = time.monotonic()  # when `note` told something
-_bars = 0  # how many `progress` are shown, which speak for themselves
+_speakers = 0  # how many `speaking` there are
 
 
 def prepare_streams() -> None:
@@ -107,6 +107,17 @@ def quiet_transformers() -> None:
 
 
 @contextmanager
+def speaking() -> Iterator[None]:
+    """While something tells how far the work is, a bar or a process of ours, nothing else need to."""
+    global _speakers
+    _speakers += 1
+    try:
+        yield
+    finally:
+        _speakers -= 1
+
+
+@contextmanager
 def still_at_work(name: str) -> Iterator[None]:
     """A line wherever a command is silent for long, as while a library works that says nothing."""
     start, ended, stream = time.monotonic(), Event(), sys.stderr
@@ -114,7 +125,7 @@ def still_at_work(name: str) -> Iterator[None]:
     def tell() -> None:
         while not ended.wait(QUIET / 10):
             now = time.monotonic()
-            if not _bars and now - max(start, _last_word) > QUIET:
+            if not _speakers and now - max(start, _last_word) > QUIET:
                 minutes, seconds = divmod(round(now - start), 60)
                 note(f"{name}: {minutes:02d}:{seconds:02d} so far", stream)
 
@@ -136,7 +147,6 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
     """
     from tqdm import tqdm
 
-    global _bars
     bar_shown = sys.stderr.isatty() and is_main_process()
     start = time.monotonic()
     made, at, known = 0, start, ""  # `at`: when the last step was
@@ -163,7 +173,10 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
                 where, when = f"{done + made} of {total}, ", f"{tqdm.format_interval(took)} so far"
             note(f"{description}: {where}{when}{known and f', {known}'}", stream)
 
-    with tqdm(desc=description, total=total, initial=done, leave=False, disable=not bar_shown) as bar:
+    with (
+        speaking(),
+        tqdm(desc=description, total=total, initial=done, leave=False, disable=not bar_shown) as bar,
+    ):
 
         def advance(steps: int = 1, info: str = "") -> None:
             nonlocal made, at, known
@@ -172,14 +185,12 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
             made, at, known = made + steps, time.monotonic(), info
 
         teller = Thread(target=tell, name="qe-edge progress", daemon=True)
-        _bars += 1
         if not bar_shown:
             teller.start()
         try:
             yield advance
         finally:
             ended.set()
-            _bars -= 1
             if not bar_shown:
                 teller.join()  # nothing more is said of what has ended
 

@@ -99,7 +99,8 @@ def pairs(
     report = summarize(candidates, made, dropped + why_not, queries=len(data.queries), reward=named)
     if not made:
         more = "Ask for more of each query (`qe-edge teach --n 4`)"
-        if f"{MARKED}cut" in report["dropped"]:
+        texts = Counter(row.query_id for row in rows if row.problem in (None, "cut"))
+        if f"{MARKED}cut" in report["dropped"] and any(texts[query_id] > 1 for query_id in data.queries):
             more = "Take what was cut (--accept cut), or ask for more of each query (`qe-edge teach --n 4`)"
         if TOO_NEAR in report["dropped"]:
             more += ", or take a smaller --min-gap"

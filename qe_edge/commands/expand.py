@@ -26,6 +26,7 @@ from qe_edge.errors import BadInput, PartlyDone
 from qe_edge.lines import cut, decoded
 from qe_edge.runtime.expander import Expander
 from qe_edge.runtime.expansion import ExpandedQuery
+from qe_edge.student.prompt import clean_query
 from qe_edge.text import detect_language
 
 
@@ -46,6 +47,8 @@ def expand(
         queries = [line for _, line in decoded(cut(sys.stdin.buffer), "<stdin>") if line.strip()]
         if not queries:
             raise BadInput("stdin holds no query")
+    if len(queries) == 1:
+        clean_query(queries[0])  # a blank one is refused before the work
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
     model = chosen_model(model, workdir)

@@ -313,6 +313,10 @@ def _load_ir_datasets(name: str, split: str) -> Dataset:
         path = Path(name)
         named = path.suffix == ".tsv" and path.parent.name == "qrels"
         hint = f"; a folder's split is {path.parents[1]}@{path.stem}" if named else ""
+        if path.is_file() and (path.parent / "corpus.jsonl").is_file():
+            hint = hint or f"; its folder is {path.parent}"
+        elif not hint:
+            hint = "; `qe-edge data list` lists those that are known"
         others = [other.name for other in path.parent.glob("*") if other.is_dir()]
         if close := get_close_matches(path.name, others, 1):
             hint = f". Did you mean {path.parent / close[0]}?"

@@ -111,7 +111,9 @@ class Workdir:
         """
         files = sorted(self.root.glob("teach/*/expansions.jsonl"))
         if not files:
-            raise NotFound(f"{self.root} holds no output of `qe-edge teach`; name a file with --expansions")
+            raise NotFound(
+                f"{self.root} holds no output of `qe-edge teach`; run it first, or name --expansions"
+            )
         files = [file for file in files if not file.parent.name.endswith("@test")] or files
         taught = {file.parent.name: file for file in files}
         _refuse_several("`qe-edge teach` collected texts", taught, "--expansions")

@@ -167,6 +167,11 @@ def test_a_data_set_that_is_mistyped_or_out_of_place_has_its_remedy(qe_edge, tmp
     (tmp_path / "scifacts").mkdir()
     code, _, err = qe_edge("data", "info", f"{tmp_path}/scifact")
     assert code == 4 and err.endswith(f"ir_datasets id. Did you mean {tmp_path / 'scifacts'}?\n")
+    shutil.copytree(builtin_folder("demo-en"), tmp_path / "mine")
+    code, _, err = qe_edge("data", "info", tmp_path / "mine" / "corpus.jsonl")
+    assert code == 4 and err.endswith(f"ir_datasets id; its folder is {tmp_path / 'mine'}\n")
+    code, _, err = qe_edge("data", "info", "/nope")
+    assert code == 4 and err.endswith("ir_datasets id; `qe-edge data list` lists those that are known\n")
     code, _, err = qe_edge("bench", "demo-en")
     assert code == 2 and "A data set is named with --dataset." in err
     code, _, err = qe_edge("teach", "-d", "demo-en@train")

@@ -195,6 +195,9 @@ def test_marked_rows_are_left_out_unless_asked_for(tmp_path, collection):
     with pytest.raises(BadInput, match="1 marked as cut") as error:
         build(tmp_path, collection, rows)
     assert "Take what was cut (--accept cut), or ask for more" in str(error.value)
+    with pytest.raises(BadInput, match="1 marked as cut") as error:  # no query would have two
+        build(tmp_path, collection, [cut, candidate("q2", "yeast")])
+    assert "Take what was cut" not in str(error.value)
     copied = msgspec.structs.replace(cut, problem="copy of the query")
     with pytest.raises(BadInput, match="1 marked as copy of the query") as error:
         build(tmp_path, collection, [copied, *rows[1:]], accept=("cut",))
