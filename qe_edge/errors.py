@@ -61,6 +61,8 @@ class Interrupted(QeEdgeError):
 
 def explained(error: Exception) -> str:
     """What happened and what helps; our own errors, and most of the system's, say so themselves."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}; is it there, and may you read and write it?"
     if isinstance(error, QeEdgeError | OSError):
         return str(error)
     said = " ".join(str(error).split()) or "no reason is given"

@@ -16,7 +16,7 @@ import typer
 
 from qe_edge.arguments import MOST_THREADS
 from qe_edge.console import note, print_json, several, warn, warned
-from qe_edge.errors import Interrupted, NotFound, PartlyDone
+from qe_edge.errors import BadArgument, Interrupted, NotFound, PartlyDone
 from qe_edge.redact import redact
 from qe_edge.text import detect_language
 from qe_edge.train.config import SPEAKS_BOTH
@@ -28,9 +28,23 @@ if TYPE_CHECKING:
     from qe_edge.runtime.expander import Expander
     from qe_edge.train.teach.session import Outcome
 
+
+def _no_file(workdir: Path) -> Path:
+    """Refuse before the work what can't become a work folder."""
+    for path in (workdir, *workdir.absolute().parents):
+        if path.is_file():
+            raise BadArgument(f"--workdir {workdir}: {path} is a file; name a folder")
+    return workdir
+
+
 WorkdirOption = Annotated[
     Path,
-    typer.Option("--workdir", envvar="QE_EDGE_WORKDIR", help="Where outputs go and inputs are found."),
+    typer.Option(
+        "--workdir",
+        envvar="QE_EDGE_WORKDIR",
+        help="Where outputs go and inputs are found.",
+        callback=_no_file,
+    ),
 ]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Output folder (default: a new one in the work folder).")
@@ -133,12 +147,12 @@ def knows(expander: Expander, query: str) -> bool:
     return detect_language(query) in expander.spec.prompt.languages
 
 
-def to_learn(query: str, dataset: str, workdir: Path) -> tuple[object, ...]:
-    """The command to go on with where a student doesn't know a query's language: another one can learn it."""
+def to_learn(query: str, workdir: Path) -> tuple[object, ...]:
+    """The command by which another student learns a query's language, where `teach` collected texts in it."""
     lang = detect_language(query)
     if texts := Workdir(workdir).taught_in(lang):
         return ("qe-edge", "train", "sft", *student_for(lang), "--expansions", texts)
-    return ("qe-edge", "data", "info", dataset)  # which says how a teacher is asked
+    return ()
 
 
 def exported(workdir: Path) -> bool:

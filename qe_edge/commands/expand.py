@@ -82,8 +82,10 @@ def expand(
     elif rows:
         query = rows[0]["query"]
         demo = "demo-zh" if detect_language(query) == "zh" else measured_on(Path(model).parent)
-        searched = ("qe-edge", "search", "--dataset", demo, "--model", model, *last_words(query))
-        tell_next(searched if knows(expander, query) else to_learn(query, demo, workdir), sys.stderr)
+        known = knows(expander, query)
+        how = ("--model", model) if known else ("--plain",)
+        searched = ("qe-edge", "search", "--dataset", demo, *how, *last_words(query))
+        tell_next((not known and to_learn(query, workdir)) or searched, sys.stderr)
     if failures:
         raise typer.Exit(PartlyDone.exit_code)
 

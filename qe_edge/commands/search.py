@@ -98,12 +98,13 @@ def _following(
     query: str, config: SearchConfig, workdir: Path, model: str | None, *, found: bool, known: bool
 ) -> tuple[object, ...]:
     """The next command, also where nothing was found or the student doesn't know the query's language."""
+    shown = ("qe-edge", "data", "info", config.dataset)
     if not found and config.dataset == SearchConfig().dataset and detect_language(query) == "zh":
         return ("qe-edge", "search", "--dataset", "demo-zh", "--plain", *last_words(query))
     if not known:
-        return to_learn(query, config.dataset, workdir)
+        return to_learn(query, workdir) or shown  # which says how a teacher is asked
     if not found:
-        return ("qe-edge", "data", "info", config.dataset)
+        return shown
     if model:
         reader = ("--reader", config.reader) if config.reader else ()
         return ("qe-edge", "serve", "--index", config.dataset, "--model", model, *reader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -39,9 +40,10 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
+        full = "Free some space, or choose" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose"
         raise QeEdgeError(
             f"cannot write {target}: {error.strerror or error}; nothing was changed there. "
-            "Free some space or choose another folder with --out or --workdir."
+            f"{full} another folder with --out or --workdir."
         ) from error
     finally:
         remove(partial)

@@ -17,7 +17,7 @@ from results import bench
 from qe_edge import __version__, console, doctor
 from qe_edge.cli import app
 from qe_edge.commands.common import command_line
-from qe_edge.errors import QeEdgeError, require
+from qe_edge.errors import QeEdgeError, explained, require
 from qe_edge.records import Expansion, Pair, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
 from qe_edge.train.config import accepting
@@ -417,6 +417,18 @@ def test_a_silent_command_says_that_it_is_at_work(monkeypatch, capsys):
         while not told and time.monotonic() < end:
             told = capsys.readouterr().err
     assert re.match(r"merge: 00:\d\d so far\n", told)
+
+
+def test_a_file_is_no_work_folder(qe_edge, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    for place in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "work"):
+        for command in (["doctor"], ["demo"], ["search", "popcorn", "--plain"]):
+            code, out, err = qe_edge(*command, "--workdir", place)
+            told = f"error: --workdir {place}: {tmp_path / 'notes.txt'} is a file; name a folder\n"
+            assert (code, out, err) == (2, "", told)
+    gone = FileNotFoundError(2, "No such file or directory", "/proc/foo")
+    told = "/proc/foo: No such file or directory; is it there, and may you read and write it?"
+    assert explained(gone) == told
 
 
 def test_what_takes_marked_texts_can_be_copied():

