@@ -112,7 +112,8 @@ class Workdir:
         files = sorted(self.root.glob("teach/*/expansions.jsonl"))
         if not files:
             raise NotFound(
-                f"{self.root} holds no output of `qe-edge teach`; run it first, or name --expansions"
+                f"{self.root} holds no output of `qe-edge teach`; "
+                "run it first, or name a file with --expansions"
             )
         files = [file for file in files if not file.parent.name.endswith("@test")] or files
         taught = {file.parent.name: file for file in files}
