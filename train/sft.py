@@ -55,9 +55,8 @@ def sft(
         raise BadArgument("--eval-dataset measures what a student writes; train it to --task write, too")
     on = hardware(config)
     rows = select_rows(expansions, config)
-    if marked := _marked(expansions, config):
-        kinds = ", ".join(f"{problem} ({count})" for problem, count in marked.items())
-        warn(f"sft: left out, as `teach` marked them: {kinds} ({accepting(marked)} takes them)")
+    if told := _left_out(expansions, config):
+        warn(f"sft: {told}")
     if len(models := sorted({row.model for row in rows})) > 1:
         warn(f"sft: texts of several models: {', '.join(models)} (--teacher-model takes those of one)")
     out = out or workdir.new("sft")
@@ -189,16 +188,19 @@ def select_rows(paths: Iterable[Path | str], config: SftConfig) -> list[Expansio
     ]
     if not selected:
         found = ", ".join(sorted({f"{row.model} {row.mode}" for row in rows})) or "no rows"
-        raise BadInput(f"no expansion left to train on; the files hold: {found}")
+        told = _left_out(paths, config)
+        raise BadInput(f"no expansion left to train on; the files hold: {found}{told and f'; {told}'}")
     if 0 < config.max_rows < len(selected):
         return random.Random(config.seed).sample(selected, config.max_rows)
     return selected
 
 
-def _marked(paths: Iterable[Path | str], config: SftConfig) -> Counter[str]:
-    """How many rows have a problem that isn't accepted, by problem."""
-    problems = (row.problem for path in paths for row in read_jsonl(path, Expansion))
-    return Counter(problem for problem in problems if problem and problem not in config.accept)
+def _left_out(paths: Iterable[Path | str], config: SftConfig) -> str:
+    """How many rows have a problem that isn't accepted, and the flags that take them; "" if none has."""
+    problems = [row.problem for path in paths for row in read_jsonl(path, Expansion)]
+    marked = Counter(problem for problem in problems if problem and problem not in config.accept)
+    kinds = ", ".join(f"{problem} ({count})" for problem, count in marked.items())
+    return kinds and f"left out, as `teach` marked them: {kinds} ({accepting(marked)} takes them)"
 
 
 def encode_rows(

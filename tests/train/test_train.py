@@ -168,6 +168,9 @@ def test_rows_are_selected_by_model_and_mode_and_drawn_by_seed(files):
     )
     with pytest.raises(BadInput, match="the files hold: other few-shot, teacher zero-shot"):
         select_rows(path, SftConfig(teacher_models=("nobody",)))
+    path[0].write_bytes(encode_jsonl([msgspec.structs.replace(row, problem="cut") for row in rows(2)]))
+    with pytest.raises(BadInput, match=r"as `teach` marked them: cut \(2\) \(--accept cut takes them\)"):
+        select_rows(path, SftConfig())
 
 
 def test_sft_learns_and_leaves_a_whole_folder(trained):
