@@ -81,7 +81,7 @@ export class Student {
   constructor(spec: Spec, engine: Engine, options?: Options);
   static load(source: string | URL | Blob | Spec, engine: Engine, options?: Options): Promise<Student>;
   readonly spec: Spec;
-  /** The query with what the student writes for it; what there is when `signal` aborts counts. */
+  /** The query with what the student writes for it; the whole words that there are when `signal` aborts count. */
   expand(query: string, options?: { scores?: number[]; signal?: AbortSignal }): Promise<ExpandedQuery>;
   /** The query with passages that a search found for it, each weighed by the reader. */
   feedback(

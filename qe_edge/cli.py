@@ -86,8 +86,8 @@ def main(*, interrupted: bool = False) -> None:
     try:
         if interrupted:
             raise KeyboardInterrupt
-        quiet = _command() in ("serve", "mcp")  # they work on request
-        with drowsy_threads(), nullcontext() if quiet else still_at_work(_command()):
+        serves = _command() in ("serve", "mcp")  # they wait for requests
+        with drowsy_threads(), nullcontext() if serves else still_at_work(_command()):
             code = app(standalone_mode=False) or 0
         if code == 130:  # as Typer returns Ctrl-C
             _interrupted()

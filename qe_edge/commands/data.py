@@ -56,12 +56,14 @@ def data_info(
     mode = ("--mode", "zero-shot") if dataset.queries and not name.endswith("@train") else ()
     info = msgspec.to_builtins(describe(dataset))
     if dataset.folder and (found := splits(dataset.folder)):
-        info["splits"] = ", ".join(found)
+        info["splits"] = found
     info["fingerprint"] = dataset.fingerprint()
     emit(
         json,
         "data info",
-        "\n".join(f"{key:<12} {value}" for key, value in info.items()),
+        "\n".join(
+            f"{key:<12} {', '.join(value) if key == 'splits' else value}" for key, value in info.items()
+        ),
         metrics=info,
         following=("qe-edge", *asking, name, "--endpoint", "URL", "--model", "MODEL", *mode),
     )

@@ -144,7 +144,7 @@ def data_judge(
     judged = f"{dataset.partition('@')[0]}@{file}"
     text = f"{outcome.done} of {outcome.candidates} grades were given"
     if found:
-        text = f"{several(found.grades, 'grade', 'grades')} in {file}, as {judged} judges with them"
+        text = f"{several(found.grades, 'grade')} in {file}, as {judged} judges with them"
         if found.pairs:
             text += f"\nagreement with the {found.pairs} known judgments among them: "
             of_systems = f"tau of {len(found.systems)} systems"
