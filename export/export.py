@@ -114,7 +114,7 @@ def export_model(
         for warning in warnings:
             progress(f"warning: {warning}")
         found: dict[str, Any] = {"files": files, "checks": checks, "calibration": measured, "types": types}
-        found["warnings"] = warnings
+        found |= {"warnings": warnings, "languages": spec.prompt.languages}
         record = run_record(
             "export", msgspec.to_builtins(config, enc_hook=str), {"model": model}, **found, **learnt_by(model)
         )

@@ -18,8 +18,8 @@ from qe_edge.redact import redact
 T = TypeVar("T")
 
 warned: dict[str, None] = {}  # what `warn` was told in this process, each once
-FIRST, SILENCE = 10, 30  # seconds until the first word, and without another one, where no bar is drawn
-QUIET = 25  # seconds without a word or a bar, after which a command says that it is still at work
+FIRST = 10  # seconds until the first word of long work, where no bar is drawn
+SILENCE = 25  # seconds without a word or a bar, after which a command tells how far it is
 _last_word = time.monotonic()  # when `note` told something
 _speakers = 0  # how many `speaking` there are
 
@@ -123,9 +123,9 @@ def still_at_work(name: str) -> Iterator[None]:
     start, ended, stream = time.monotonic(), Event(), sys.stderr
 
     def tell() -> None:
-        while not ended.wait(QUIET / 10):
+        while not ended.wait(SILENCE / 10):
             now = time.monotonic()
-            if not _speakers and now - max(start, _last_word) > QUIET:
+            if not _speakers and now - max(start, _last_word) > SILENCE:
                 minutes, seconds = divmod(round(now - start), 60)
                 note(f"{name}: {minutes:02d}:{seconds:02d} so far", stream)
 
@@ -140,7 +140,7 @@ def still_at_work(name: str) -> Iterator[None]:
 
 @contextmanager
 def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar with rate and time left; where there is no terminal, a line soon and each half minute.
+    """A progress bar with rate and time left; where there is no terminal, a line soon, and where it is silent for long.
 
     Yields `advance(steps=1, info="")`; `done` steps count as already made and not into the rate. A `total`
     that nobody knows is None.
@@ -155,7 +155,7 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
 
     def tell() -> None:
         """Also while a step lasts: one may take minutes, and the first one longest."""
-        wait = FIRST
+        wait = min(FIRST, max(SILENCE - (start - _last_word), 1))
         while not ended.wait(wait):
             took, wait = time.monotonic() - start, SILENCE
             if total is None:

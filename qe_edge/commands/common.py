@@ -155,13 +155,15 @@ def to_learn(query: str, workdir: Path) -> tuple[object, ...]:
     return ()
 
 
-def exported(workdir: Path) -> bool:
-    """Whether there is an export, which a command takes where no model is named."""
+def exports_language(workdir: Path, lang: str) -> bool:
+    """Whether the newest export, which a command takes where no model is named, writes in a language."""
+    from qe_edge.work.runs import read_record
+
     try:
-        Workdir(workdir).newest("export")
+        record = read_record(Workdir(workdir).newest("export"))
     except NotFound:
         return False
-    return True
+    return lang in record.get("languages", [lang])
 
 
 def emit_asked(

@@ -16,7 +16,7 @@ from qe_edge.commands.common import (
     WorkdirOption,
     chosen_model,
     emit,
-    exported,
+    exports_language,
     knows,
     last_words,
     student_for,
@@ -109,7 +109,8 @@ def _following(
     if model:
         reader = ("--reader", config.reader) if config.reader else ()
         return ("qe-edge", "serve", "--index", config.dataset, "--model", model, *reader)
-    student = () if exported(workdir) else ("--model", DEFAULT_STUDENT)
-    if student and student_for(detect_language(query)):  # another one is needed
+    lang = detect_language(query)
+    student = () if exports_language(workdir, lang) else ("--model", DEFAULT_STUDENT)
+    if student and student_for(lang):  # another one is needed
         return to_learn(query, workdir) or shown
     return ("qe-edge", "search", "--dataset", config.dataset, *student, *last_words(query))

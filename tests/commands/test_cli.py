@@ -405,7 +405,7 @@ def test_progress_shows_count_rate_and_time_left_on_a_terminal_alone():
 
 
 def test_a_silent_command_says_that_it_is_at_work(monkeypatch, capsys):
-    monkeypatch.setattr(console, "QUIET", 0.01)
+    monkeypatch.setattr(console, "SILENCE", 0.01)
     with console.still_at_work("merge"):
         told = ""
         with console.progress("working", None):  # which speaks for itself

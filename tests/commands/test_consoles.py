@@ -278,7 +278,12 @@ def test_without_a_terminal_long_work_says_where_it_is(monkeypatch, capsys):
     with console.progress("indexing", None) as advance:
         assert list(console.counting(range(2500), advance)) == list(range(2500))
         comes(r"indexing: 2000, \d\d:\d\d so far")
+    monkeypatch.setattr(console, "SILENCE", 1.2)
+    monkeypatch.setattr(console, "FIRST", 60)
+    with console.progress("train sft", 10):
+        comes(r"train sft: 0 of 10, 00:0\d so far")  # nothing was said before it, either
     monkeypatch.setattr(console, "SILENCE", 60)
+    monkeypatch.setattr(console, "FIRST", 0.1)
     with console.progress("train sft", 10) as advance:
         comes(r"train sft: 0 of 10, \d\d:\d\d so far")
         advance()

@@ -157,6 +157,16 @@ def test_what_finds_nothing_is_looked_for_elsewhere(qe_edge):
         assert err.splitlines()[-1] == f"next:   {following}"
 
 
+def test_after_a_plain_search_the_export_is_proposed_that_knows_the_language(qe_edge, tmp_path):
+    asked = ("search", "popcorn", "--plain", "-d", "demo-en", "--workdir", tmp_path)
+    for languages, student in ((["en", "zh"], []), (["zh"], ["--model", "builtin:smollm2-135m"])):
+        (tmp_path / "export" / "001").mkdir(parents=True, exist_ok=True)
+        write_json(tmp_path / "export" / "001" / "run.json", {"command": "export", "languages": languages})
+        following = shlex.join([*student, "popcorn", "--workdir", str(tmp_path)])
+        _, _, err = qe_edge(*asked)
+        assert err.splitlines()[-1] == f"next:   qe-edge search --dataset demo-en {following}"
+
+
 def test_made_queries_are_taught_and_grades_are_measured_with(qe_edge, tmp_path):
     pytest.importorskip("openai")
     mine = tmp_path / "mine"
