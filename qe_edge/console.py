@@ -140,7 +140,7 @@ def still_at_work(name: str) -> Iterator[None]:
 
 @contextmanager
 def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar with rate and time left; where there is no terminal, a line soon, and where it is silent for long.
+    """A progress bar with rate and time left; where there is no terminal, a line soon and after each silence.
 
     Yields `advance(steps=1, info="")`; `done` steps count as already made and not into the rate. A `total`
     that nobody knows is None.
