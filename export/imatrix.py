@@ -50,8 +50,9 @@ def calibration_rows(
     """
     from qe_edge.student.prompt import hugging_face
     from qe_edge.train.sft import encode_rows, select_rows
+    from qe_edge.train.teach.ledger import read_texts
 
-    rows = select_rows(expansions, selection)
+    rows = select_rows(read_texts(expansions), selection)
     rows = [row for row in rows if row.lang in spec.prompt.languages]
     rows = random.Random(0).sample(rows, min(ROWS, len(rows)))
     # To write, whatever it was trained to: answers of a few tokens are too little to compare types by.

@@ -80,7 +80,7 @@ def training_data(model: Path) -> list[Path]:
                 if _is_at_hand(made_from):
                     files.append(file)
                     if file.stat().st_size > (made_from.get("bytes") or sys.maxsize):
-                        note(f"{file} has grown since the student was trained on it; it counts as a whole")
+                        note(f"{file} has grown since the student was trained on it; the new texts count too")
                 else:
                     what = "has changed" if file.is_file() else "is gone"
                     warn(f"{file}, which the student was trained on, {what}")

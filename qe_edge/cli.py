@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from contextlib import nullcontext
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
@@ -94,7 +95,11 @@ def main(*, interrupted: bool = False) -> None:
         sys.exit(code)
     except UsageError as error:  # it shows the usage, and the options that are like it
         error.message = _plain(error.message)
-        error.message += _remedy(error)
+        if remedy := _remedy(error):
+            error.message += remedy
+            error.possibilities = ()
+        elif near := getattr(error, "possibilities", None):  # Typer's own are far-fetched at times
+            error.possibilities = get_close_matches(error.option_name, near, cutoff=0.7)
         error.show()
         if "--json" in sys.argv:
             emit(True, _command(), "", status="error", errors=[redact(error.format_message())])
@@ -127,8 +132,10 @@ def _remedy(error: Any) -> str:
     unknown_option = error.message.startswith("No such option")
     if unknown_option and "--split" in error.message:
         return ". A split is named with its data set: NAME@SPLIT"
-    if unknown_option and error.ctx.parent is None:
-        return ". Options stand behind the command"
+    if unknown_option and (commands := getattr(error.ctx.command, "commands", None)):
+        return f". Options stand behind the command: {', '.join(commands)}"
+    if unknown_option and _command() in ("expand", "search") and error.option_name == "--threads":
+        return ". It takes the cores that are free; `serve` and Python's Expander take a number"
     if unknown_option and _command() in ("expand", "search") and "option: --" not in error.message:
         return ". A query that begins with - comes last, after --, as in: -- '-5 degrees'"
     if error.message.startswith("Got unexpected extra argument"):
@@ -136,6 +143,9 @@ def _remedy(error: Any) -> str:
             return ". Options stand before the --, which only a query comes after"
         if _command() == "search":
             return ". A query of several words stands in quotes"
+        options = {option for param in error.ctx.command.params for option in param.opts}
+        if named := [option for option in ("--dataset", "--expansions", "--pairs") if option in options]:
+            return f". What it works on is named with {' and '.join(named)}"
     if error.message.startswith("No such command") and "Did you mean" not in error.message:
         known = f" There are: {', '.join(error.ctx.command.commands)}."
         return f"{known} A data set is named with --dataset." if _command() == "bench" else known

@@ -13,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from qe_edge.errors import BadInput
-from qe_edge.records import Candidate, Expansion, Pair, Problem, encode_jsonl, read_jsonl
+from qe_edge.records import Candidate, Expansion, Pair, Problem, encode_jsonl
 from qe_edge.retrieval.datasets import Dataset, load_dataset
 from qe_edge.retrieval.index import Index
 from qe_edge.retrieval.opensearch import OpenSearchIndex
@@ -23,6 +23,7 @@ from qe_edge.text import count_words
 from qe_edge.train.config import PairsConfig, Strategy
 from qe_edge.train.pair_report import ALIKE, EQUAL, MARKED, TOO_MANY, TOO_NEAR, listed, summarize
 from qe_edge.train.scoring import NDCG, Refining, Reward, score
+from qe_edge.train.teach.ledger import read_texts
 from qe_edge.work.files import MANIFEST, atomic_path, write_json
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import check_output, run_record
@@ -56,7 +57,7 @@ def pairs(
     if config.reader:
         config = replace(config, reader=str(local_file(config.reader)))
     data = load_dataset(dataset)
-    rows = [row for path in expansions for row in read_jsonl(path, Expansion)]
+    rows = read_texts(expansions)
     known, dropped = usable(rows, data, config.accept)
     if not known:
         raise BadInput(

@@ -12,7 +12,7 @@ import msgspec
 
 from qe_edge.console import note, several, warn
 from qe_edge.errors import BadArgument, BadInput, require
-from qe_edge.records import Expansion, read_jsonl
+from qe_edge.records import Expansion
 from qe_edge.student.prompt import Tokenize, hugging_face
 from qe_edge.student.spec import ModelSpec
 from qe_edge.train.base_model import (
@@ -30,6 +30,7 @@ from qe_edge.train.loop import TrainingRun, counted, trainer_arguments
 from qe_edge.train.lora import lora_config
 from qe_edge.train.output_layer import compute_answers_alone
 from qe_edge.train.rows import CHECKED, OTHER_LANGUAGE, Row, check_batch, check_texts, tell_language
+from qe_edge.train.teach.ledger import read_texts
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import read_record
 
@@ -54,8 +55,9 @@ def sft(
     if config.eval_dataset and "write" not in config.tasks:
         raise BadArgument("--eval-dataset measures what a student writes; train it to --task write, too")
     on = hardware(config)
-    rows = select_rows(expansions, config)
-    if told := _left_out(expansions, config):
+    texts = read_texts(expansions)
+    rows = select_rows(texts, config)
+    if told := _left_out(texts, config):
         warn(f"sft: {told}")
     if len(models := sorted({row.model for row in rows})) > 1:
         warn(f"sft: texts of several models: {', '.join(models)} (--teacher-model takes those of one)")
@@ -161,7 +163,7 @@ def make_trainer(
 
 def example(expansions: Sequence[Path | str], config: SftConfig, *, workdir: Workdir) -> str:
     """The first row as it would be trained on, for people; nothing is trained."""
-    rows = select_rows(expansions, config)
+    rows = select_rows(read_texts(expansions), config)
     source, spec = _prepare(config, workdir)
     tokenizer = load_tokenizer(source)
     encoded, _ = encode_rows(rows[:32], spec, hugging_face(tokenizer), config.max_length, config.tasks)
@@ -172,13 +174,12 @@ def _row(encoded: dict[str, list[int]]) -> Row:
     return Row(tuple(encoded["input_ids"]), encoded["labels"].count(-100))
 
 
-def select_rows(paths: Iterable[Path | str], config: SftConfig) -> list[Expansion]:
-    """The teacher rows that the configuration selects.
+def select_rows(rows: Sequence[Expansion], config: SftConfig) -> list[Expansion]:
+    """The rows that the configuration selects.
 
     Raises:
         BadInput: there is none.
     """
-    rows = [row for path in paths for row in read_jsonl(path, Expansion)]
     selected = [
         row
         for row in rows
@@ -188,17 +189,17 @@ def select_rows(paths: Iterable[Path | str], config: SftConfig) -> list[Expansio
     ]
     if not selected:
         found = ", ".join(sorted({f"{row.model} {row.mode}" for row in rows})) or "no rows"
-        told = _left_out(paths, config)
+        told = _left_out(rows, config)
         raise BadInput(f"no expansion left to train on; the files hold: {found}{told and f'; {told}'}")
     if 0 < config.max_rows < len(selected):
         return random.Random(config.seed).sample(selected, config.max_rows)
     return selected
 
 
-def _left_out(paths: Iterable[Path | str], config: SftConfig) -> str:
+def _left_out(rows: Iterable[Expansion], config: SftConfig) -> str:
     """How many rows have a problem that isn't accepted, and the flags that take them; "" if none has."""
-    problems = [row.problem for path in paths for row in read_jsonl(path, Expansion)]
-    marked = Counter(problem for problem in problems if problem and problem not in config.accept)
+    problems = [row.problem for row in rows if row.problem]
+    marked = Counter(problem for problem in problems if problem not in config.accept)
     kinds = ", ".join(f"{problem} ({count})" for problem, count in marked.items())
     return kinds and f"left out, as `teach` marked them: {kinds} ({accepting(marked)} takes them)"
 

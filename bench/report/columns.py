@@ -149,7 +149,11 @@ def narrow(dataset: DatasetResult) -> list[Column]:
 
 def _no_yardstick(dataset: DatasetResult) -> str:
     means = {system.name: system.ndcg.mean for system in dataset.systems}
-    if dataset.teacher not in means or means[dataset.teacher] > means.get("BM25", 0):
+    if (
+        dataset.teacher is None
+        or dataset.teacher not in means
+        or means[dataset.teacher] > means.get("BM25", 0)
+    ):
         return ""
     return " It doesn't pass plain BM25, so it is no yardstick here."
 
@@ -187,7 +191,7 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
         corrected = f", corrected by Holm over {others} systems" if others > 1 else ""
         lines.append(f"* p < {score(ALPHA).rstrip('0')} against BM25: paired randomization test{corrected}.")
     lines += ways(dataset.systems)
-    if timed:
+    if keys & {"speed", "ms"}:
         lines.append("tok/s: tokens written a second. ms/query: the median time to expand a query.")
     if any(key.endswith("-tokens") for key in keys):
         longest = max((budget for system in dataset.systems for budget in system.budgets), default=0)
@@ -196,15 +200,15 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
         lines.append(f"N tokens: {dataset.measure} when each expansion ends after so many.{more}")
     if dataset.teacher is None and keys & {"of-teacher", "of-gain"}:
         lines.append("No teacher was measured to compare with: --teacher names a file of its texts.")
-    if dataset.teacher is not None and "of-teacher" in keys:
+    teacher = dataset.teacher or "a teacher"
+    if "of-teacher" in keys:
+        itself = f" ({MISSING}: BM25, and the teacher itself)." if dataset.teacher else "."
+        shared = f"of teacher: {dataset.measure} as a share of that of {teacher}"
+        lines.append(shared + itself + _no_yardstick(dataset))
+    if "of-gain" in keys:
+        none = dataset.teacher and all(system.gain_retention is None for system in dataset.systems)
         lines.append(
-            f"of teacher: {dataset.measure} as a share of that of {dataset.teacher} "
-            f"({MISSING}: BM25, and the teacher itself)." + _no_yardstick(dataset)
-        )
-    if dataset.teacher is not None and "of-gain" in keys:
-        none = all(system.gain_retention is None for system in dataset.systems)
-        lines.append(
-            f"of its gain: of what {dataset.teacher} gains over BM25, the share that is gained too"
+            f"of its gain: of what {teacher} gains over BM25, the share that is gained too"
             + (f". {MISSING}: it gains nothing, or nothing that can be told from chance." if none else ".")
         )
     if "helped" in keys:

@@ -109,13 +109,19 @@ def took_trained(what: str, folder: Path, shown: str = "") -> None:
 def measured_on(made: Path) -> str:
     """What to measure a student on where nothing is named: a data set of which it learnt another part."""
     from qe_edge.export.lineage import taught_folders
-    from qe_edge.retrieval.datasets import BUILTIN, splits
     from qe_edge.work.files import near
     from qe_edge.work.runs import learnt_by
 
     learnt = [name.partition("@")[0] for name in learnt_by(made).get("learnt", [])]
     learnt += [str(near(folder)) for folder in taught_folders(made)]
-    return next((name for name in learnt if name in BUILTIN or "test" in splits(Path(name))), "demo-en")
+    return next(filter(has_test_queries, learnt), "demo-en")
+
+
+def has_test_queries(name: str) -> bool:
+    """Whether a bare name, of a built-in data set or a folder, means test queries."""
+    from qe_edge.retrieval.datasets import BUILTIN, splits
+
+    return name in BUILTIN or "test" in splits(Path(name))
 
 
 def student_for(lang: str) -> list[str]:

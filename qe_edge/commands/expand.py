@@ -85,6 +85,8 @@ def expand(
         known = knows(expander, query)
         how = ("--model", model) if known else ("--plain",)
         searched = ("qe-edge", "search", "--dataset", demo, *how, *last_words(query))
+        if not rows[0]["terms"]:  # it has no word to be searched for
+            searched = ("qe-edge", "data", "info", demo)
         tell_next((not known and to_learn(query, workdir)) or searched, sys.stderr)
     if failures:
         raise typer.Exit(PartlyDone.exit_code)

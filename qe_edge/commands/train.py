@@ -58,6 +58,8 @@ def train_sft(
     if not files:
         files = [work.only_taught()]
         took("expansions", files[0], "what `teach` collected")
+    if "student" not in settings.values:
+        took("student", config.student, "the default")
     if show_example:
         shown = example(files, config, workdir=work)
         emit(json, "train sft", shown.rstrip(), metrics={"example": shown})

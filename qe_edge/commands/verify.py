@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit, measured_on
+from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit, has_test_queries, measured_on
 from qe_edge.console import several, warn
 from qe_edge.work.folder import Workdir
 
@@ -66,6 +66,8 @@ def verify(
         if change["high"] < 0:
             warn(f"{exported} finds less than its source, and not by chance: try a larger kind, such as --q8")
     made_in = exported if exported.is_dir() and read_record(exported) else exported.parent
+    if dataset and dataset.endswith("@train") and has_test_queries(dataset.removesuffix("@train")):
+        dataset = dataset.removesuffix("@train")  # what it learnt from says little
     following = ("qe-edge", "bench", "--dataset", dataset or measured_on(made_in), "--model", exported)
     emit(json, "verify", text, inputs={"export": exported}, metrics=found, following=following)
 

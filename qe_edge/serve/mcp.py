@@ -1,6 +1,7 @@
 """`qe-edge mcp`: expansion and search as tools of the Model Context Protocol (https://modelcontextprotocol.io)."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from mcp.server import MCPServer
@@ -20,7 +21,10 @@ def create_mcp(expander: Expander, collections: Mapping[str, Collection]) -> MCP
     """The tools `expand` and, where there is something to be searched, `search`."""
     server = MCPServer("qe-edge", version=__version__)
 
-    @server.tool()
+    def tool(verb: Callable[..., Any]) -> None:
+        server.tool(description=inspect.getdoc(verb))(verb)
+
+    @tool
     def expand(
         query: QueryText,
     ) -> dict[str, Any]:
@@ -37,7 +41,7 @@ def create_mcp(expander: Expander, collections: Mapping[str, Collection]) -> MCP
     if collections:
         first = next(iter(collections))
 
-        @server.tool()
+        @tool
         def search(
             query: QueryText,
             index: Annotated[str, Field(description=f"One of: {', '.join(collections)}.")] = first,

@@ -139,6 +139,7 @@ def test_an_mcp_client_expands_and_searches(gguf: Path, tmp_path: Path) -> None:
         async with Client(server) as client:
             tools = {tool.name: tool for tool in (await client.list_tools()).tools}
             assert tools.keys() == {"expand", "search"}
+            assert "words.\n\nWhere" in tools["expand"].description
             expanded = await client.call_tool("expand", {"query": QUERY})
             assert not expanded.is_error
             assert expanded.structured_content and "words" in str(expanded.structured_content)

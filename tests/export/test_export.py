@@ -261,7 +261,7 @@ def test_verify_prints_what_it_found(
     from qe_edge.cli import main
 
     file = exported[1] / "student-Q8_0.gguf"
-    monkeypatch.setattr(sys, "argv", ["qe-edge", "verify", str(file), "--dataset", "demo-en"])
+    monkeypatch.setattr(sys, "argv", ["qe-edge", "verify", str(file), "--dataset", "demo-en@train"])
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 0
@@ -273,9 +273,10 @@ def test_verify_prints_what_it_found(
         "                 within answers more than 0.2 is warned of\n"
     ) in printed
     *lines, following = printed.splitlines()
-    assert following.startswith("next:   qe-edge bench")  # and may be as long as the file's name
+    # Of queries that it didn't learn from.
+    assert following == f"next:   qe-edge bench --dataset demo-en --model {file}"
     assert [line for line in lines[1:] if len(line) > 80] == []
-    assert "nDCG@10 on 26 queries of demo-en@test: " in printed
+    assert "nDCG@10 on 48 queries of demo-en@train: " in printed
 
 
 @pytest.mark.parametrize("exported", ["qwen3"], indirect=True)

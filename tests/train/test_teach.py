@@ -13,9 +13,11 @@ from teaching import many, rows, zero_shot
 
 from qe_edge import Expander
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError
+from qe_edge.records import Expansion
 from qe_edge.retrieval.datasets import load_queries
 from qe_edge.student.gate import OPEN
 from qe_edge.train.teach.config import TeachConfig
+from qe_edge.train.teach.ledger import Ledger, read_texts
 from qe_edge.train.teach.pace import Pace, Stopped
 from qe_edge.train.teach.teach import teach
 from qe_edge.work.files import read_json
@@ -49,6 +51,19 @@ def test_every_candidate_is_asked_for_once_with_what_was_configured(three, tmp_p
     assert (first.dataset, first.lang, first.model, first.mode) == ("three", "en", "big", "zero-shot")
     assert (first.prompt_id, first.sample, first.finish_reason) == ("teacher-v1", 0, "stop")
     assert "secret" not in (out / "run.json").read_text()
+
+
+def test_texts_that_are_still_being_written_are_taken_with_a_word(tmp_path, capsys):
+    file = tmp_path / "expansions.jsonl"
+    row = Expansion("tiny", "q0", "tides", "en", "teacher", "zero-shot", "the moon")
+    with Ledger(file, Expansion, "teach", "candidates") as ledger:
+        ledger.append(row)
+        capsys.readouterr()
+        assert read_texts([file]) == [row]
+        told = f"warning: `qe-edge teach` is still adding to {file}: what it holds now is taken\n"
+        assert capsys.readouterr().err == told
+    assert read_texts([file]) == [row]
+    assert capsys.readouterr().err == ""
 
 
 def test_run_again_asks_for_nothing_and_changed_settings_for_new_candidates(three, tmp_path):

@@ -152,25 +152,26 @@ def byte_ids(text, special):
     return list(text.encode())
 
 
-def test_rows_are_selected_by_model_and_mode_and_drawn_by_seed(files):
-    path = [files / "expansions.jsonl"]
+def test_rows_are_selected_by_model_and_mode_and_drawn_by_seed():
     extra = [
         Expansion("tiny", "q0", "query number 0", "en", "other", "few-shot", f"text {i}") for i in range(9)
     ]
-    path[0].write_bytes(encode_jsonl([*rows(2), *extra]))
-    assert len(select_rows(path, SftConfig())) == 11
-    assert [r.model for r in select_rows(path, SftConfig(teacher_models=("teacher",)))] == ["teacher"] * 2
-    assert len(select_rows(path, SftConfig(modes=("few-shot",)))) == 9
-    drawn = select_rows(path, SftConfig(max_rows=5))
+    texts = [*rows(2), *extra]
+    assert len(select_rows(texts, SftConfig())) == 11
+    assert [r.model for r in select_rows(texts, SftConfig(teacher_models=("teacher",)))] == ["teacher"] * 2
+    assert len(select_rows(texts, SftConfig(modes=("few-shot",)))) == 9
+    drawn = select_rows(texts, SftConfig(max_rows=5))
     assert len({row.text for row in drawn}) == 5
     assert (
-        drawn == select_rows(path, SftConfig(max_rows=5)) != select_rows(path, SftConfig(max_rows=5, seed=1))
+        drawn
+        == select_rows(texts, SftConfig(max_rows=5))
+        != select_rows(texts, SftConfig(max_rows=5, seed=1))
     )
     with pytest.raises(BadInput, match="the files hold: other few-shot, teacher zero-shot"):
-        select_rows(path, SftConfig(teacher_models=("nobody",)))
-    path[0].write_bytes(encode_jsonl([msgspec.structs.replace(row, problem="cut") for row in rows(2)]))
+        select_rows(texts, SftConfig(teacher_models=("nobody",)))
+    texts = [msgspec.structs.replace(row, problem="cut") for row in rows(2)]
     with pytest.raises(BadInput, match=r"as `teach` marked them: cut \(2\) \(--accept cut takes them\)"):
-        select_rows(path, SftConfig())
+        select_rows(texts, SftConfig())
 
 
 def test_sft_learns_and_leaves_a_whole_folder(trained):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
@@ -11,9 +13,9 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 from filelock import FileLock, Timeout
 
-from qe_edge.console import note
+from qe_edge.console import note, warn
 from qe_edge.errors import QeEdgeError
-from qe_edge.records import read_jsonl
+from qe_edge.records import Expansion, read_jsonl
 
 SYNC_EVERY = 1.0  # seconds; what a power cut can lose, unlike a kill
 
@@ -34,6 +36,27 @@ class Row(Protocol):
 
 
 R = TypeVar("R", bound=Row)
+
+
+def read_texts(paths: Iterable[Path | str]) -> list[Expansion]:
+    """The rows of files of expansions; a file that `teach` is still adding to is warned of."""
+    rows: list[Expansion] = []
+    for path in paths:
+        if _is_written(path):
+            warn(f"`qe-edge teach` is still adding to {path}: what it holds now is taken")
+        rows += read_jsonl(path, Expansion)
+    return rows
+
+
+def _is_written(path: Path | str) -> bool:
+    lock = FileLock(f"{path}.lock", timeout=0)
+    try:
+        with lock if Path(lock.lock_file).is_file() else nullcontext():
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that can't be written to
+        return False
 
 
 class Ledger(Generic[R]):
