@@ -129,6 +129,8 @@ _PYDANTIC = {
 
 def _remedy(error: Any) -> str:
     """What to write instead, where Typer doesn't say it."""
+    if not error.message:  # an argument is missing, and Typer says no more than its name
+        return getattr(getattr(error, "param", None), "help", None) or ""
     unknown_option = error.message.startswith("No such option")
     if unknown_option and "--split" in error.message:
         return ". A split is named with its data set: NAME@SPLIT"
@@ -146,6 +148,8 @@ def _remedy(error: Any) -> str:
         options = {option for param in error.ctx.command.params for option in param.opts}
         if named := [option for option in ("--dataset", "--expansions", "--pairs") if option in options]:
             return f". What it works on is named with {' and '.join(named)}"
+        if not any(param.param_type_name == "argument" for param in error.ctx.command.params):
+            return ". It takes options only"
     if error.message.startswith("No such command") and "Did you mean" not in error.message:
         known = f" There are: {', '.join(error.ctx.command.commands)}."
         return f"{known} A data set is named with --dataset." if _command() == "bench" else known

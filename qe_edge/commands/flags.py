@@ -44,7 +44,7 @@ AllOption = Annotated[
     typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show rarely used options too."),
 ]
 PrintOption = Annotated[
-    bool, typer.Option("--print-config", help="Print the settings, but for a model's own, and stop.")
+    bool, typer.Option("--print-config", help="Print the settings that don't depend on a model, and stop.")
 ]
 
 

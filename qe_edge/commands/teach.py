@@ -62,7 +62,7 @@ def teach(
         return
     if not settings.values.get("model") or (data is None and not settings.shown):
         unnamed = [] if data else ["the queries with --dataset or --queries"]
-        unnamed += [] if settings.values.get("model") else ["the teacher with --model (and --endpoint)"]
+        unnamed += [] if settings.values.get("model") else ["the teacher's model with --model"]
         raise BadArgument(f"name {', and '.join(unnamed)}")
     config = settings.config()
     assert data is not None

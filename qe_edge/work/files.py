@@ -88,6 +88,12 @@ def claim(out: Path) -> bool:
     return True
 
 
+def release(out: Path) -> None:
+    """Give up what `claim` got, so that another process can have it."""
+    if lock := _CLAIMED.pop(out.resolve(), None):
+        lock.release()
+
+
 def publish(partial: Path, target: Path) -> None:
     """Flush `partial` to disk and give it the name `target`.
 

@@ -13,7 +13,17 @@ import msgspec
 from qe_edge.console import is_main_process, json_bytes, warn
 from qe_edge.errors import BadArgument, BadInput
 from qe_edge.redact import redact
-from qe_edge.work.files import MANIFEST, claim, publish, read_json, recover, remove, sha256, write_json
+from qe_edge.work.files import (
+    MANIFEST,
+    claim,
+    publish,
+    read_json,
+    recover,
+    release,
+    remove,
+    sha256,
+    write_json,
+)
 from qe_edge.work.folder import is_numbered
 from qe_edge.work.machine import machine, versions
 
@@ -143,6 +153,7 @@ class RunFolder:
         """A work folder's number, `out` or the next free one, with what the same run left at another."""
         while other := self._other_work(out):
             warn(f"{_partial(out)} holds an unfinished run with other {other}; it stays there")
+            release(out)  # for that run, which may go on beside this one
             out = _next(out)
             while out.exists() or not _mine(out):
                 out = _next(out)

@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
 import pytest
+from filelock import FileLock, Timeout
 from results import bench
 
 from qe_edge import __version__, console, doctor
@@ -175,7 +177,7 @@ def test_a_data_set_that_is_mistyped_or_out_of_place_has_its_remedy(qe_edge, tmp
     code, _, err = qe_edge("bench", "demo-en")
     assert code == 2 and "A data set is named with --dataset." in err
     code, _, err = qe_edge("teach", "-d", "demo-en@train")
-    assert (code, err) == (2, "error: name the teacher with --model (and --endpoint)\n")
+    assert (code, err) == (2, "error: name the teacher's model with --model\n")
 
 
 def test_a_usage_error_says_what_to_write_instead(qe_edge):
@@ -188,6 +190,8 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         (["--json", "search"], "Options stand behind the command"),
         (["search", "tap", "water"], "A query of several words stands in quotes"),
         (["train", "foo"], "No such command 'foo'. There are: sft, dpo."),
+        (["verify"], "Missing argument 'exported'. A GGUF or an MLX folder of `export`, or what"),
+        (["doctor", "now"], "(now). It takes options only\n"),
         (["train", "--json"], "Options stand behind the command: sft, dpo\n"),
         (["teach", "aero"], "(aero). What it works on is named with --dataset\n"),
         (["train", "sft", "a.jsonl"], "(a.jsonl). What it works on is named with --expansions\n"),
@@ -526,6 +530,11 @@ def test_a_numbered_run_makes_way_for_interrupted_work_and_resumes_its_own(tmp_p
     assert second.out == tmp_path / "work" / "sft" / "002"
     told = capsys.readouterr().err
     assert f"{first.partial} holds an unfinished run with other inputs; it stays there" in told
+    for run, free in ((first, True), (second, False)):  # for another process
+        lock = FileLock(run.out.with_name(f".{run.out.name}.lock"), timeout=0)
+        with nullcontext() if free else pytest.raises(Timeout):
+            lock.acquire()
+        lock.release()
     leave_work(second)
     assert begin(2).finish() == tmp_path / "work" / "sft" / "003"
     assert first.partial.is_dir() and second.partial.is_dir()

@@ -333,7 +333,7 @@ def test_without_retry_after_the_wait_doubles_until_an_answer_comes():
     ("arguments", "code", "message"),
     [
         ([], 2, "name the queries with --dataset or --queries"),
-        (["-d", "demo-en"], 2, "the teacher with --model"),
+        (["-d", "demo-en"], 2, "the teacher's model with --model"),
         (["-d", "demo-en", "--queries", "x"], 2, "either --dataset or --queries"),
         (["-d", "demo-en", "-m", "x", "--mode", "one-shot"], 2, "one-shot"),
         (["-d", "demo-en", "-m", "x", "--n", "2", "--temperature", "0"], 2, "would be the same"),
