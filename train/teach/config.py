@@ -32,7 +32,9 @@ class AskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     api_key_env: Annotated[str, said("The environment variable that holds the key.")] = DEFAULT_KEY
     concurrency: Annotated[Count, said("The most requests at once; rate limits lower it.")] = 16
     timeout: Annotated[Positive, said("Seconds for one request.")] = 120.0
-    patience: Annotated[Positive, said("Keep trying a failed request for so many seconds.")] = 900.0
+    patience: Annotated[
+        Positive, said("Seconds to try a failed request for (before any answer 15 at most).")
+    ] = 900.0
     max_tokens_total: Annotated[int, said("Stop before so many tokens are used.", ge=0, lt=10**15)] = 0
     max_cost: Annotated[Amount, said("Stop before so much is spent; needs the prices.")] = 0.0
     price_in: Annotated[Amount, said("Price of a million prompt tokens.")] = 0.0
