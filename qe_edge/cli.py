@@ -95,11 +95,10 @@ def main(*, interrupted: bool = False) -> None:
         sys.exit(code)
     except UsageError as error:  # it shows the usage, and the options that are like it
         error.message = _plain(error.message)
-        if remedy := _remedy(error):
-            error.message += remedy
-            error.possibilities = ()
-        elif near := getattr(error, "possibilities", None):  # Typer's own are far-fetched at times
-            error.possibilities = get_close_matches(error.option_name, near, cutoff=0.7)
+        near = getattr(error, "possibilities", None) or []  # some of them far-fetched
+        error.possibilities = near and get_close_matches(error.option_name, near, cutoff=0.7)
+        if not error.possibilities:
+            error.message += _remedy(error)
         error.show()
         if "--json" in sys.argv:
             emit(True, _command(), "", status="error", errors=[redact(error.format_message())])

@@ -355,8 +355,9 @@ def _load_ir_datasets(name: str, split: str) -> Dataset:
 
 
 def _out_of_reach(name: str, dataset_id: str, error: Exception) -> NotFound:
+    why = error.args[0] if isinstance(error, RuntimeError) else error  # ir_datasets has logged all its tries
     return NotFound(
-        f"{dataset_id} could not be downloaded ({error}). Where its host is out of reach, bring the "
+        f"{dataset_id} could not be downloaded ({why}). Where its host is out of reach, bring the "
         f"official files: `qe-edge data import {name} --topics FILE --qrels FILE --passages FILE`, or "
         "give a folder in BEIR layout as the data set"
     )

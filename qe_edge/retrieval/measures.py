@@ -132,11 +132,14 @@ def ratio_interval(
     if mean_interval(denominator, seed=seed).low <= 0:
         return None
     samples = [np.asarray(numerator, float), np.asarray(denominator, float)]
+
     # A resample may still have drawn nothing but zeros: its ratio counts as infinite, also where it is 0 / 0.
+    def ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        of_means = x.mean(axis=-1) / y.mean(axis=-1)
+        return np.where(np.isnan(of_means), np.inf, of_means)
+
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = _bootstrap(
-            samples, lambda x, y: np.nan_to_num(x.mean(axis=-1) / y.mean(axis=-1), nan=np.inf), seed
-        )
+        found = _bootstrap(samples, ratio, seed)
     return found if np.isfinite([found.low, found.high]).all() else None
 
 

@@ -197,6 +197,7 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         (["train", "sft", "a.jsonl"], "(a.jsonl). What it works on is named with --expansions\n"),
         (["pairs", "aero"], "(aero). What it works on is named with --dataset and --expansions\n"),
         (["expand", "tap", "--threads", "1"], "`serve` and Python's Expander take a number\n"),
+        (["bench", "--datset", "x"], "No such option: --datset (Possible options: --data, --dataset)\n"),
         (["serve", "--json"], "No such option: --json\n"),
         (["pairs", "--min-gapp", "1"], "No such option: --min-gapp (Possible options: --min-gap)\n"),
     ):

@@ -64,6 +64,8 @@ def test_a_ratio_bears_resamples_in_which_the_teacher_finds_nothing():
     with warnings.catch_warnings(action="error"):
         assert ratio_interval(few, few) == Interval(1.0, 1.0, 1.0)
         quarter = ratio_interval([0.0] * 10 + [1.0], few)
+        better = ratio_interval([1.0] * 11, few)  # infinite in those
+    assert better.mean == 2.75 and better.high < 12
     assert (quarter.mean, quarter.low, quarter.high) == (0.25, 0.0, pytest.approx(1.0))
 
 
