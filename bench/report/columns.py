@@ -149,11 +149,8 @@ def narrow(dataset: DatasetResult) -> list[Column]:
 
 def _no_yardstick(dataset: DatasetResult) -> str:
     means = {system.name: system.ndcg.mean for system in dataset.systems}
-    if (
-        dataset.teacher is None
-        or dataset.teacher not in means
-        or means[dataset.teacher] > means.get("BM25", 0)
-    ):
+    best = means.get(dataset.teacher or "")
+    if best is None or best > means.get("BM25", 0):
         return ""
     return " It doesn't pass plain BM25, so it is no yardstick here."
 
