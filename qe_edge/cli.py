@@ -133,7 +133,8 @@ def _remedy(error: Any) -> str:
     unknown_option = error.message.startswith("No such option")
     if unknown_option and "--split" in error.message:
         return ". A split is named with its data set: NAME@SPLIT"
-    if unknown_option and (commands := getattr(error.ctx.command, "commands", None)):
+    commands = getattr(error.ctx.command, "commands", None)
+    if unknown_option and commands and not error.ctx.command.invoke_without_command:
         return f". Options stand behind the command: {', '.join(commands)}"
     if unknown_option and _command() in ("expand", "search") and error.option_name == "--threads":
         return ". It takes the cores that are free; `serve` and Python's Expander take a number"

@@ -192,6 +192,7 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         (["train", "foo"], "No such command 'foo'. There are: sft, dpo."),
         (["verify"], "Missing argument 'exported'. A GGUF or an MLX folder of `export`, or what"),
         (["doctor", "now"], "(now). It takes options only\n"),
+        (["bench", "--max-queries", "4"], "No such option: --max-queries\n"),
         (["train", "--json"], "Options stand behind the command: sft, dpo\n"),
         (["teach", "aero"], "(aero). What it works on is named with --dataset\n"),
         (["train", "sft", "a.jsonl"], "(a.jsonl). What it works on is named with --expansions\n"),

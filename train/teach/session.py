@@ -275,7 +275,7 @@ class _Session(Generic[J, R]):
         self._tell(f"no answer for {self.plan.name(job)}: {error}")
         if self.failures_in_a_row >= (GIVE_UP if self.outcome.asked else GIVE_UP_FIRST):
             why = f"{self.failures_in_a_row} requests in a row failed, the last with: {error}"
-            self.stop(why, QeEdgeError(f"{why} (then the same command goes on)"))
+            self.stop(why, QeEdgeError(f"{why}; once it answers, the same command goes on"))
 
     def _info(self) -> str:
         now = self.outcome
