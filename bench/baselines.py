@@ -71,7 +71,9 @@ def parse_baseline(text: str) -> Baseline:
         )
     if model.startswith(PREFIX):
         model = str(local_file(model))
-    if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    path = Path(model)
+    here = path.suffix == ".gguf" if path.is_file() else path.is_dir()
+    if not here and not (re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.exists()):
         raise NotFound(
             f"{model}: neither a .gguf file (here, or hf:…), nor a model folder, nor a hub id (org/name)"
         )

@@ -133,12 +133,12 @@ def _remedy(error: Any) -> str:
     unknown_option = error.message.startswith("No such option")
     if unknown_option and "--split" in error.message:
         return ". A split is named with its data set: NAME@SPLIT"
-    commands = getattr(error.ctx.command, "commands", None)
-    if unknown_option and commands and not error.ctx.command.invoke_without_command:
-        return f". Options stand behind the command: {', '.join(commands)}"
+    if unknown_option and not getattr(error.ctx.command, "invoke_without_command", True):
+        return f". Options stand behind the command: {', '.join(error.ctx.command.commands)}"
     if unknown_option and _command() in ("expand", "search") and error.option_name == "--threads":
         return ". It takes the cores that are free; `serve` and Python's Expander take a number"
-    if unknown_option and _command() in ("expand", "search") and "option: --" not in error.message:
+    like_a_flag = unknown_option and (" " in error.option_name or not error.option_name.startswith("--"))
+    if like_a_flag and _command() in ("expand", "search"):
         return ". A query that begins with - comes last, after --, as in: -- '-5 degrees'"
     if error.message.startswith("Got unexpected extra argument"):
         if "--" in sys.argv:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from qe_edge.errors import BadInput, NotFound
 
+LISTED = 5  # files of a folder that was given instead of one of them
+
 
 def raw_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
     """Number and content of each line of a plain or gzipped file, without its end and a byte order mark.
@@ -29,9 +31,9 @@ def raw_lines(path: Path | str) -> Iterator[tuple[int, bytes]]:
     except FileNotFoundError:
         raise NotFound(f"{path}: no such file") from None
     except IsADirectoryError:
-        inside = next((f", such as {file.name}" for file in sorted(path.glob("*.jsonl"))), "")
+        inside = ", ".join(sorted(file.name for file in path.glob("*.jsonl"))[:LISTED])
         raise BadInput(
-            f"is a folder, expected a file{inside and f'; name one in it{inside}'}", path=path
+            f"is a folder, expected a file{inside and f'; name one in it: {inside}'}", path=path
         ) from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise BadInput(f"can't be read on: {error}", path=path, line=number + 1) from None

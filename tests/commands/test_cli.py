@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from filelock import FileLock, Timeout
 from results import bench
+from typer.main import get_command
 
 from qe_edge import __version__, console, doctor
 from qe_edge.cli import app
@@ -165,6 +166,30 @@ def test_a_reader_that_is_not_there_is_told_before_the_work(qe_edge, gguf):
     assert not Path("qe-edge-work/bench").exists()
 
 
+def test_a_file_of_another_kind_is_told_before_the_work(qe_edge, gguf, tmp_path):
+    table, empty = tmp_path / "x.csv", tmp_path / "best.jsonl"
+    table.write_text("machine,tokens\n")
+    empty.touch()
+    for asked, told in (
+        (
+            ["search", "tides", "-m", gguf, "--refine", "--reader", table],
+            f"{table}: not a GGUF file; give a .gguf",
+        ),
+        (
+            ["bench", "-d", "demo-en", "-m", gguf, "--refine", "--reader", table],
+            f"{table}: not a GGUF file; give",
+        ),
+        (
+            ["bench", "-d", "demo-en", "--baseline", f"dense:{table}"],
+            f"{table}: neither a .gguf file (here, or",
+        ),
+        (["train", "dpo", "--pairs", empty], f"{empty}: holds no pair; `qe-edge pairs` writes pairs.jsonl"),
+    ):
+        code, out, err = qe_edge(*asked)
+        assert code and not out and err.splitlines()[-1].startswith(f"error: {told}")
+    assert not Path("qe-edge-work/bench").exists()
+
+
 def test_a_data_set_that_is_mistyped_or_out_of_place_has_its_remedy(qe_edge, tmp_path):
     (tmp_path / "scifacts").mkdir()
     code, _, err = qe_edge("data", "info", f"{tmp_path}/scifact")
@@ -206,7 +231,26 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         assert code == 2 and told in err and "--terms" not in err
 
 
+def every_command(group, path=()):
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        yield from every_command(command, (*path, name)) if hasattr(command, "commands") else ()
+
+
+def test_every_command_bears_every_usage_error(qe_edge):
+    for path, command in every_command(get_command(app)):
+        options = [param for param in command.params if param.param_type_name == "option"]
+        valued = [param.opts[0] for param in options if not param.is_flag]
+        as_json = ["--json"] if any("--json" in param.opts for param in options) else []
+        for words in (["--nope"], ["--nope", "x", "y"], ["-9 x"], *([option] for option in valued)):
+            code, out, err = qe_edge(*path, *as_json, *words)
+            assert (code, err.count("Error: ")) == (2, 1), (path, words)
+            assert not as_json or json.loads(out)["command"] == " ".join(path)
+
+
 def test_a_query_like_a_flag_has_its_remedy(qe_edge):
+    code, _, err = qe_edge("search", "--leave days")
+    assert code == 2 and "A query that begins with - comes last, after --" in err
     for command in ("expand", "search"):
         code, _, err = qe_edge(command, "-5 degrees")
         assert code == 2 and "A query that begins with - comes last, after --, as in: -- '-5 degrees'" in err
