@@ -9,7 +9,6 @@ rerank and hybrid, come on top.
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from qe_edge.retrieval.dense import DenseIndex
 from qe_edge.retrieval.prf import read_texts
 from qe_edge.retrieval.trec import Ranking
 from qe_edge.student.hub import PREFIX, local_file
+from qe_edge.student.spec import is_hub_id
 from qe_edge.work.files import sha256
 from qe_edge.work.machine import usable_cores
 
@@ -72,8 +72,7 @@ def parse_baseline(text: str) -> Baseline:
     if model.startswith(PREFIX):
         model = str(local_file(model))
     path = Path(model)
-    here = path.suffix == ".gguf" if path.is_file() else path.is_dir()
-    if not here and not (re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.exists()):
+    if not (path.suffix == ".gguf" if path.is_file() else path.is_dir() or is_hub_id(model)):
         raise NotFound(
             f"{model}: neither a .gguf file (here, or hf:…), nor a model folder, nor a hub id (org/name)"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from qe_edge.console import note
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.card import CARD
 from qe_edge.export.verify import CHECKSUMS, check_sums, read_sums
+from qe_edge.student.spec import is_hub_id
 from qe_edge.work.runs import read_record
 
 
@@ -35,7 +35,7 @@ def push(
         QeEdgeError: the hub refuses.
         NotInstalled: huggingface_hub is missing.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not is_hub_id(repo):
         raise BadArgument(f"{repo!r} is no repository; write OWNER/NAME")
     if not folder.is_dir():
         raise NotFound(f"{folder}: no such folder; `qe-edge export` makes one")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
@@ -50,8 +49,10 @@ def read_texts(paths: Iterable[Path | str]) -> list[Expansion]:
 
 def _is_written(path: Path | str) -> bool:
     lock = FileLock(f"{path}.lock", timeout=0)
+    if not Path(lock.lock_file).is_file():
+        return False
     try:
-        with lock if Path(lock.lock_file).is_file() else nullcontext():
+        with lock:
             return False
     except Timeout:
         return True

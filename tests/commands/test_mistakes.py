@@ -1,0 +1,209 @@
+"""What users write wrongly, from outside: each mistake is one line with its code and its remedy."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from qe_edge.cli import app
+from qe_edge.retrieval.datasets import builtin_folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["data", "info", "nothing"], 4, "no data set 'nothing'"),
+        (["expand", "tides", "--model", "nothing.gguf"], 4, "no model 'nothing.gguf'"),
+        (["expand", "tides"], 4, "run it first, or name the input"),
+        (["merge"], 4, "`qe-edge train dpo` or `qe-edge train sft`"),
+        (["export", "--q4"], 4, "or `qe-edge merge`"),
+        (["bench", "--dataset", "nothing"], 4, "no data set 'nothing'"),
+        (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--columns", "x"], 2, "no column 'x'"),
+        (["report"], 4, "`qe-edge bench`"),
+        (["run", "nothing"], 4, "no recipe nothing"),
+        (["pairs", "-d", "demo-en", "-e", "nothing.jsonl"], 4, "nothing.jsonl: no such file"),
+        (["pairs", "-d", "demo-en", "-e", __file__], 5, f"{__file__}:1: not a valid expansion"),
+        (["pairs", "-d", "demo-en", "-e", __file__, "--join", "lots"], 2, "can't read the join"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_its_code(qe_edge, arguments, code, message):
+    found, out, err = qe_edge(*arguments)
+    assert found == code
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "sft", "-e", "x", "--epochs", "-1"], "`epochs`"),
+        (["train", "sft", "-e", "x", "--rank", "0"], "'--rank': this must be at least 1"),
+        (["serve", "--port", "99999"], "'--port': this must be at most 65535"),
+        (["train", "sft", "--epochs", "x"], "'--epochs': this must be a number"),
+        (["train", "sft", "-e", "x", "--mode", "nonsense"], "--mode: unknown nonsense"),
+        (["train", "dpo", "--pairs", "x", "--adapter", "x", "--beta", "0"], "`beta`"),
+        (["train", "dpo", "--pairs", "x", "--adapter", "x", "--loss", "dpo"], "--loss: unknown"),
+        (
+            ["train", "dpo", "--pairs", "x", "--adapter", "x", "--loss-weight", "1", "--loss-weight", "2"],
+            "as many weights",
+        ),
+        (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "0"], "`min-gap`"),
+        (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "nan"], "--min-gap"),
+        (["pairs", "-d", "demo-en", "-e", "x", "--max-per-query", "-1"], "--max-per-query"),
+        (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--threads", "0"], "--threads"),
+        (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--budget-tokens", "0"], "--budget-tokens"),
+        (["search", "x", "--plain", "--analyzer", "german"], "no analyzer named 'german'"),
+    ],
+)
+def test_values_out_of_bounds_are_named(qe_edge, arguments, message):
+    code, _, err = qe_edge(*arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_an_error_with_json_is_an_object_too(qe_edge):
+    code, out, _ = qe_edge("data", "info", "nothing", "--json")
+    assert code == 4
+    envelope = json.loads(out)
+    assert (envelope["status"], envelope["command"], envelope["warnings"]) == ("error", "data info", [])
+    assert envelope["errors"][0].startswith("no data set 'nothing'")
+
+
+def test_what_would_be_ignored_is_refused(qe_edge):
+    code, _, err = qe_edge("bench", "-d", "demo-en", "--refine")
+    assert code == 2 and "--feedback and --refine need a model: name one with --model" in err
+    code, _, err = qe_edge("export", "nowhere", "--mlx-bits", "7")
+    assert code == 2 and "MLX can't quantize to 7 bits" in err
+    code, _, err = qe_edge("push", "student", "folder")
+    assert code == 2 and "'student' is no repository; write OWNER/NAME" in err
+
+
+def test_a_reader_that_is_not_there_is_told_before_the_work(qe_edge, gguf):
+    for command in (["bench", "-d", "demo-en"], ["search", "tides"], ["serve", "--port", "0"]):
+        refine = [] if command[0] == "serve" else ["--refine"]
+        code, out, err = qe_edge(*command, "-m", gguf, *refine, "--reader", "nothere.gguf")
+        assert (code, out) == (4, "")
+        assert err.splitlines()[-1] == (
+            "error: nothere.gguf: no such file, nor one of the hub (hf:OWNER/NAME:Q8_0)"
+        )
+    assert not Path("qe-edge-work/bench").exists()
+
+
+def test_a_file_of_another_kind_is_told_before_the_work(qe_edge, gguf, tmp_path):
+    table, empty = tmp_path / "x.csv", tmp_path / "best.jsonl"
+    table.write_text("machine,tokens\n")
+    empty.touch()
+    for asked, told in (
+        (
+            ["search", "tides", "-m", gguf, "--refine", "--reader", table],
+            f"{table}: not a GGUF file; give a .gguf",
+        ),
+        (
+            ["bench", "-d", "demo-en", "-m", gguf, "--refine", "--reader", table],
+            f"{table}: not a GGUF file; give",
+        ),
+        (
+            ["bench", "-d", "demo-en", "--baseline", f"dense:{table}"],
+            f"{table}: neither a .gguf file (here, or",
+        ),
+        (["train", "dpo", "--pairs", empty], f"{empty}: holds no pair; `qe-edge pairs` writes pairs.jsonl"),
+    ):
+        code, out, err = qe_edge(*asked)
+        assert code and not out and err.splitlines()[-1].startswith(f"error: {told}")
+    assert not Path("qe-edge-work/bench").exists()
+
+
+def test_a_data_set_that_is_mistyped_or_out_of_place_has_its_remedy(qe_edge, tmp_path):
+    (tmp_path / "scifacts").mkdir()
+    code, _, err = qe_edge("data", "info", f"{tmp_path}/scifact")
+    assert code == 4 and err.endswith(f"ir_datasets id. Did you mean {tmp_path / 'scifacts'}?\n")
+    shutil.copytree(builtin_folder("demo-en"), tmp_path / "mine")
+    code, _, err = qe_edge("data", "info", tmp_path / "mine" / "corpus.jsonl")
+    assert code == 4 and err.endswith(f"ir_datasets id; its folder is {tmp_path / 'mine'}\n")
+    code, _, err = qe_edge("data", "info", "/nope")
+    assert code == 4 and err.endswith("ir_datasets id; `qe-edge data list` lists those that are known\n")
+    code, _, err = qe_edge("bench", "demo-en")
+    assert code == 2 and "A data set is named with --dataset." in err
+    code, _, err = qe_edge("teach", "-d", "demo-en@train")
+    assert (code, err) == (2, "error: name the teacher's model with --model\n")
+
+
+def test_a_usage_error_says_what_to_write_instead(qe_edge):
+    for asked, told in (
+        (
+            ["teach", "--split", "train"],
+            "No such option: --split. A split is named with its data set: NAME@SPLIT",
+        ),
+        (["--json", "doctor"], "Options stand behind the command"),
+        (["--json", "search"], "Options stand behind the command"),
+        (["search", "tap", "water"], "A query of several words stands in quotes"),
+        (["train", "foo"], "No such command 'foo'. There are: sft, dpo."),
+        (["verify"], "Missing argument 'exported'. A GGUF or an MLX folder of `export`, or what"),
+        (["doctor", "now"], "(now). It takes options only\n"),
+        (["bench", "--max-queries", "4"], "No such option: --max-queries\n"),
+        (["train", "--json"], "Options stand behind the command: sft, dpo\n"),
+        (["teach", "aero"], "(aero). What it works on is named with --dataset\n"),
+        (["train", "sft", "a.jsonl"], "(a.jsonl). What it works on is named with --expansions\n"),
+        (["pairs", "aero"], "(aero). What it works on is named with --dataset and --expansions\n"),
+        (["expand", "tap", "--threads", "1"], "`serve` and Python's Expander take a number\n"),
+        (["bench", "--datset", "x"], "No such option: --datset (Possible options: --data, --dataset)\n"),
+        (["serve", "--json"], "No such option: --json\n"),
+        (["pairs", "--min-gapp", "1"], "No such option: --min-gapp (Possible options: --min-gap)\n"),
+    ):
+        code, _, err = qe_edge(*asked)
+        assert code == 2 and told in err and "--terms" not in err
+
+
+def every_command(group, path=()):
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        yield from every_command(command, (*path, name)) if hasattr(command, "commands") else ()
+
+
+def test_every_command_bears_every_usage_error(qe_edge):
+    for path, command in every_command(get_command(app)):
+        options = [param for param in command.params if param.param_type_name == "option"]
+        valued = [param.opts[0] for param in options if not param.is_flag]
+        as_json = ["--json"] if any("--json" in param.opts for param in options) else []
+        for words in (["--nope"], ["--nope", "x", "y"], ["-9 x"], *([option] for option in valued)):
+            code, out, err = qe_edge(*path, *as_json, *words)
+            assert (code, err.count("Error: ")) == (2, 1), (path, words)
+            assert not as_json or json.loads(out)["command"] == " ".join(path)
+
+
+def test_a_query_like_a_flag_has_its_remedy(qe_edge):
+    code, _, err = qe_edge("search", "--leave days")
+    assert code == 2 and "A query that begins with - comes last, after --" in err
+    for command in ("expand", "search"):
+        code, _, err = qe_edge(command, "-5 degrees")
+        assert code == 2 and "A query that begins with - comes last, after --, as in: -- '-5 degrees'" in err
+        code, _, err = qe_edge(command, "tides", "--threads", "1")
+        assert code == 2 and "after --" not in err
+    code, _, err = qe_edge("search", "--", "-5 degrees", "--dataset", "demo-en")
+    assert code == 2 and "Options stand before the --, which only a query comes after" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "message"),
+    [
+        (["train", "sft", "--rank", "x"], "train sft", "for '--rank': this must be a whole number"),
+        (["expand", "--nonsense"], "expand", "No such option: --nonsense"),
+        (["nothing"], "qe-edge", "No such command 'nothing'"),
+        ([], "qe-edge", "No such option: --json"),
+        (["bench"], "bench", "name at least one data set"),
+    ],
+)
+def test_a_usage_error_with_json_is_an_object_too(qe_edge, arguments, command, message):
+    code, out, err = qe_edge(*arguments, "--json")
+    envelope = json.loads(out)
+    assert (code, envelope["command"]) == (2, command)
+    assert message in envelope["errors"][0] and err
+
+
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["bench"], ["search"]])
+def test_usage_errors_exit_with_2(qe_edge, arguments):
+    assert qe_edge(*arguments)[0] == 2
