@@ -39,7 +39,8 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     """
     if not config.datasets:
         raise BadArgument("name at least one data set with --dataset")
-    loaded, dev = check_config(config)
+    whole, dev = check_config(config)
+    loaded = [data.draw(config.max_queries or len(data.queries)) for data in whole]
     if not config.models and (config.feedback or config.refine):
         raise BadArgument("--feedback and --refine need a model: name one with --model")
     if config.teacher_models and not config.teachers:
@@ -54,6 +55,8 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
     rankings = {label: read_run(path) for label, path in runs.items()}  # a bad file is found before the work
     inputs |= {f"runs[{label}]": path for label, path in runs.items()}
     run = RunFolder("bench", msgspec.to_builtins(config), inputs, out or workdir.new("bench"))
+    if any(run.partial.glob(run.work)):
+        note("bench: going on with what an interrupted run wrote")
     readers = tuple(name if name == ITSELF else str(local_file(name)) for name in config.readers)
     config = replace(config, readers=readers)
     hashes = {label: run.record["inputs"][label]["sha256"] for label in named}
@@ -78,9 +81,11 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         chosen = {found.model: (found.chosen,) for found in tuning}
         # One that failed there can't be compared: it would have another join.
         models = [model._replace(joins=chosen[model.label]) for model in models if model.label in chosen]
-    for data in loaded:
+    for data, known in zip(loaded, whole, strict=True):
         note(f"bench: {data}")
         one = Systems(data, config, run.partial, workdir)
+        if len(data.queries) < len(known.queries):
+            one.warn(f"{len(data.queries)} of the {len(known.queries)} queries of {data}, drawn at random")
         found = one.measure(models, rankings)
         results.append(replace(found, warnings=[*lost, *found.warnings]))
         warnings += one.warnings

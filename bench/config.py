@@ -61,6 +61,9 @@ class BenchConfig(
     ] = ()
     tune_on: Annotated[str, said("Choose each model's join on this data set's queries instead.")] = ""
     tune_joins: Annotated[tuple[str, ...], said("The joins that are tried.", flag="")] = TUNE_JOINS
+    max_queries: Annotated[
+        Count | None, said("Only so many of each data set's queries, drawn at random.")
+    ] = None
     measures: Annotated[
         tuple[str, ...],
         said("Another measure of ir_measures, such as R@100; repeat for more."),

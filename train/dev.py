@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -60,28 +59,28 @@ class DevSet:
                 f"{name} can't be evaluated on: its queries are in {self.data.lang}, "
                 f"the student speaks {', '.join(spec.prompt.languages)}"
             )
-        ids = sorted(self.data.queries)
-        chosen = random.Random(seed).sample(ids, min(count, len(ids)))
-        self.queries = {query_id: self.data.queries[query_id] for query_id in chosen}
+        self.data = self.data.draw(count, seed)
         self.index = Index.for_dataset(self.data, workdir.root / "index")
         self.spec, self.tokenizer, self.on, self.join, self.batch = spec, tokenizer, on, join, batch
         tokenize = hugging_face(tokenizer)
-        prompts = {query_id: spec.prompt.encode(text, tokenize) for query_id, text in self.queries.items()}
+        prompts = {
+            query_id: spec.prompt.encode(text, tokenize) for query_id, text in self.data.queries.items()
+        }
         # By length, so that little is padded.
         self.prompts = dict(sorted(prompts.items(), key=lambda item: len(item[1])))
         (self.end,) = tokenize(spec.prompt.end, True)
 
     def __str__(self) -> str:
-        return f"{len(self.queries)} queries of {self.data}"
+        return f"{len(self.data.queries)} queries of {self.data}"
 
     def ndcg(self, model: Any) -> float:
         """Mean nDCG@10 of the queries, expanded greedily and joined by the rule of the dev set."""
         expansions = self._expand(model)
         run = {
             query_id: self.index.search_text(text, expansions[query_id], join=self.join)
-            for query_id, text in self.queries.items()
+            for query_id, text in self.data.queries.items()
         }
-        return mean(per_query({query_id: self.data.qrels[query_id] for query_id in run}, run))
+        return mean(per_query(self.data.qrels, run))
 
     def _expand(self, model: Any) -> dict[str, str]:
         torch, transformers = require("torch", "train"), require("transformers", "train")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from difflib import get_close_matches
 from functools import cached_property
 from importlib import resources
@@ -86,6 +88,15 @@ class Dataset:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.split}" if self.split else self.name
+
+    def draw(self, count: int, seed: int = 0) -> Dataset:
+        """The same with `count` of its queries at most, drawn at random; its language stays."""
+        chosen = set(random.Random(seed).sample(sorted(self.queries), min(count, len(self.queries))))
+        drawn = copy(self)
+        drawn.lang = self.lang
+        drawn.queries = {query_id: text for query_id, text in self.queries.items() if query_id in chosen}
+        drawn.qrels = {query_id: grades for query_id, grades in self.qrels.items() if query_id in chosen}
+        return drawn
 
     def judgments(self) -> int:
         return sum(len(grades) for grades in self.qrels.values())

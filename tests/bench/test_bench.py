@@ -435,6 +435,25 @@ def test_what_an_earlier_bench_wrote_is_not_written_again(student, tmp_path, cap
     assert len(list((tmp_path / "generations").iterdir())) == 3
 
 
+def test_fewer_queries_are_the_same_for_every_row_and_said(student, tmp_path):
+    config = BenchConfig(
+        datasets=("demo-en",),
+        models=(str(student),),
+        teachers=tuple(default_teachers(["demo-en"])),
+        budget_tokens=2,
+        max_queries=7,
+    )
+    folder = bench(config, workdir=Workdir(tmp_path))
+    (data,) = read_result(folder).datasets
+    assert data.info.queries == len(data.queries) == 7
+    assert data.queries.items() < load_dataset("demo-en").queries.items()
+    assert {len(system.per_query) for system in data.systems} == {7}
+    assert {system.kind for system in data.systems} == {"bm25", "feedback", "model", "teacher"}
+    assert "7 of the 26 queries of demo-en@test, drawn at random" in data.warnings
+    (qrels,) = folder.glob("runs/*/qrels.txt")
+    assert {line.split()[0] for line in qrels.read_text().splitlines()} == data.queries.keys()
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_benchs_child_ends_too(student, tmp_path, how):
     """Or it would go on writing to the file that the next run goes on with."""
@@ -451,6 +470,8 @@ def test_a_killed_benchs_child_ends_too(student, tmp_path, how):
     assert process.wait() == (-how if how == signal.SIGKILL else 143)
     gone, alive = psutil.wait_procs(children, timeout=30)
     assert gone and not alive
+    again = subprocess.run([*command, "--workdir", str(tmp_path)], capture_output=True, text=True, check=True)
+    assert again.stderr.count("bench: going on with what an interrupted run wrote") == 1
 
 
 def test_a_failing_model_leaves_the_others(student, tmp_path):

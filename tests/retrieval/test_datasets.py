@@ -56,6 +56,16 @@ def test_the_fingerprint_follows_the_content(folder):
     assert load_dataset(str(folder)).fingerprint() != before
 
 
+def test_queries_are_drawn_from_a_data_set():
+    whole = load_dataset("demo-zh")
+    drawn = whole.draw(5)
+    assert len(drawn.queries) == 5 and list(drawn.queries) == [q for q in whole.queries if q in drawn.queries]
+    assert drawn.qrels == {query_id: whole.qrels[query_id] for query_id in drawn.queries}
+    assert (str(drawn), drawn.lang, drawn.queries) == (str(whole), "zh", whole.draw(5).queries)
+    assert drawn.queries != whole.draw(5, seed=1).queries
+    assert whole.draw(1000).fingerprint() == whole.fingerprint() != drawn.fingerprint()
+
+
 def test_a_folder_without_queries_is_a_collection_to_search(folder):
     judged = load_collection(str(folder))
     assert (str(judged), judged.queries) == ("tiny@test", {"q1": "what causes tides"})

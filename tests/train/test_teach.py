@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import time
@@ -244,7 +245,10 @@ def test_an_endpoint_that_is_down_is_given_up(tmp_path, capsys):
         match=r"4 requests in a row failed, the last with: no connection to http://127\.0\.0\.1:9/v1: ",
     ):
         teach(many(), zero_shot(**ask), out=tmp_path / "out")
-    assert capsys.readouterr().err.count("s more: no connection to ") == 1  # told before all patience is gone
+    told = capsys.readouterr().err
+    assert told.count("s more: no connection to ") == 1  # told before all patience is gone
+    assert len(re.findall("no answer for .*: no connection to", told)) == 1  # said once
+    assert len(re.findall(r"no answer for .*\): the same$", told, re.M)) >= 3
     assert not list(tmp_path.rglob("*.jsonl"))
 
 

@@ -136,6 +136,7 @@ class _Session(Generic[J, R]):
         self.error: Exception | None = None
         self.problems: Counter[str] = Counter()
         self.failures_in_a_row = 0
+        self.last_failure = ""
         self.silent = 0
         self.throttled = self.hoping = False
         self.refused: list[J] = []
@@ -272,10 +273,12 @@ class _Session(Generic[J, R]):
     def _failed(self, job: J, error: Exception) -> None:
         self.outcome.failed += 1
         self.failures_in_a_row += 1
-        self._tell(f"no answer for {self.plan.name(job)}: {error}")
+        why = "the same" if str(error) == self.last_failure else str(error)
+        self._tell(f"no answer for {self.plan.name(job)}: {why}")
+        self.last_failure = str(error)
         if self.failures_in_a_row >= (GIVE_UP if self.outcome.asked else GIVE_UP_FIRST):
             why = f"{self.failures_in_a_row} requests in a row failed, the last with: {error}"
-            self.stop(why, QeEdgeError(f"{why}; once it answers, the same command goes on"))
+            self.stop(why, QeEdgeError(f"{why} (once it answers, the same command goes on)"))
 
     def _info(self) -> str:
         now = self.outcome
