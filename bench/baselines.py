@@ -67,7 +67,8 @@ def parse_baseline(text: str) -> Baseline:
     known: dict[str, Kind] = {name: name for name in get_args(Kind)}
     if kind not in known or not model:
         raise BadArgument(
-            f"can't read the baseline {text!r}: write dense:MODEL, rerank:MODEL or hybrid:MODEL"
+            f"can't read the baseline {text!r}: write dense:MODEL, rerank:MODEL or hybrid:MODEL "
+            "(BM25 and RM3 are rows of every bench)"
         )
     if model.startswith(PREFIX):
         model = str(local_file(model))

@@ -137,6 +137,10 @@ def _remedy(error: Any) -> str:
         return f". Options stand behind the command: {', '.join(error.ctx.command.commands)}"
     if unknown_option and _command() in ("expand", "search") and error.option_name == "--threads":
         return ". It takes the cores that are free; `serve` and Python's Expander take a number"
+    params = error.ctx.command.params if error.ctx else []  # an option without its value comes without
+    arguments = [param.name for param in params if param.param_type_name == "argument"]
+    if unknown_option and error.option_name.removeprefix("--") in arguments:
+        return ". It is named without an option, behind the command"
     like_a_flag = unknown_option and (" " in error.option_name or not error.option_name.startswith("--"))
     if like_a_flag and _command() in ("expand", "search"):
         return ". A query that begins with - comes last, after --, as in: -- '-5 degrees'"
@@ -145,10 +149,10 @@ def _remedy(error: Any) -> str:
             return ". Options stand before the --, which only a query comes after"
         if _command() == "search":
             return ". A query of several words stands in quotes"
-        options = {option for param in error.ctx.command.params for option in param.opts}
+        options = {option for param in params for option in param.opts}
         if named := [option for option in ("--dataset", "--expansions", "--pairs") if option in options]:
             return f". What it works on is named with {' and '.join(named)}"
-        if not any(param.param_type_name == "argument" for param in error.ctx.command.params):
+        if not arguments:
             return ". It takes options only"
     if error.message.startswith("No such command") and "Did you mean" not in error.message:
         known = f" There are: {', '.join(error.ctx.command.commands)}."

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from shlex import join
 from typing import Annotated, Literal
 
 import msgspec
@@ -194,8 +192,3 @@ class DpoConfig(
     def __post_init__(self) -> None:
         if self.loss_weights and len(self.loss_weights) != len(self.loss):
             raise ValueError(f"{len(self.loss)} losses need as many weights, not {len(self.loss_weights)}")
-
-
-def accepting(problems: Iterable[str]) -> str:
-    """The flags that let in what `teach` marked so, as a shell takes them."""
-    return join(word for problem in problems for word in ("--accept", problem))

@@ -13,13 +13,13 @@ import msgspec
 
 from qe_edge.records import Candidate, Pair
 from qe_edge.retrieval.measures import mean_interval
-from qe_edge.train.config import accepting
 from qe_edge.train.scoring import NDCG
 
 # Lower edges of the histogram of each query's gap between best and worst reward.
 GAPS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 PLAIN = "plain query"
 MARKED = "marked as "  # by `teach`, with the problem behind it
+CUT = f"{MARKED}cut"
 # Why two candidates of a query make no pair; all else keeps a text from being a candidate.
 NO_PAIR = (EQUAL, TOO_NEAR, ALIKE, TOO_MANY) = (
     "of equal reward",
@@ -180,12 +180,9 @@ def counted(count: int, one: str, more: str) -> str:
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """`3 of equal reward, 1 empty`, and how to let in what `teach` marked."""
-    marked = [reason for reason in counts if reason.startswith(MARKED)]
-    rest = [f"{count} {reason}" for reason, count in counts.items() if reason not in marked]
-    text = ", ".join(f"{counts[reason]} {reason}" for reason in marked)
-    problems = [reason.removeprefix(MARKED) for reason in marked]
-    return ", ".join([*([f"{text} ({accepting(problems)} takes them)"] if marked else []), *rest])
+    """`3 of equal reward, 1 marked as cut`, and how to let in the latter: its text is always kept."""
+    takes = {CUT: " (--accept cut takes it)"}
+    return ", ".join(f"{count} {reason}{takes.get(reason, '')}" for reason, count in counts.items())
 
 
 def _line(row: dict[str, Any], what: str) -> str:

@@ -21,7 +21,7 @@ from qe_edge.student.hub import local_file
 from qe_edge.student.join import Join
 from qe_edge.text import count_words
 from qe_edge.train.config import PairsConfig, Strategy
-from qe_edge.train.pair_report import ALIKE, EQUAL, MARKED, TOO_MANY, TOO_NEAR, listed, summarize
+from qe_edge.train.pair_report import ALIKE, CUT, EQUAL, MARKED, TOO_MANY, TOO_NEAR, listed, summarize
 from qe_edge.train.scoring import NDCG, Refining, Reward, score
 from qe_edge.train.teach.ledger import read_texts
 from qe_edge.work.files import MANIFEST, atomic_path, write_json
@@ -101,10 +101,12 @@ def pairs(
     if not made:
         more = "Ask for more of each query (`qe-edge teach --n 4`)"
         texts = Counter(row.query_id for row in rows if row.problem in (None, "cut"))
-        if f"{MARKED}cut" in report["dropped"] and any(texts[query_id] > 1 for query_id in data.queries):
+        if CUT in report["dropped"] and any(texts[query_id] > 1 for query_id in data.queries):
             more = "Take what was cut (--accept cut), or ask for more of each query (`qe-edge teach --n 4`)"
         if TOO_NEAR in report["dropped"]:
             more += ", or take a smaller --min-gap"
+        if all(value == 1 for value in plain.values()):
+            more = "BM25 alone reaches 1.000 for each of these queries: take harder ones"
         more += "; `train sft` needs no pairs"
         if len(known) == len(queries):
             left_out = f" ({listed(report['dropped'])})" if report["dropped"] else ""

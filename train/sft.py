@@ -22,7 +22,7 @@ from qe_edge.train.base_model import (
     load_tokenizer,
     prepare_student,
 )
-from qe_edge.train.config import SPEAKS_BOTH, SftConfig, Task, accepting
+from qe_edge.train.config import SPEAKS_BOTH, SftConfig, Task
 from qe_edge.train.dev import load_dev
 from qe_edge.train.estimate import announce, estimate
 from qe_edge.train.hardware import Hardware, explain_out_of_memory, hardware
@@ -201,7 +201,8 @@ def _left_out(rows: Iterable[Expansion], config: SftConfig) -> str:
     problems = [row.problem for row in rows if row.problem]
     marked = Counter(problem for problem in problems if problem not in config.accept)
     kinds = ", ".join(f"{problem} ({count})" for problem, count in marked.items())
-    return kinds and f"left out, as `teach` marked them: {kinds} ({accepting(marked)} takes them)"
+    takes = "; --accept cut takes those that were cut" if "cut" in marked else ""
+    return kinds and f"left out, as `teach` marked them: {kinds}{takes}"
 
 
 def encode_rows(

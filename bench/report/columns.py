@@ -188,8 +188,9 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
         corrected = f", corrected by Holm over {others} systems" if others > 1 else ""
         lines.append(f"* p < {score(ALPHA).rstrip('0')} against BM25: paired randomization test{corrected}.")
     lines += ways(dataset.systems)
-    if keys & {"speed", "ms"}:
-        lines.append("tok/s: tokens written a second. ms/query: the median time to expand a query.")
+    times = {"speed": "tok/s: tokens written a second.", "ms": "ms/query: the median time to expand a query."}
+    if told := " ".join(text for key, text in times.items() if key in keys):
+        lines.append(told)
     if any(key.endswith("-tokens") for key in keys):
         longest = max((budget for system in dataset.systems for budget in system.budgets), default=0)
         later = [key for key in keys if key.endswith("-tokens") and int(key.partition("-")[0]) > longest]

@@ -31,7 +31,10 @@ from qe_edge.text import detect_language
 
 
 def expand(
-    queries: Annotated[list[str], typer.Argument(help="Queries; `-` reads one per line from stdin.")],
+    queries: Annotated[
+        list[str],
+        typer.Argument(help="Queries; `-` reads one per line from stdin, and prints one line for each."),
+    ],
     model: ModelOption = None,
     budget_tokens: Annotated[
         int | None, typer.Option(min=1, help="Token budget (default: the model's own).")
@@ -43,9 +46,10 @@ def expand(
     json: JsonOption = False,
 ) -> None:
     """Expand queries with a student."""
-    if queries == ["-"]:
-        queries = [line for _, line in decoded(cut(sys.stdin.buffer), "<stdin>") if line.strip()]
-        if not queries:
+    piped = queries == ["-"]
+    if piped:
+        queries = [line for _, line in decoded(cut(sys.stdin.buffer), "<stdin>")]
+        if not any(map(str.strip, queries)):
             raise BadInput("stdin holds no query")
     if len(queries) == 1:
         clean_query(queries[0])  # a blank one is refused before the work
@@ -54,6 +58,10 @@ def expand(
     model = chosen_model(model, workdir)
     with Expander.load(model, budget_tokens=budget_tokens) as expander:
         for query in queries:
+            if piped and not query.strip():
+                if not json:
+                    print(flush=True)  # so that lines of queries and of texts can be set side by side
+                continue
             try:
                 expanded = expander.expand(query)
             except BadInput as error:
@@ -61,6 +69,8 @@ def expand(
                     raise
                 failures.append(f"{query[:40]!r}: {error}")
                 note(f"error: {failures[-1]}")
+                if piped and not json:
+                    print(flush=True)
                 continue
             rows.append(_row(expanded))
             if not json:

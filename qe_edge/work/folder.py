@@ -15,6 +15,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
+from qe_edge.console import warn
 from qe_edge.errors import BadArgument, NotFound
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.work.files import MANIFEST, claim, read_json, recover_all
@@ -63,7 +64,12 @@ class Workdir:
         number = max(self._numbers(stage), default=0) + 1
         # The processes of one training must get the same folder; its first one claims it later on.
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-        while alone and not (claim(self._run(stage, number)) and not self._run(stage, number).exists()):
+        while alone:
+            folder = self._run(stage, number)
+            if not claim(folder):
+                warn(f"another command is writing {folder}; this one begins anew, beside it")
+            elif not folder.exists():
+                break
             number += 1
         return self._run(stage, number)
 
@@ -88,7 +94,7 @@ class Workdir:
         if not file.is_file():
             of_others = self.root.glob(f"teach/{_base(dataset)}@*/expansions.jsonl")
             known = ", ".join(sorted(other.parent.name for other in of_others))
-            there = f" (there is one of {known})" if known else ""
+            there = f" (there is one of {known}: name the split, too)" if known else ""
             raise NotFound(
                 f"{file}: no such file{there}; run `qe-edge teach`, or name a file with --expansions"
             )

@@ -22,7 +22,6 @@ from qe_edge.commands.common import command_line
 from qe_edge.errors import QeEdgeError, explained, require
 from qe_edge.records import Expansion, Pair, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
-from qe_edge.train.config import accepting
 from qe_edge.work.files import atomic_path, write_bytes, write_json
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import RunFolder, check_output
@@ -289,10 +288,6 @@ def test_a_file_is_no_work_folder(qe_edge, tmp_path):
     assert explained(gone) == told
 
 
-def test_what_takes_marked_texts_can_be_copied():
-    assert accepting(["cut", "copy of the query"]) == "--accept cut --accept 'copy of the query'"
-
-
 def test_output_cut_short_by_a_pipe_is_no_error(tmp_path):
     command = f"{sys.executable} -m qe_edge data list | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -390,6 +385,11 @@ def test_a_numbered_run_makes_way_for_interrupted_work_and_resumes_its_own(tmp_p
     assert again.out == tmp_path / "work" / "sft" / "004"
     assert (again.partial / "generated" / "x" / "001.jsonl").is_file()
     assert not first.partial.exists() and second.partial.is_dir()
+    again.finish()
+    with FileLock(tmp_path / "work" / "sft" / ".005.lock"):  # as another process has it
+        assert work.new("sft").name == "006"
+    told = capsys.readouterr().err
+    assert f"another command is writing {tmp_path}/work/sft/005; this one begins anew, beside it\n" in told
 
 
 def test_a_run_folder_is_resumed_by_the_same_run_alone(tmp_path, monkeypatch):

@@ -120,7 +120,10 @@ def test_texts_of_another_split_are_named(qe_edge, tmp_path):
     texts.parent.mkdir(parents=True)
     texts.touch()
     code, _, err = qe_edge("pairs", "-d", "demo-en", "--workdir", tmp_path)
-    assert code == 4 and "no such file (there is one of demo-en@train); run `qe-edge teach`" in err
+    assert (
+        code == 4
+        and "no such file (there is one of demo-en@train: name the split, too); run `qe-edge teach`" in err
+    )
 
 
 def test_a_language_that_was_taught_is_learnt_next(qe_edge, gguf, tmp_path):

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import msgspec
 import pytest
 
 from qe_edge.errors import BadArgument, BadInput, NotFound
@@ -189,13 +190,17 @@ def test_querygym_files_with_and_without_the_repeated_query(tmp_path):
         "q01\tI'm sorry, I can't.\n"
         "elsewhere\tNot judged.\n"
     )
-    assert import_expansions(file, config, data, out=out) == {"good": 2, "refused": 1}
+    assert import_expansions(file, config, data, out=out) == {
+        "good": 2, "refused": 1, "of other queries, left out": 1,
+    }  # fmt: skip
     assert imported(out) == [
         ("q01", 'The cabin "pressure" falls.', None),
         ("q01", "The eardrum bulges.", None),
         ("q01", "", "refused"),
     ]
-    assert import_expansions(file, config, data, out=out) == {"already there": 3}
+    assert import_expansions(file, config, data, out=out) == {
+        "already there": 3, "of other queries, left out": 1,
+    }  # fmt: skip
     file.write_text("q01\n")
     with pytest.raises(BadInput, match=r"run\.tsv:1: expected a query id, a tab and the text"):
         import_expansions(file, config, data, out=out)
@@ -217,3 +222,10 @@ def test_query2doc_and_own_files(tmp_path):
     assert import_expansions(file, ImportConfig(), None, out=out) == {"cut": 1}
     assert imported(out) == [("q01", "The eardrum bulges.", None), ("1", "Gravity.", "cut")]
     assert Counter(r.model for r in read_jsonl(out / "expansions.jsonl", Expansion)) == {"davinci": 1, "m": 1}
+    # Of a data set that is named, only what belongs to it: neither its ids nor its queries alone do.
+    with pytest.raises(BadInput, match="holds no expansion of a query of demo-en@train"):
+        import_expansions(file, ImportConfig(), data, out=out)
+    ours = msgspec.structs.replace(row, query_id="q01", query=data.queries["q01"])
+    file.write_bytes(encode_jsonl([row, ours, msgspec.structs.replace(ours, query="another")]))
+    found = import_expansions(file, ImportConfig(), data, out=out)
+    assert found == {"cut": 1, "of other queries, left out": 2}

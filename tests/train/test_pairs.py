@@ -167,6 +167,13 @@ def test_of_two_equally_good_candidates_the_shorter_wins(tmp_path, collection):
     assert (pair.chosen_reward, pair.rejected_reward) == pytest.approx((1 - 0.03, 1 - 0.14))
 
 
+def test_queries_that_leave_nothing_to_win_are_told(tmp_path, collection):
+    with pytest.raises(
+        BadInput, match=r"BM25 alone reaches 1\.000 for each of these queries: take harder ones;"
+    ):
+        build(tmp_path, collection, [candidate("q2", "yeast"), candidate("q2", "dough in the oven")])
+
+
 def test_any_measure_or_a_mix_is_the_reward(tmp_path, collection):
     values = {"nDCG@10": 0.5, "R@100": 1.0, "AP": 0.25}
     assert Reward.parse("AP").of(values, 0) == 0.25
@@ -244,7 +251,7 @@ def test_the_report_says_who_wins_and_where_expansion_hurts(tmp_path, collection
     told = describe(report | {"queries": 5, "dropped": {"of equal reward": 1, "marked as cut": 2}})
     assert "queries without a candidate that can be used: 3\n" in told
     assert told.endswith(
-        "texts left out: 2 marked as cut (--accept cut takes them)\npairs not made: 1 of equal reward"
+        "texts left out: 2 marked as cut (--accept cut takes it)\npairs not made: 1 of equal reward"
     )
     assert report["gaps"] == {
         "0 to 0.05": 1,

@@ -170,7 +170,7 @@ def test_rows_are_selected_by_model_and_mode_and_drawn_by_seed():
     with pytest.raises(BadInput, match="the files hold: other few-shot, teacher zero-shot"):
         select_rows(texts, SftConfig(teacher_models=("nobody",)))
     texts = [msgspec.structs.replace(row, problem="cut") for row in rows(2)]
-    with pytest.raises(BadInput, match=r"as `teach` marked them: cut \(2\) \(--accept cut takes them\)"):
+    with pytest.raises(BadInput, match=r"as `teach` marked them: cut \(2\); --accept cut takes those"):
         select_rows(texts, SftConfig())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -51,21 +51,25 @@ def import_expansions(source: Path, config: ImportConfig, data: Dataset | None, 
     - `query2doc`: JSON Lines with `query_id`, `query`, `pseudo_doc`.
     - `querygym`: tab-separated query id and text, with or without the header and the query's repetitions.
 
-    Importing a file twice adds nothing.
+    With `data`, rows of other queries than its judged ones are left out, as `pairs` would. Importing a file
+    twice adds nothing.
 
     Raises:
         BadArgument: the format needs a data set, a model or a mode that is not given.
         BadInput: a malformed line, or no row at all is of the data set.
     """
     if config.format == "jsonl":
-        rows = read_jsonl(source, Expansion)
+        own = list(read_jsonl(source, Expansion))
+        rows = [row for row in own if not data or data.queries.get(row.query_id) == row.query]
+        others = len(own) - len(rows)
     elif data is None or not config.model or not config.mode:
         raise BadArgument(
             f"{config.format} files name no data set, model and mode: give --dataset, --model, --mode"
         )
     else:
-        read = _query2doc if config.format == "query2doc" else _querygym
-        rows = _of_dataset(read(source), data, config.model, config.mode)
+        texts = list((_query2doc if config.format == "query2doc" else _querygym)(source))
+        rows = list(_of_dataset(texts, data, config.model, config.mode))
+        others = len(texts) - len(rows)
     check_output(out, "teach")
     counts: Counter[str] = Counter()
     imported = [_checked(row, config) for row in rows]
@@ -83,6 +87,8 @@ def import_expansions(source: Path, config: ImportConfig, data: Dataset | None, 
             else:
                 ledger.append(row)
                 counts[row.problem or "good"] += 1
+    if others:
+        counts["of other queries, left out"] = others
     return counts
 
 
@@ -98,9 +104,9 @@ def _checked(row: Expansion, config: ImportConfig) -> Expansion:
 
 
 def _of_dataset(
-    texts: Iterator[tuple[str, str]], data: Dataset, model: str, mode: Mode
+    texts: Iterable[tuple[str, str]], data: Dataset, model: str, mode: Mode
 ) -> Iterator[Expansion]:
-    """Rows of the data set's judged queries; others are left out, as `pairs` would."""
+    """Rows of the data set's judged queries."""
     for query_id, text in texts:
         if query_id in data.queries:
             query = data.queries[query_id]
