@@ -85,7 +85,9 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         note(f"bench: {data}")
         one = Systems(data, config, run.partial, workdir)
         if len(data.queries) < len(known.queries):
-            one.warn(f"{len(data.queries)} of the {len(known.queries)} queries of {data}, drawn at random")
+            told = f"{len(data.queries)} of the {len(known.queries)} queries of {data}, drawn at random"
+            note(f"bench: {told}")
+            one.warnings.append(told)
         found = one.measure(models, rankings)
         results.append(replace(found, warnings=[*lost, *found.warnings]))
         warnings += one.warnings

@@ -105,7 +105,7 @@ def pairs(
             more = "Take what was cut (--accept cut), or ask for more of each query (`qe-edge teach --n 4`)"
         if TOO_NEAR in report["dropped"]:
             more += ", or take a smaller --min-gap"
-        if all(value == 1 for value in plain.values()):
+        if len(plain) == len(data.queries) and all(value == 1 for value in plain.values()):
             more = "BM25 alone reaches 1.000 for each of these queries: take harder ones"
         more += "; `train sft` needs no pairs"
         if len(known) == len(queries):

@@ -20,6 +20,29 @@ from qe_edge.work.files import write_bytes
 
 _EXAMPLES = 10
 _PNG_WIDTH = 640
+# What the columns of the page's tables are, where their titles don't say it.
+_EXPLAINED = {
+    "vs BM25": "the difference to plain BM25, query by query",
+    "p (Holm)": "of a two-sided paired randomization test against BM25, corrected by Holm over the run",
+    "vs teacher": "the difference to the teacher, query by query",
+    "Of teacher": "the share of the teacher's figure that a model keeps",
+    "Of its gain": "the share of the teacher's gain over BM25",
+    "Helped": "queries that it raises above BM25",
+    "Hurt": "queries that it lowers below BM25",
+    "Failed": "queries without an expansion, searched as they are",
+    "Tokens/s": "tokens written a second",
+    "ms/query": "the median time to expand a query",
+    "Prompt tokens/s": "tokens read a second (prefill)",
+    "Decode tokens/s": "tokens written a second",
+    "Tokens/query": "those of a text, on average",
+    "First token ms": "the median time until it is there",
+    "ms/query p50": "the median time to expand a query",
+    "ms/query p95": "what 95 of 100 queries stay below",
+    "Load s": "the time to load the model",
+    "MB file": "the size of the model's file",
+    "MB memory": "the most memory of the process that ran the model",
+    "J/query": "the energy of an expansion",
+}
 
 
 def report(results: Sequence[Path], out: Path) -> Path:
@@ -103,7 +126,6 @@ def _view(section: Section, runs: Sequence[BenchResult]) -> dict[str, Any]:
         "told": [*sorted(told), *ways(row.system for row in section.rows)],
         "pareto": charts.pareto(section, paint, "container").to_dict() if section.drawn else None,
         "by_budget": charts.by_budget(section, paint, "container").to_dict() if section.has_budgets else None,
-        "tested": any(row.system.p_vs_bm25 is not None for row in section.rows),
         "per_query": [
             (title, charts.per_query(section, row, paint).to_dict())
             for title, row in section.distinct_models()
@@ -153,6 +175,11 @@ class _Table(NamedTuple):
     caption: str
     titles: list[str]
     rows: list[list[_Cell]]
+
+    @property
+    def explained(self) -> str:
+        """What its columns are."""
+        return " ".join(f"{title}: {_EXPLAINED[title]}." for title in self.titles if title in _EXPLAINED)
 
 
 def _quality(section: Section) -> _Table:

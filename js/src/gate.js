@@ -11,7 +11,7 @@ export function before(gate, query, { scores = [], languages = [] } = {}) {
   const found = detectLanguage(query);
   if (gate.same_language && languages.length && !languages.includes(found)) {
     const where = found === "other" ? "neither in Latin nor in Chinese letters" : `in ${found}`;
-    return `the query is ${where}, the student writes ${languages.join(" and ")}`;
+    return `the query is ${where}, and the student writes ${languages.join(" and ")}`;
   }
   if (given(gate.max_words) && words > gate.max_words)
     return `the query has ${words} words, over ${gate.max_words}`;

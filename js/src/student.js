@@ -118,8 +118,9 @@ export class Student {
     const reason = gates.before(this.gate, cleaned, { scores, languages });
     if (reason) return plain(reason);
     if (this.reader.knows && !(await this.reader.knows(cleaned))) return plain("the reader doesn't know the query's letters");
-    const heads = new Set(passages.slice(0, settings.passages).map((passage) => beginning(settings, passage)));
-    if (![...heads].some(Boolean)) return plain("there was no passage to read");
+    const first = passages.slice(0, settings.passages);
+    const heads = new Set(first.map((passage) => beginning(settings, passage)).filter(Boolean));
+    if (!heads.size) return plain("there was no passage to read");
     const known = new Set(wordsOf(query));
     const fresh = new Set([...heads].flatMap((head) => cut(head, { more: true })).filter((word) => !known.has(word))).size;
     if (this.gate.min_new_words !== null && fresh < this.gate.min_new_words)

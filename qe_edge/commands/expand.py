@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +23,7 @@ from qe_edge.commands.common import (
     tell_next,
     to_learn,
 )
-from qe_edge.console import note
+from qe_edge.console import note, warn
 from qe_edge.errors import BadInput, PartlyDone
 from qe_edge.lines import cut, decoded
 from qe_edge.runtime.expander import Expander
@@ -51,6 +53,8 @@ def expand(
         queries = [line for _, line in decoded(cut(sys.stdin.buffer), "<stdin>")]
         if not any(map(str.strip, queries)):
             raise BadInput("stdin holds no query")
+    for file in filter(os.path.isfile, queries):
+        warn(f"{file} is taken for a query; `qe-edge expand - < {shlex.quote(file)}` reads queries from it")
     if len(queries) == 1:
         clean_query(queries[0])  # a blank one is refused before the work
     rows: list[dict[str, Any]] = []

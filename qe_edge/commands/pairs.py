@@ -54,11 +54,11 @@ def pairs(
     work = Workdir(workdir)
     files = expansions or [Path(name) for name in named]
     data = load_dataset(dataset)
+    tell_split(dataset, data)
     if not files:
         files = [work.taught(str(data))]
         took("expansions", files[0], "what `teach` collected")
     folder = verb(dataset, files, config, out=out, workdir=work)
-    tell_split(dataset, data)
     report = read_json(folder / REPORT)
     following: list[object] = ["qe-edge", "train", "sft", *student_for(data.lang)]
     following += [word for file in files for word in ("--expansions", file)]

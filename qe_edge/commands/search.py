@@ -24,7 +24,6 @@ from qe_edge.commands.common import (
     took,
 )
 from qe_edge.commands.flags import Settings, flags_of
-from qe_edge.console import warn
 from qe_edge.errors import BadArgument
 from qe_edge.runtime.expander import Expander
 from qe_edge.serve.config import SearchConfig
@@ -45,7 +44,7 @@ def search(
     """Search with the expanded query, and show what expansion changed."""
     import msgspec
 
-    from qe_edge.serve.collection import CANDIDATES, Collection
+    from qe_edge.serve.collection import CANDIDATES, Collection, warn_of_language
     from qe_edge.serve.collection import search as verb
 
     config = settings.config()
@@ -64,8 +63,8 @@ def search(
     if expander:
         known = knows(expander, query)
         lang = detect_language(" ".join(hit.text for hit in hits[:3]))
-        if hits and known and lang not in expander.spec.prompt.languages:
-            warn(f"{config.dataset} is in {lang}, which the student doesn't know: it finds little there")
+        if hits and known:
+            warn_of_language(config.dataset, lang, expander)
         expander.close()
         read_alone = config.refine and expanded.relevance and not expanded.text
         what = "nothing written, read alone: " if read_alone else "expansion: "

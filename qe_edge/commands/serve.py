@@ -23,7 +23,7 @@ def serve(
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, "serve")
     config = settings.config()
-    from qe_edge.serve.collection import open_collections
+    from qe_edge.serve.collection import open_collections, warn_of_language
     from qe_edge.serve.guard import check_free, run
     from qe_edge.serve.http import create_app
 
@@ -31,6 +31,8 @@ def serve(
     collections = open_collections(index or [], workdir / "index")
     student = {name: getattr(config, name) for name in StudentConfig.__struct_fields__}
     expander = Expander.load(chosen_model(model, workdir), parallel=config.parallel, **student)
+    for name, collection in collections.items():
+        warn_of_language(name, collection.data.lang, expander)
     expander.expand("what causes tides").terms()  # what the first query would wait for
     last = math.ceil(config.deadline_ms / 1000) + 5  # seconds until what was begun is answered
     run(create_app(expander, collections, config), host=config.host, port=config.port, last=last)

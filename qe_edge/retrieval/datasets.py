@@ -246,7 +246,7 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
 def _check_holds(folder: Path, *needed: str) -> None:
     for name in needed:
         if not (folder / name).exists():
-            remedy = f"`qe-edge data make {folder}` makes one of notes"
+            remedy = f"`qe-edge data make {folder}` makes one of notes, and says where"
             if name != "corpus.jsonl":
                 remedy = "`qe-edge data queries` has a model write queries for a corpus"
             raise NotFound(

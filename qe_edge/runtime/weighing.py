@@ -52,7 +52,7 @@ class Weighing(Pending):
 
     def begin(self) -> None:
         beginning = self._reader.settings.beginning
-        heads = {beginning(passage.text): passage for passage in self._passages}
+        heads = {head: passage for passage in self._passages if (head := beginning(passage.text))}
         if reason := self._reason(list(heads)):
             self.ready = self._plain(reason)
             return
@@ -72,7 +72,7 @@ class Weighing(Pending):
             return reason
         if not self._reader.knows(self._cleaned):
             return "the reader doesn't know the query's letters"
-        if not any(heads):
+        if not heads:
             return "there was no passage to read"
         found = {word for head in heads for word in words_of(head)} - stop_words(more=True)
         new = found - set(words_of(self._written.query))

@@ -215,9 +215,8 @@ class Writing(Pending):
 
     def wait(self) -> ExpandedQuery:
         expanded = super().wait()
-        # A failed one may succeed the next time, and one that was cut says nothing about the next.
-        failed = expanded.fallback or expanded.finish_reason in CUT
-        if self._key and self._generation and not failed:
+        # One that was cut says nothing about the next. What the gate rejects would be rejected again.
+        if self._key and self._generation and expanded.finish_reason not in CUT:
             self._writer.keep(self._key, self._writer.written(self._generation))
             self._key = ""
         return expanded

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from qe_edge.console import note
+from qe_edge.console import note, warn
 from qe_edge.errors import BadArgument
 from qe_edge.retrieval.datasets import Dataset, load_collection
 from qe_edge.retrieval.index import Index
@@ -107,6 +107,12 @@ def search(
     else:
         expanded = ExpandedQuery(query, "", DEFAULT_JOIN)
     return collection.hits(collection.terms(expanded), plain, k), expanded
+
+
+def warn_of_language(name: str, lang: str, expander: Expander) -> None:
+    """Say so where the texts of a collection are in a language that the student doesn't know."""
+    if lang not in expander.spec.prompt.languages:
+        warn(f"{name} is in {lang}, which the student doesn't know: it finds little there")
 
 
 def open_collections(named: Sequence[str], cache: Path) -> dict[str, Collection]:

@@ -55,7 +55,7 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return "the query has no words"
         if self.same_language and languages and (found := detect_language(query)) not in languages:
             where = "neither in Latin nor in Chinese letters" if found == "other" else f"in {found}"
-            return f"the query is {where}, the student writes {' and '.join(languages)}"
+            return f"the query is {where}, and the student writes {' and '.join(languages)}"
         if self.max_words is not None and words > self.max_words:
             return f"the query has {words} words, over {self.max_words}"
         if self.clear_lead is not None and len(scores) > 1 and scores[0]:

@@ -67,7 +67,7 @@ class Workdir:
         while alone:
             folder = self._run(stage, number)
             if not claim(folder):
-                warn(f"another command is writing {folder}; this one begins anew, beside it")
+                warn(f"another command is writing {folder}; this one takes the next number")
             elif not folder.exists():
                 break
             number += 1

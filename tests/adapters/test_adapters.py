@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,3 +155,22 @@ def test_an_mcp_client_expands_and_searches(gguf: Path, tmp_path: Path) -> None:
             assert blank.is_error and "the query is empty" in str(blank.content)
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_mcp_server_ends_while_its_client_is_there(
+    gguf: Path, tmp_path: Path, how: signal.Signals, code: int
+) -> None:
+    pytest.importorskip("mcp", reason="needs the extra mcp")
+    # A shell's background jobs ignore SIGINT, and hand that on.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "import qe_edge.__main__ as program; program.main()"
+    command = [sys.executable, "-c", program, "mcp", "--model", str(gguf)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path)
+    assert process.stdin and process.stdout
+    process.stdin.write(b'{"jsonrpc": "2.0", "id": 1, "method": "ping"}\n')
+    process.stdin.flush()
+    assert b'"id":1' in process.stdout.readline()
+    process.send_signal(how)
+    assert process.wait(20) == code
+    process.stdin.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -108,6 +109,14 @@ def test_page_content(tmp_path: Path) -> None:
     assert len(parsed.specs()) == 5
     machines = {value["machine"] for value in parsed.specs()[0]["layer"][1]["data"]["values"]}
     assert machines == {"laptop, 2 cores", "desktop"}
+
+
+def test_every_column_is_explained(tmp_path: Path) -> None:
+    text = page(tmp_path, bench())
+    titles = re.findall(r'<th scope="col"><button type="button">(.+?)</button>', text)
+    assert {"Helped", "Failed", "MB memory", "Load s"} < set(titles)
+    plain = {"System", "nDCG@10", "R@100", "Threads", "Engine", "SHA-256"}
+    assert [title for title in set(titles) - plain if f"{title}: " not in Page(text).text] == []
 
 
 def test_chinese_queries_carry_their_language(tmp_path: Path) -> None:

@@ -389,7 +389,7 @@ def test_a_numbered_run_makes_way_for_interrupted_work_and_resumes_its_own(tmp_p
     with FileLock(tmp_path / "work" / "sft" / ".005.lock"):  # as another process has it
         assert work.new("sft").name == "006"
     told = capsys.readouterr().err
-    assert f"another command is writing {tmp_path}/work/sft/005; this one begins anew, beside it\n" in told
+    assert f"another command is writing {tmp_path}/work/sft/005; this one takes the next number\n" in told
 
 
 def test_a_run_folder_is_resumed_by_the_same_run_alone(tmp_path, monkeypatch):

@@ -157,7 +157,7 @@ def test_feedback_gives_weighted_terms_and_writes_nothing(expander: Expander) ->
     expanded = expander.feedback(QUERY, PASSAGES)
     assert (expanded.text, expanded.tokens, expanded.fallback) == ("", 0, "")
     assert expanded.relevance
-    assert expanded.relevance.passages == tuple(" ".join(passage.split()) for passage in PASSAGES)
+    assert expanded.relevance.passages == tuple(" ".join(p.split()) for p in PASSAGES if p)
     assert str(expanded) == expanded.summary()
     assert sum(expanded.relevance.weights) == pytest.approx(1)
     mass = expander.spec.feedback.join.value
@@ -165,12 +165,12 @@ def test_feedback_gives_weighted_terms_and_writes_nothing(expander: Expander) ->
     assert sum(terms.values()) == pytest.approx((1 + mass) * 3)  # the query's terms: what, caus, tide
     assert {"moon", "tide", "yeast"} <= set(terms)
     weights = expanded.relevance.weights
-    heaviest = PASSAGES[weights.index(max(weights))]
+    heaviest = expanded.relevance.passages[weights.index(max(weights))]
     assert expanded.summary().split()[0] in words_of(heaviest)
     assert "tides" not in expanded.summary().split()
     assert '"moon"' in expanded.to_fts5()
     prompts, answer, prefix = expander.spec.feedback.encode(
-        QUERY, PASSAGES, expander.spec.prompt, expander.backend.tokenize
+        QUERY, expanded.relevance.passages, expander.spec.prompt, expander.backend.tokenize
     )
     assert expanded.prompt_tokens == prefix + sum(len(p) - prefix + len(answer) for p in prompts)
 
@@ -197,6 +197,8 @@ def test_without_passages_it_is_the_plain_query(expander: Expander) -> None:
     expanded = expander.feedback(QUERY, [])
     assert expanded.fallback == "there was no passage to read"
     assert expander.feedback(QUERY, ["", " \n"]).fallback == expanded.fallback
+    among = expander.feedback(QUERY, ["", "the moon", " \n"])
+    assert among.relevance == expander.feedback(QUERY, ["the moon"]).relevance
     assert expanded.terms() == {"what": 1, "caus": 1, "tide": 1}
 
 

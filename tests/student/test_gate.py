@@ -19,9 +19,9 @@ def test_what_needs_no_expansion() -> None:
     assert gate.before("tides", [10.0, 5.0]) == "the plain query's best result leads by 50%"
     assert gate.before("tides", [10.0]) == gate.before("tides", []) == ""
     assert gate.before("tides", [0.0, 0.0]) == ""
-    assert gate.before("潮汐", languages=["en"]) == "the query is in zh, the student writes en"
+    assert gate.before("潮汐", languages=["en"]) == "the query is in zh, and the student writes en"
     assert gate.before("潮汐", languages=["en", "zh"]) == ""
-    reason = "the query is neither in Latin nor in Chinese letters, the student writes en and zh"
+    reason = "the query is neither in Latin nor in Chinese letters, and the student writes en and zh"
     for query in ("что вызывает приливы", "なぜ空は青いのですか", "하늘은 왜 파란가요", "لماذا السماء زرقاء"):
         assert gate.before(query, languages=["en", "zh"]) == reason
         assert OPEN.before(query, languages=["en"]) == ""

@@ -273,8 +273,9 @@ class _Session(Generic[J, R]):
     def _failed(self, job: J, error: Exception) -> None:
         self.outcome.failed += 1
         self.failures_in_a_row += 1
-        why = "the same" if str(error) == self.last_failure else str(error)
-        self._tell(f"no answer for {self.plan.name(job)}: {why}")
+        if not self.outcome.stopped:
+            why = "the same" if str(error) == self.last_failure else str(error)
+            self._tell(f"no answer for {self.plan.name(job)}: {why}")
         self.last_failure = str(error)
         if self.failures_in_a_row >= (GIVE_UP if self.outcome.asked else GIVE_UP_FIRST):
             why = f"{self.failures_in_a_row} requests in a row failed, the last with: {error}"
