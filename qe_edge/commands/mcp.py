@@ -30,12 +30,12 @@ def mcp(
     from qe_edge.serve.mcp import create_mcp
 
     collections = open_collections(index or [], workdir / "index")
-    # As SIGTERM; asyncio's own handler would wait for the thread that waits for a line on stdin,
+    # As SIGTERM ends it: asyncio's own handler would wait for the thread that waits for a line on stdin.
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     try:
         with Expander.load(chosen_model(model, workdir), **msgspec.structs.asdict(config)) as expander:
             for name, collection in collections.items():
                 warn_of_language(name, collection.data.lang, expander)
             create_mcp(expander, collections).run("stdio")
-    except SystemExit as ended:  # and Python, too, before it ends
+    except SystemExit as ended:  # Python would wait for that thread, too
         os._exit(int(ended.code or 0))
