@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -145,18 +146,29 @@ def read_jsonl(path: Path | str, kind: type[R]) -> Iterator[R]:
 
 def numbered_jsonl(path: Path | str, kind: type[R]) -> Iterator[tuple[int, R]]:
     """As `read_jsonl`, each row with the number of its line."""
-    decoder = msgspec.json.Decoder(kind)
+    decoder, name = msgspec.json.Decoder(kind), kind.__name__.lower()
+    ours = f" (as `{_WRITTEN_BY[name]}` writes them)" if name in _WRITTEN_BY else ""
+    if Path(path).is_dir():
+        fit = ", ".join(file.name for file in sorted(Path(path).glob("*.jsonl")) if _begins_with(kind, file))
+        found = f"name one in it: {fit}" if fit else f"none in it holds {name}s{ours}"
+        raise BadInput(f"is a folder, expected a file; {found}", path=path)
     for number, line in raw_lines(path):
         if not line.strip():
             continue
         try:
             yield number, decoder.decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            name = kind.__name__.lower()
-            ours = f" (as `{_WRITTEN_BY[name]}` writes them)" if name in _WRITTEN_BY else ""
             what = re.sub(r"^Expected `object`, got `\w+`$", "no JSON object", str(error))
             what = lowered(what)
             raise BadInput(f"not a valid {name}{ours}: {what}", path=path, line=number) from None
+
+
+def _begins_with(kind: type[msgspec.Struct], file: Path) -> bool:
+    """Whether a file's first row is of this kind."""
+    try:
+        return any(True for _ in islice(numbered_jsonl(file, kind), 1))
+    except BadInput:
+        return False
 
 
 def lowered(message: str) -> str:

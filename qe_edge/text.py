@@ -1,8 +1,9 @@
 """Text -> index terms, and which language a text is in.
 
 Every text is folded first (`fold`), documents and queries alike. English: words of two characters and more,
-stop words out, stems by Snowball's English stemmer (Porter2). Chinese: overlapping bigrams of Han characters
-as in Lucene's CJKAnalyzer, or jieba's words.
+stop words out, stems by Snowball's English stemmer (Porter2), and of Chinese in between what the Chinese
+analyzer makes of it. Chinese: overlapping bigrams of Han characters as in Lucene's CJKAnalyzer, or jieba's
+words.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Analyzer:
 
 # Ideographs (with extensions and the iteration mark), kana and Hangul: the scripts CJKAnalyzer bigrams.
 CJK = "\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u3040-\u30ff\uac00-\ud7af"
+_CJK = re.compile(f"[{CJK}]")
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 # Latin letters as folding leaves them.
 _LATIN = re.compile(
@@ -113,7 +115,10 @@ def _english() -> Analyzer:
     stop, stem = stop_words(), Stemmer.Stemmer("english").stemWords
 
     def words(text: str) -> list[str]:
-        return _WORD.findall(fold(text))
+        folded = fold(text)
+        if folded.isascii() or not _CJK.search(folded):
+            return _WORD.findall(folded)
+        return [word for word in words_of(folded) if len(word) > 1 or _CJK.match(word)]
 
     def terms(words: list[str]) -> list[str]:
         return stem([word for word in words if word not in stop])

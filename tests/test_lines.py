@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qe_edge.errors import BadInput, NotFound
 from qe_edge.lines import cut, decoded, read_lines
-from qe_edge.records import Expansion, read_jsonl
+from qe_edge.records import Expansion, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import load_dataset, load_queries
 from qe_edge.retrieval.official import import_dataset
 
@@ -44,10 +44,14 @@ def test_what_cant_be_read_is_named_with_its_line(tmp_path):
         next(read_lines(file))
     with pytest.raises(BadInput, match=r"is a folder, expected a file$"):
         next(read_lines(tmp_path))
-    for name in "ba":
-        (tmp_path / f"{name}.jsonl").touch()
-    with pytest.raises(BadInput, match=r"expected a file; name one in it: a\.jsonl, b\.jsonl$"):
-        next(read_lines(tmp_path))
+    with pytest.raises(BadInput, match=r"is a folder, expected a file; none in it holds expansions \(as"):
+        next(read_jsonl(tmp_path, Expansion))
+    row = Expansion("d", "1", "what causes tides", "en", "m", "zero-shot", "Gravity.")
+    (tmp_path / "best.jsonl").write_bytes(encode_jsonl([row]))
+    for name, text in (("corpus", '{"_id": "1", "text": "x"}\n'), ("empty", ""), ("broken", "{")):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    with pytest.raises(BadInput, match=r"expected a file; name one in it: best\.jsonl$"):
+        next(read_jsonl(tmp_path, Expansion))
     file.write_bytes(b"good\nb\xe9d\n")
     with pytest.raises(BadInput, match=r"x\.txt:2: not UTF-8 text"):
         list(read_lines(file))

@@ -15,6 +15,11 @@ from qe_edge.text import count_words, detect_language, fold, get_analyzer, whole
     [
         ("english", "The Tides are caused by the Moon's gravity", ["tide", "caus", "moon", "graviti"]),
         ("english", "a I x", []),
+        (
+            "english",
+            "GPT模型 explains 潮汐的成因，中",
+            ["gpt", "模型", "explain", "潮汐", "汐的", "的成", "成因", "中"],
+        ),
         ("cjk", "潮汐是怎么形成的", ["潮汐", "汐是", "是怎", "怎么", "么形", "形成", "成的"]),
         ("cjk", "用 iPhone15 拍月亮", ["用", "iphone15", "拍月", "月亮"]),
         ("cjk", "𠀀𠀁。カメラ", ["𠀀𠀁", "カメ", "メラ"]),

@@ -190,7 +190,8 @@ def open_trained(folder: Path) -> Trained:
     record, spec = read_record(folder), read_spec(folder)
     if spec is None or record.get("command") not in ("train sft", "train dpo"):
         if not Path(folder).exists():
-            raise NotFound(f"{folder}: no such folder of `qe-edge train`")
+            made = ", ".join(sorted(str(other) for other in folder.parent.glob("[0-9]*[0-9]")))
+            raise NotFound(f"{folder}: no such folder of `qe-edge train`{made and f'; there are: {made}'}")
         if spec and record.get("command") in ("merge", "prune"):
             raise BadInput("is a merged model, no longer an adapter: `qe-edge export` takes it", path=folder)
         if (folder / "trainer_state.json").is_file():

@@ -141,18 +141,19 @@ def narrow(dataset: DatasetResult) -> list[Column]:
     """The columns that most ask for: the join where it tells rows apart, teacher and times where they are."""
     names = {(system.name, system.join) for system in dataset.systems}
     keys = ["join"] if len({name for name, _ in names}) < len(names) else []
-    empty = set() if dataset.teacher else {"of-teacher"}
+    empty = set() if dataset.teacher and not _no_yardstick(dataset) else {"of-teacher"}
     if not any(system.speed for system in dataset.systems):
         empty |= {"speed", "ms"}
     return chosen(dataset, [*keys, *(key for key in NARROW if key not in empty)])
 
 
 def _no_yardstick(dataset: DatasetResult) -> str:
+    """That the teacher is none, where it doesn't pass BM25."""
     means = {system.name: system.ndcg.mean for system in dataset.systems}
     best = means.get(dataset.teacher or "")
     if best is None or best > means.get("BM25", 0):
         return ""
-    return " It doesn't pass plain BM25, so it is no yardstick here."
+    return f"{dataset.teacher} doesn't pass plain BM25, so it is no yardstick here."
 
 
 def load_note(run: BenchResult) -> str:
@@ -198,11 +199,13 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
         lines.append(f"N tokens: {dataset.measure} when each expansion ends after so many.{more}")
     if dataset.teacher is None and keys & {"of-teacher", "of-gain"}:
         lines.append("No teacher was measured to compare with: --teacher names a file of its texts.")
+    if told := _no_yardstick(dataset):
+        lines.append(told)
     teacher = dataset.teacher or "a teacher"
     if "of-teacher" in keys:
         itself = f" ({MISSING}: BM25, and the teacher itself)." if dataset.teacher else "."
         shared = f"of teacher: {dataset.measure} as a share of that of {teacher}"
-        lines.append(shared + itself + _no_yardstick(dataset))
+        lines.append(shared + itself)
     if "of-gain" in keys:
         none = dataset.teacher and all(system.gain_retention is None for system in dataset.systems)
         lines.append(

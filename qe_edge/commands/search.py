@@ -59,12 +59,11 @@ def search(
     hits, expanded = verb(
         query, collection, expander=expander, feedback=config.feedback, refine=config.refine, k=config.k
     )
-    lines, known = [], True
+    lines, known, foreign = [], True, False
     if expander:
         known = knows(expander, query)
         lang = detect_language(" ".join(hit.text for hit in hits[:3]))
-        if hits and known:
-            warn_of_language(config.dataset, lang, expander)
+        foreign = bool(hits) and known and warn_of_language(config.dataset, lang, expander)
         expander.close()
         read_alone = config.refine and expanded.relevance and not expanded.text
         what = "nothing written, read alone: " if read_alone else "expansion: "
@@ -89,15 +88,22 @@ def search(
         text,
         inputs=inputs,
         metrics=metrics,
-        following=_following(query, config, workdir, model, found=bool(hits), known=known),
+        following=_following(query, config, workdir, model, found=bool(hits), known=known, foreign=foreign),
         following_to=sys.stderr,
     )
 
 
 def _following(
-    query: str, config: SearchConfig, workdir: Path, model: str | None, *, found: bool, known: bool
+    query: str,
+    config: SearchConfig,
+    workdir: Path,
+    model: str | None,
+    *,
+    found: bool,
+    known: bool,
+    foreign: bool,
 ) -> tuple[object, ...]:
-    """The next command, also where nothing was found or the student doesn't know the query's language."""
+    """The next command, also where nothing was found, or the student lacks a language."""
     shown = ("qe-edge", "data", "info", config.dataset)
     if not found and config.dataset == SearchConfig().dataset and detect_language(query) == "zh":
         return ("qe-edge", "search", "--dataset", "demo-zh", "--plain", *last_words(query))
@@ -105,6 +111,8 @@ def _following(
         return to_learn(query, workdir) or shown  # which says how a teacher is asked
     if not found:
         return shown
+    if foreign:
+        return ("qe-edge", "search", "--dataset", config.dataset, "--plain", *last_words(query))
     if model:
         reader = ("--reader", config.reader) if config.reader else ()
         return ("qe-edge", "serve", "--index", config.dataset, "--model", model, *reader)

@@ -26,8 +26,8 @@ from qe_edge.work.files import atomic_path
 from qe_edge.work.machine import usable_cores
 
 K1, B = 0.9, 0.4
-# Of an index's files and terms; one of another format is built anew, beside it. 3: texts are folded.
-FORMAT = 3
+# Of an index's files and terms; one of another format is built anew, beside it. 4: Chinese in between is cut.
+FORMAT = 4
 _META, _IDS, _VOCAB = "qe_edge_index.json", "ids.bin", "vocab.json"
 
 

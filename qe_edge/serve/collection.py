@@ -109,10 +109,11 @@ def search(
     return collection.hits(collection.terms(expanded), plain, k), expanded
 
 
-def warn_of_language(name: str, lang: str, expander: Expander) -> None:
-    """Say so where the texts of a collection are in a language that the student doesn't know."""
-    if lang not in expander.spec.prompt.languages:
+def warn_of_language(name: str, lang: str, expander: Expander) -> bool:
+    """Say so where the texts of a collection are in a language that the student doesn't know; returns it."""
+    if foreign := lang not in expander.spec.prompt.languages:
         warn(f"{name} is in {lang}, which the student doesn't know: it finds little there")
+    return foreign
 
 
 def open_collections(named: Sequence[str], cache: Path) -> dict[str, Collection]:

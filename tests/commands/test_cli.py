@@ -82,9 +82,14 @@ def test_pairs_are_not_taken_to_a_student_of_other_data(qe_edge, tmp_path):
     assert code == 4 and "none.jsonl: no such file" in err
 
 
-def test_queries_that_bm25_finds_nothing_for_are_told(qe_edge):
-    code, out, _ = qe_edge("bench", "-d", "demo-zh", "--analyzer", "english", "--json")
-    told = "does --analyzer english fit them?"
+def test_queries_that_bm25_finds_nothing_for_are_told(qe_edge, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(builtin_folder("demo-en"), mine)
+    with (mine / "queries.jsonl").open("a") as queries, (mine / "qrels" / "test.tsv").open("a") as qrels:
+        queries.write('{"_id": "none", "text": "to be or not to be"}\n')  # stop words alone
+        qrels.write(f"none\t{next(load_dataset('demo-en').documents())[0]}\t1\n")
+    code, out, _ = qe_edge("bench", "-d", mine, "--analyzer", "english", "--json", "--workdir", tmp_path)
+    told = "BM25 finds nothing at all for 1 query of mine@test: does --analyzer english fit them?"
     assert code == 0 and any(told in warning for warning in json.loads(out)["warnings"])
 
 

@@ -23,9 +23,9 @@ from qe_edge.retrieval.datasets import builtin_folder
         (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--columns", "x"], 2, "no column 'x'"),
         (["report"], 4, "`qe-edge bench`"),
         (["run", "nothing"], 4, "no recipe nothing"),
-        (["pairs", "-d", "demo-en", "-e", "nothing.jsonl"], 4, "nothing.jsonl: no such file"),
-        (["pairs", "-d", "demo-en", "-e", __file__], 5, f"{__file__}:1: not a valid expansion"),
-        (["pairs", "-d", "demo-en", "-e", __file__, "--join", "lots"], 2, "can't read the join"),
+        (["pairs", "-d", "demo-en@train", "-e", "nothing.jsonl"], 4, "nothing.jsonl: no such file"),
+        (["pairs", "-d", "demo-en@train", "-e", __file__], 5, f"{__file__}:1: not a valid expansion"),
+        (["pairs", "-d", "demo-en@train", "-e", __file__, "--join", "lots"], 2, "can't read the join"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_its_code(qe_edge, arguments, code, message):

@@ -71,6 +71,7 @@ def test_no_next_command_is_for_a_student_that_lacks_the_language(qe_edge):
     _, out, err = qe_edge("search", "-d", "demo-zh", "what does SPF stand for", "-m", "builtin:smollm2-135m")
     assert "防晒" in out
     assert "warning: demo-zh is in zh, which the student doesn't know: it finds little there\n" in err
+    assert err.endswith("next:   qe-edge search --dataset demo-zh --plain 'what does SPF stand for'\n")
 
 
 def test_a_data_set_without_training_queries_is_taught_without_examples(qe_edge, tmp_path):

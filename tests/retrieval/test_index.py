@@ -135,7 +135,7 @@ def test_an_index_of_another_format_is_refused_by_name(tmp_path):
     for made, told in ((None, 2), (9, 9)):
         content.pop("format", None)
         meta.write_text(json.dumps(content if made is None else content | {"format": made}))
-        with pytest.raises(BadInput, match=f"an index of format {told}, and this qe-edge reads 3"):
+        with pytest.raises(BadInput, match=f"an index of format {told}, and this qe-edge reads 4"):
             Index.open(tmp_path)
 
 

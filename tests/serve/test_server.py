@@ -44,7 +44,7 @@ def test_it_expands_one_query_or_several(server: Server, gguf: Path) -> None:
     assert [found["terms"] for found in several] == [pytest.approx(expanded.terms()) for expanded in alone]
     assert one[0]["tokens"] == several[0]["tokens"] == alone[0].tokens
     again = server.post("/expand", query=QUERIES).json["expansions"]
-    assert [found["cached"] for found in again] == [not expanded.fallback for expanded in alone]
+    assert all(found["cached"] for found in again)
 
 
 def test_it_searches_a_named_index(server: Server) -> None:

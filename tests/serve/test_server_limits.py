@@ -115,8 +115,7 @@ def test_a_locked_cache_keeps_nobody_waiting(gguf: Path, tmp_path: Path) -> None
     time.sleep(1.1)  # then the cache is asked again
     queries = ["tides", "iron deficiency", "什么是基因"]
     first, again = (server.post("/expand", query=queries).json["expansions"] for _ in range(2))
-    assert not any(found["cached"] for found in first) and any(found["cached"] for found in again)
-    assert [found["cached"] for found in again] == [not found["fallback"] for found in first]
+    assert not any(found["cached"] for found in first) and all(found["cached"] for found in again)
     server.stop()
 
 
