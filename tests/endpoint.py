@@ -46,6 +46,7 @@ class Endpoint:
         self.lock = threading.Lock()
         self.released = threading.Event()  # ends the hanging requests when the test does
         self.url = ""
+        self.models: list[str] = []  # that are listed, if any are
 
 
 @contextmanager
@@ -59,6 +60,11 @@ def serve(
     endpoint = Endpoint(fault, text)
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            names = endpoint.models if self.path == "/v1/models" else []
+            listed = json.dumps({"object": "list", "data": [{"id": name} for name in names]}).encode()
+            self.send(200 if names else 404, listed)
+
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with endpoint.lock:

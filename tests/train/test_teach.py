@@ -252,6 +252,23 @@ def test_an_endpoint_that_is_down_is_given_up(tmp_path, capsys):
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
+def test_a_model_that_the_endpoint_does_not_list_is_told(tmp_path, capsys):
+    for number, (listed, told) in enumerate(
+        (
+            (["a", "bigger", "c"], "doesn't list a model 'big'; it lists bigger\n"),
+            (["a", "c"], "doesn't list a model 'big'; it lists a, c\n"),
+            (["a", "big"], ""),
+            (["big:latest"], ""),
+            ([], ""),
+        )
+    ):
+        with serve() as endpoint:
+            endpoint.models = listed
+            outcome = teach(many(), zero_shot(endpoint=endpoint.url), out=tmp_path / str(number))
+        err = capsys.readouterr().err
+        assert outcome.done == 48 and (told in err if told else "doesn't list" not in err)
+
+
 def test_a_slow_endpoint_is_asked_for_less_at_once():
     pace = Pace(16)
     for _ in range(4):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import math
 import random
 import signal
@@ -14,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from qe_edge.console import note, progress
+from qe_edge.console import note, progress, warn
 from qe_edge.errors import BadArgument, NotFound, QeEdgeError
 from qe_edge.train.teach.address import read_key
 from qe_edge.train.teach.config import AskConfig
@@ -30,6 +31,7 @@ GIVE_UP, GIVE_UP_FIRST = 20, 4
 SILENT = 8
 # An answer that takes this share of its time limit came from a server that keeps requests waiting.
 SLOW = 0.25
+SHOWN = 5  # models of an endpoint, where none has a name like the one that is asked for
 TOGETHER = 8  # answers of a local model: more bring little
 INTERRUPTED = "interrupted"  # why a session stopped that Ctrl-C ended
 # Seconds in which the first answer must come: a wrong address is told at once, an outage waited for.
@@ -155,6 +157,11 @@ class _Session(Generic[J, R]):
         loop = asyncio.get_running_loop()
         with suppress(NotImplementedError):  # Windows has no such handlers: there Ctrl-C ends it at once
             loop.add_signal_handler(signal.SIGINT, self._interrupted, loop)
+        listed, model = await self.teacher.models(), self.ask.model
+        # A server of one model often takes any name. Ollama's tag `latest` may be left out.
+        if listed and not {model, f"{model}:latest"} & set(listed):
+            near = difflib.get_close_matches(model, listed) or listed[:SHOWN]
+            warn(f"{self.ask.endpoint} doesn't list a model {model!r}; it lists {', '.join(near)}")
         jobs = iter(pending)
         with progress("asking", self.outcome.candidates, done=self.outcome.done) as advance:
             try:

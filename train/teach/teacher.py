@@ -16,6 +16,7 @@ from qe_edge.train.teach.refusals import Unanswerable, Unanswered, what_it_means
 
 # finish_reason in the words of several servers: vLLM, DeepSeek, Mistral, Gemini.
 _ENDED = ("stop", "STOP", "eos", "end_turn", "stop_sequence")
+LISTING = 5.0  # seconds for a list of models
 _TEXTS = ("text", "output_text")  # the types of parts that hold the answer
 
 
@@ -52,6 +53,10 @@ class Answer(msgspec.Struct, frozen=True):
 class Teacher(Protocol):
     """Answers requests. Raises Unanswered, Unanswerable, or a QeEdgeError when no request can succeed."""
 
+    async def models(self) -> list[str]:
+        """The models that it lists; empty where it lists none."""
+        ...
+
     async def ask(self, request: Request) -> Answer: ...
 
     async def close(self) -> None: ...
@@ -77,6 +82,16 @@ class EndpointTeacher:
             max_retries=0,
             timeout=timeout,
         )
+
+    async def models(self) -> list[str]:
+        import openai
+
+        try:
+            async with asyncio.timeout(min(self._timeout, LISTING)):
+                response = await self._client.models.with_raw_response.list()
+            return [str(model["id"]) for model in json.loads(response.http_response.content)["data"]]
+        except (TimeoutError, openai.OpenAIError, ValueError, KeyError, TypeError):
+            return []  # few servers have to; whether one works is seen when it is asked
 
     async def ask(self, request: Request) -> Answer:
         import openai
@@ -214,6 +229,9 @@ class LocalTeacher:
     def prompt(self) -> PromptSpec:
         """The model's own."""
         return self._expander.spec.prompt
+
+    async def models(self) -> list[str]:
+        return []
 
     async def ask(self, request: Request) -> Answer:
         return await asyncio.to_thread(self._ask, request)
