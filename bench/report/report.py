@@ -70,7 +70,8 @@ def chart_png(result: BenchResult, out: Path) -> Path:
     sections = [section for section in merge([result]) if section.drawn]
     if not sections:
         raise BadInput(
-            "no model was timed in this bench result, so there is nothing to draw; leave --png out"
+            "no model was timed in the first result, so there is nothing to draw; name another one first, "
+            "or leave --png out"
         )
     plots = [
         charts.pareto(section, charts.light_paint, _PNG_WIDTH).properties(

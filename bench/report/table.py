@@ -27,8 +27,10 @@ def console_table(result: BenchResult, columns: Sequence[str] = ()) -> str:
         blocks = [block for group in groups for block in _blocks(dataset.systems, group)]
         lines += [f"{dataset.info.name} on {result.label}", ""]
         for number, block in enumerate(blocks):
-            # Of the further ones only rows that have a figure there.
+            # Of the further ones only rows that have a figure there; all where columns are asked for.
             having = [s for s in dataset.systems if any(column.cell(s) != MISSING for column in block)]
+            if columns and not having:
+                having = dataset.systems
             if not number or having:
                 lines += [*_aligned(having if number else dataset.systems, block), ""]
         lines += [*(line for note in notes(dataset, shown, result) for line in _wrapped(note)), ""]
@@ -155,6 +157,7 @@ def csv_rows(results: Sequence[BenchResult]) -> str:
         for dataset in result.datasets:
             for system in dataset.systems:
                 line: dict[str, Any] = {"machine": result.label, "dataset": dataset.info.name}
+                line["queries"] = len(dataset.queries)
                 line |= _flat(msgspec.to_builtins(system, str_keys=True))
                 lines.append(line)
     text = io.StringIO()

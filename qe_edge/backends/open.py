@@ -16,6 +16,11 @@ from qe_edge.work.machine import usable_cores
 _loaded_in: int | None = None
 
 
+def without_metal() -> bool:
+    """Whether MLX has none here; then it may take minutes for a query."""
+    return not require("mlx.core", "mlx").metal.is_available()
+
+
 def open_backend(ref: ModelRef, *, engine: Engine | None = None, threads: int | None = None) -> Backend:
     """Load a model into its engine.
 
@@ -40,7 +45,7 @@ def open_backend(ref: ModelRef, *, engine: Engine | None = None, threads: int | 
     if engine == "mlx":
         from qe_edge.backends.mlx import MlxBackend
 
-        if not require("mlx.core", "mlx").metal.is_available():
+        if without_metal():
             warn(f"{ref.name}: without Metal MLX may take minutes for a query; for use, take a GGUF")
         return MlxBackend(ref)
     from qe_edge.backends.transformers import TransformersBackend

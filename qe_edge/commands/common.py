@@ -191,14 +191,15 @@ def emit_asked(
         + (f", cost {outcome.cost:.4f}" if outcome.cost else "")
         + (f"; unusable: {bad}" if bad else "")
     )
-    from qe_edge.train.teach.session import INTERRUPTED
+    from qe_edge.train.teach.session import INTERRUPTED, SPENT
 
     missing, ended = [], PartlyDone.exit_code
     if outcome.done < outcome.candidates:
         why = f"stopped: {outcome.stopped}" if outcome.stopped else f"{outcome.failed} got no answer"
         if outcome.stopped == INTERRUPTED:
             why, ended = INTERRUPTED, Interrupted.exit_code
-        missing.append(f"{why}. Run the same command again for the others")
+        larger = ", with a larger --max-tokens-total or --max-cost" if outcome.stopped == SPENT else ""
+        missing.append(f"{why}. Run the same command again for the others{larger}")
     emit(
         as_json,
         command,

@@ -30,11 +30,14 @@ def verify(
 
     That is checksums, token ids, spec, logits, and nDCG@10 if asked.
     """
+    from qe_edge.backends.open import without_metal
     from qe_edge.export.compare import check_language, compare_retrieval
     from qe_edge.export.export import FAR, far
     from qe_edge.export.prune import verify_pruned
     from qe_edge.export.verify import source_of, verify_export
     from qe_edge.retrieval.datasets import load_dataset
+    from qe_edge.student.models import resolve
+    from qe_edge.work.files import size_of
     from qe_edge.work.runs import read_record
 
     data = load_dataset(dataset) if dataset else None  # a name that is wrong is found before the work
@@ -68,7 +71,11 @@ def verify(
     made_in = exported if exported.is_dir() and read_record(exported) else exported.parent
     if dataset and dataset.endswith("@train") and has_test_queries(dataset.removesuffix("@train")):
         dataset = dataset.removesuffix("@train")  # what it learnt from says little
-    following = ("qe-edge", "bench", "--dataset", dataset or measured_on(made_in), "--model", exported)
+    # In place of an MLX folder that takes minutes here, the GGUF beside it.
+    slow = resolve(str(exported)).engine == "mlx" and without_metal()
+    fast = sorted(exported.parent.glob("[!.]*.gguf")) if slow else []
+    measured = ("--model", min(fast, key=size_of) if fast else exported)
+    following = ("qe-edge", "bench", "--dataset", dataset or measured_on(made_in), *measured)
     emit(json, "verify", text, inputs={"export": exported}, metrics=found, following=following)
 
 

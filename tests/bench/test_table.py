@@ -200,6 +200,18 @@ def test_latex_escapes_what_latex_would_read() -> None:
     assert r"\begin{tabular}{lrr}" in latex_table(data, ["of-gain", "helped"])
 
 
+def test_columns_that_are_asked_for_are_there_without_a_figure() -> None:
+    result = small()
+    plain = [system for system in result.datasets[0].systems if not system.speed]
+    data = msgspec.structs.replace(result.datasets[0], systems=plain)
+    asked = ("ndcg", "vs-bm25", "of-teacher", "of-gain", "helped", "speed", "ms", "file", "memory")
+    table = console_table(msgspec.structs.replace(result, datasets=[data]), asked)
+    heads = table[: table.index("95 % bootstrap")]
+    for title in ("nDCG@10", "vs BM25", "teacher", "gain", "helped", "tok/s", "query", "file", "mem"):
+        assert title in heads
+    assert max(map(cell_len, table.splitlines())) <= 80
+
+
 def test_headline_claims_no_more_than_the_interval() -> None:
     (section,) = merge([small()])
     assert headline(section).replace("\u00a0", " ") == (

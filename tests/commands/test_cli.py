@@ -70,7 +70,8 @@ def test_pairs_are_not_taken_to_a_student_of_other_data(qe_edge, tmp_path):
     code, _, err = qe_edge("train", "dpo", "--pairs", tmp_path / "pairs.jsonl", "--workdir", tmp_path)
     assert code == 2
     assert (
-        "learnt from a, and the pairs are of b; if that is meant, name both with --adapter and --pairs" in err
+        "learnt from a, and the pairs are of b; if that is meant, and it knows their language, name both with"
+        in err
     )
     kept = tmp_path / "pairs" / "001"
     kept.mkdir(parents=True)
@@ -228,7 +229,7 @@ def test_a_report_without_times_writes_its_csv_and_says_what_to_leave_out(qe_edg
     )
     flags = ["--png", tmp_path / "a.png", "--csv", tmp_path / "a.csv"]
     code, _, err = qe_edge("report", tmp_path / "result.json", *flags)
-    assert code == 5 and err.endswith("so there is nothing to draw; leave --png out\n")
+    assert code == 5 and err.endswith("nothing to draw; name another one first, or leave --png out\n")
     assert (tmp_path / "a.csv").read_text().startswith("machine,dataset,")
 
 

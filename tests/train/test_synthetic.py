@@ -26,6 +26,7 @@ from qe_edge.train.synthetic.queries import (
     source_of,
     write_queries,
 )
+from qe_edge.train.teach.session import SPENT
 from qe_edge.work.files import read_json
 from qe_edge.work.folder import Workdir
 
@@ -136,7 +137,7 @@ def test_the_budget_stops_it_and_nothing_but_answers_is_written(folder, tmp_path
     with serve(text=lambda body: f"which {subject_of(body)}") as endpoint:
         config = asked(endpoint, max_tokens_total=1000, concurrency=1)
         outcome, report = write_queries(folder, config, workdir=Workdir(tmp_path / "work"))
-    assert report is None and outcome.stopped == "the budget is spent" and 0 < outcome.done < 20
+    assert report is None and outcome.stopped == SPENT and 0 < outcome.done < 20
     assert sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") == [
         "corpus.jsonl",
         "queries-asked.jsonl",

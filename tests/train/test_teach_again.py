@@ -15,6 +15,7 @@ from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.records import Expansion, read_jsonl
 from qe_edge.retrieval.datasets import load_dataset
 from qe_edge.train.teach.ledger import Ledger
+from qe_edge.train.teach.session import SPENT
 from qe_edge.train.teach.teach import teach
 from qe_edge.work.files import read_json
 
@@ -37,7 +38,7 @@ def test_a_budget_is_kept_over_all_runs(tmp_path, limit, most):
         ask = dict(endpoint=endpoint.url, concurrency=8, **limit)
         for _ in range(2):
             outcome = teach(data, zero_shot(max_tokens=50, **ask), out=out)
-            assert outcome.stopped == "the budget is spent"
+            assert outcome.stopped == SPENT
     # An answer takes 150 tokens, .002 in money; the last ones are not risked on a guess.
     assert 3 <= len(endpoint.requests) <= most
     record = read_json(out / "run.json")
@@ -54,7 +55,7 @@ def test_a_budget_holds_under_other_names_of_the_token_limit(tmp_path):
         endpoint.usage = {"prompt_tokens": 100, "completion_tokens": 2000}
         ask = {"endpoint": endpoint.url, "max_tokens_total": 10_000}
         outcome = teach(many(), zero_shot(extra=extra, **ask), out=tmp_path / "out")
-    assert outcome.stopped == "the budget is spent"
+    assert outcome.stopped == SPENT
     assert 2 <= len(endpoint.requests) <= 4  # four take 8,400
     assert endpoint.requests[0]["max_completion_tokens"] == 2000
 

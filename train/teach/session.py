@@ -34,6 +34,7 @@ SLOW = 0.25
 SHOWN = 5  # models of an endpoint, where none has a name like the one that is asked for
 TOGETHER = 8  # answers of a local model: more bring little
 INTERRUPTED = "interrupted"  # why a session stopped that Ctrl-C ended
+SPENT = "what is left of the budget is too little for one more answer"
 # Seconds in which the first answer must come: a wrong address is told at once, an outage waited for.
 FIRST_PATIENCE = 15.0
 
@@ -191,7 +192,7 @@ class _Session(Generic[J, R]):
             size = len((request.system + request.user).encode())
             held = await self.budget.hold(size, request.most_tokens)
             if held is None:
-                self.stop("the budget is spent")
+                self.stop(SPENT)
                 return
             try:
                 answer = await self._answer(request)
