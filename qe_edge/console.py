@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 warned: dict[str, None] = {}  # what `warn` was told in this process, each once
 FIRST = 10  # seconds until the first word of long work, where no bar is drawn
-SILENCE = 25  # seconds without a word or a bar, after which a command tells how far it is
+SILENCE = 20  # seconds without a word or a bar, after which a command tells how far it is
 _last_word = time.monotonic()  # when `note` told something
 _speakers = 0  # how many `speaking` there are
 

@@ -141,7 +141,8 @@ def narrow(dataset: DatasetResult) -> list[Column]:
     """The columns that most ask for: the join where it tells rows apart, teacher and times where they are."""
     names = {(system.name, system.join) for system in dataset.systems}
     keys = ["join"] if len({name for name, _ in names}) < len(names) else []
-    empty = set() if dataset.teacher and not _no_yardstick(dataset) else {"of-teacher"}
+    shares = any(system.retention for system in dataset.systems) and not _no_yardstick(dataset)
+    empty = set() if shares else {"of-teacher"}
     if not any(system.speed for system in dataset.systems):
         empty |= {"speed", "ms"}
     return chosen(dataset, [*keys, *(key for key in NARROW if key not in empty)])
@@ -203,7 +204,11 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
         lines.append(told)
     teacher = dataset.teacher or "a teacher"
     if "of-teacher" in keys:
-        itself = f" ({MISSING}: BM25, and the teacher itself)." if dataset.teacher else "."
+        why = "BM25, and the teacher itself"
+        compared = [s for s in dataset.systems if s.kind != "bm25" and s.name != dataset.teacher]
+        if compared and not any(system.retention for system in compared):
+            why = "on so few queries, the teacher's figure can't be told from zero"
+        itself = f" ({MISSING}: {why})." if dataset.teacher else "."
         shared = f"of teacher: {dataset.measure} as a share of that of {teacher}"
         lines.append(shared + itself)
     if "of-gain" in keys:

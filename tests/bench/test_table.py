@@ -200,6 +200,21 @@ def test_latex_escapes_what_latex_would_read() -> None:
     assert r"\begin{tabular}{lrr}" in latex_table(data, ["of-gain", "helped"])
 
 
+def test_shares_of_a_teacher_near_zero_are_left_out_and_explained_where_asked_for() -> None:
+    result = small()
+    bm25, model, teacher = result.datasets[0].systems
+    data = msgspec.structs.replace(
+        result.datasets[0], systems=[bm25, msgspec.structs.replace(model, retention=None), teacher]
+    )
+    without = msgspec.structs.replace(result, datasets=[data])
+    assert "of teacher" not in console_table(without) and "of teacher" in console_table(result)
+    told = " ".join(console_table(without, ("ndcg", "of-teacher")).split())
+    assert "(–: on so few queries, the teacher's figure can't be told from zero)" in told
+    alone = msgspec.structs.replace(data, systems=[bm25, teacher])
+    told = " ".join(console_table(msgspec.structs.replace(result, datasets=[alone]), ("of-teacher",)).split())
+    assert "(–: BM25, and the teacher itself)" in told
+
+
 def test_columns_that_are_asked_for_are_there_without_a_figure() -> None:
     result = small()
     plain = [system for system in result.datasets[0].systems if not system.speed]
