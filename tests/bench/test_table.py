@@ -169,6 +169,7 @@ def test_csv_holds_every_figure() -> None:
     assert [row["name"] for row in rows] == ["BM25", "my[bold]|Q4", "gpt-4.1 zero-shot"] * 2
     model = rows[1]
     assert (model["machine"], model["dataset"], model["kind"]) == ("laptop", "demo-en@test", "model")
+    assert model["queries"] == str(len(rich().datasets[0].queries))
     figures = {"ndcg.mean": 0.485, "vs_bm25.high": 0.101, "measures.R@100.low": 0.5, "budgets.16.mean": 0.45}
     assert {name: float(model[name]) for name in figures} == figures
     assert float(model["speed.decode_tokens_per_s"]) == 158.4

@@ -176,6 +176,17 @@ def test_every_command_bears_every_usage_error(qe_edge):
             assert not as_json or json.loads(out)["command"] == " ".join(path)
 
 
+def test_what_was_trained_is_listed_and_a_file_is_no_query(qe_edge, tmp_path):
+    (tmp_path / "sft" / "001").mkdir(parents=True)
+    code, _, err = qe_edge("merge", tmp_path / "sft" / "999")
+    assert code == 4 and err.endswith(f"no such folder of `qe-edge train`; there are: {tmp_path}/sft/001\n")
+    file = tmp_path / "my queries.txt"
+    file.touch()
+    _, _, err = qe_edge("expand", file, "-m", tmp_path / "nothing.gguf")
+    told = f"warning: {file} is taken for a query; `qe-edge expand - < '{file}'` reads queries from it\n"
+    assert err.startswith(told)
+
+
 def test_a_query_like_a_flag_has_its_remedy(qe_edge):
     code, _, err = qe_edge("search", "--leave days")
     assert code == 2 and "A query that begins with - comes last, after --" in err
