@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -166,7 +165,7 @@ def numbered_jsonl(path: Path | str, kind: type[R]) -> Iterator[tuple[int, R]]:
 def _begins_with(kind: type[msgspec.Struct], file: Path) -> bool:
     """Whether a file's first row is of this kind."""
     try:
-        return any(True for _ in islice(numbered_jsonl(file, kind), 1))
+        return next(numbered_jsonl(file, kind), None) is not None
     except BadInput:
         return False
 
