@@ -11,6 +11,7 @@ from qe_edge.console import note, warn
 from qe_edge.records import Expansion, Pair, configured, read_jsonl
 from qe_edge.student.spec import ModelSpec
 from qe_edge.train.config import SftConfig
+from qe_edge.work.files import near
 from qe_edge.work.runs import read_record
 
 _MAY_BE_PATHS = ("student", "eval_dataset")
@@ -80,10 +81,11 @@ def training_data(model: Path) -> list[Path]:
                 if _is_at_hand(made_from):
                     files.append(file)
                     if file.stat().st_size > (made_from.get("bytes") or sys.maxsize):
-                        note(f"{file} has grown since the student was trained on it; the new texts count too")
+                        told = "has grown since the student was trained on it; the new texts count too"
+                        note(f"{near(file)} {told}")
                 else:
                     what = "has changed" if file.is_file() else "is gone"
-                    warn(f"{file}, which the student was trained on, {what}")
+                    warn(f"{near(file)}, which the student was trained on, {what}")
     return files
 
 

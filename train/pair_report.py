@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from qe_edge.console import several
 from qe_edge.records import Candidate, Pair
 from qe_edge.retrieval.measures import mean_interval
 from qe_edge.train.scoring import NDCG
@@ -139,7 +140,7 @@ def describe(report: dict[str, Any]) -> str:
     each = report["candidates_of_each_query"]
     by_reward = "" if report["reward"] == NDCG else f" by {report['reward']}"
     lines = [
-        f"nDCG@10 of {counted(queries, 'query', 'queries')}; gain over plain [95 %]; "
+        f"nDCG@10 of {several(queries, 'query', 'queries')}; gain over plain [95 %]; "
         f"best, or as good, for how many{by_reward}",
         "(a model's several texts of one mode are averaged for each query first)",
         f"  {plain['ndcg@10']:.3f}                           plain query, best for {plain['best_of']}",
@@ -154,7 +155,7 @@ def describe(report: dict[str, Any]) -> str:
         f"queries whose candidates are all worse: {report['queries_where_every_candidate_hurts']}",
         f"gaps between best and worst reward{by_reward}, of queries with several candidates:",
         *(
-            f"  {label}: {counted(count, 'query', 'queries')}"
+            f"  {label}: {several(count, 'query', 'queries')}"
             for label, count in report["gaps"].items()
             if count
         ),
@@ -175,10 +176,6 @@ def describe(report: dict[str, Any]) -> str:
     )
 
 
-def counted(count: int, one: str, more: str) -> str:
-    return f"{count} {one if count == 1 else more}"
-
-
 def listed(counts: Mapping[str, int]) -> str:
     """`3 of equal reward, 1 marked as cut`, and how to let in the latter: its text is always kept."""
     takes = {CUT: " (--accept cut takes it)"}
@@ -187,7 +184,7 @@ def listed(counts: Mapping[str, int]) -> str:
 
 def _line(row: dict[str, Any], what: str) -> str:
     gain = row["vs_plain"]
-    return f"  {row['ndcg@10']:.3f}  {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]  {what}"
+    return f"  {row['ndcg@10']:.3f}  {gain['mean']:+z.3f} [{gain['low']:+z.3f}, {gain['high']:+z.3f}]  {what}"
 
 
 def _some(row: dict[str, Any], queries: int) -> str:

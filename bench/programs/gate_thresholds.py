@@ -79,7 +79,7 @@ def main(
             tokens = sum(count for _, count in chosen.values()) / len(chosen)
             print(
                 f"| {name} | {held} | {helped} | {hurt} | {mean(values):.3f} "
-                f"| {change.mean:+.3f} ({change.low:+.3f} to {change.high:+.3f}) | {tokens:.1f} |"
+                f"| {change.mean:+z.3f} ({change.low:+z.3f} to {change.high:+z.3f}) | {tokens:.1f} |"
             )
 
 

@@ -13,6 +13,7 @@ import msgspec
 from qe_edge.bench.report.columns import NAME, Column, added, all_columns, chosen, narrow, notes
 from qe_edge.bench.report.figures import MISSING
 from qe_edge.bench.result import BenchResult, DatasetResult, System
+from qe_edge.console import several
 
 WIDTH = 80  # of every terminal
 GAP = "  "
@@ -115,7 +116,8 @@ def latex_table(dataset: DatasetResult, columns: Sequence[str] = (), run: BenchR
     measures = [column for column in added(dataset) if not column.key.endswith("-tokens")]
     shown = chosen(dataset, columns) if columns else [*narrow(dataset), *measures]
     titles, rows = _cells(dataset, shown)
-    caption = f"{dataset.measure} on {dataset.info.name}{f', {run.label}' if run else ''}."
+    measured = [several(len(dataset.queries), "query", "queries"), *([run.label] if run else [])]
+    caption = f"{dataset.measure} on {dataset.info.name}, {', '.join(measured)}."
     lines = [
         "\\begin{table}",
         "\\centering",

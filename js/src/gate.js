@@ -1,5 +1,6 @@
 // Never worse than no expansion: when the plain query is searched instead of the expanded one.
 
+import { MORE_STOP_WORDS } from "./stopwords.js";
 import { countWords, detectLanguage, wordsOf } from "./text.js";
 
 const given = (value) => value !== null && value !== undefined;
@@ -29,7 +30,7 @@ export function after(gate, query, text) {
   const words = wordsOf(text);
   if (gate.same_language && words.length && detectLanguage(text) !== detectLanguage(query))
     return `the text is not in the query's language, ${detectLanguage(query)}`;
-  const known = new Set(wordsOf(query));
+  const known = new Set([...wordsOf(query), ...MORE_STOP_WORDS]);
   const distinct = new Set(words);
   const fresh = [...distinct].filter((word) => !known.has(word)).length;
   if (given(gate.min_new_words) && fresh < gate.min_new_words)

@@ -25,9 +25,7 @@ export function scales({ rule, value }, queryLength, expansionLength) {
 
 /** Weights of a query's words with several expansions: `parts` are pairs of a join and words, or a Map. */
 export function joined(query, parts) {
-  const there = parts
-    .map(([join, words]) => [join, counts(words)])
-    .filter(([, weights]) => weights.size);
+  const there = parts.map(([join, words]) => [join, counts(words)]).filter(([, weights]) => weights.size);
   const alone = there.length < 2;
   const weights = new Map();
   const scale = alone ? scales(there[0]?.[0] ?? DEFAULT_JOIN, query.length, there.length && total(there[0][1]))[0] : 1;

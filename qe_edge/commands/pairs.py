@@ -19,6 +19,7 @@ from qe_edge.commands.common import (
     took,
 )
 from qe_edge.commands.flags import Settings, flags_of
+from qe_edge.console import several
 from qe_edge.errors import BadArgument, QeEdgeError
 from qe_edge.train.config import PairsConfig
 from qe_edge.work.folder import Workdir
@@ -41,7 +42,7 @@ def pairs(
 ) -> None:
     """Score expansions by retrieval, and pair the better with the worse."""
     from qe_edge.retrieval.datasets import load_dataset
-    from qe_edge.train.pair_report import counted, describe
+    from qe_edge.train.pair_report import describe
     from qe_edge.train.pairs import PAIRS, REPORT
     from qe_edge.train.pairs import pairs as verb
     from qe_edge.work.files import read_json
@@ -67,8 +68,8 @@ def pairs(
         learnt = ("--adapter", work.newest_sft({data.name}))
         following = ["qe-edge", "train", "dpo", *learnt, "--pairs", folder / PAIRS]
     text = (
-        f"{counted(report['pairs'], 'pair', 'pairs')} of "
-        f"{counted(report['queries_with_pairs'], 'query', 'queries')} in {folder}\n{describe(report)}"
+        f"{several(report['pairs'], 'pair')} of "
+        f"{several(report['queries_with_pairs'], 'query', 'queries')} in {folder}\n{describe(report)}"
     )
     emit(
         json,

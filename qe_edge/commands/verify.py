@@ -64,7 +64,7 @@ def verify(
         text += (
             f"\nnDCG@10 on {several(retrieval['queries'], 'query', 'queries')} of {retrieval['dataset']}: "
             f"{retrieval['before']:.3f} before, {retrieval['after']:.3f} after\n"
-            f"  difference {change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
+            f"  difference {change['mean']:+z.3f} ({change['low']:+z.3f} to {change['high']:+z.3f})"
         )
         if change["high"] < 0:
             warn(f"{exported} finds less than its source, and not by chance: try a larger kind, such as --q8")

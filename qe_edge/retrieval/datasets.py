@@ -170,8 +170,9 @@ def _load(name: str) -> Dataset:
     here = [path.parent.name for path in Path().glob("*/corpus.jsonl")]
     close = get_close_matches(base.lower(), (*BUILTIN, *SHORT_NAMES, *here), 1)
     hint = f". Did you mean {close[0]}?" if close else ""
+    ours = ", ".join((*BUILTIN, *SHORT_NAMES))
     raise NotFound(
-        f"no data set {base!r}: it is neither a folder, nor one of {', '.join((*BUILTIN, *SHORT_NAMES))}, "
+        f"no data set {base!r}: it is neither the path of a folder, nor one of {ours}, "
         f"nor an ir_datasets id such as beir/nfcorpus/test{hint}"
     )
 

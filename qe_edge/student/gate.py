@@ -9,7 +9,7 @@ import msgspec
 
 from qe_edge.errors import BadArgument
 from qe_edge.records import Lang, lowered
-from qe_edge.text import count_words, detect_language, words_of
+from qe_edge.text import count_words, detect_language, stop_words, words_of
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Words = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
@@ -21,7 +21,8 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     - `max_words`: a query of more words is a document, longer than any that was measured, and one of none,
       such as "?!", asks nothing. A Han character counts as a word.
     - `clear_lead`: one whose best plain BM25 score leads the second by this share of it has found its answer.
-    - `min_new_words`: an expansion with fewer words that the query lacks is a copy of it, or empty.
+    - `min_new_words`: an expansion with fewer words, function words aside, that the query lacks is a copy of
+      it, or empty.
     - `min_distinct`: one with a smaller share of different words among all its words repeats itself.
     - `same_language`: the student must know the query's language, and write in it.
     """
@@ -70,7 +71,7 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.same_language and words_of(text) and detect_language(text) != detect_language(query):
             return f"the text is not in the query's language, {detect_language(query)}"
         words = words_of(text)
-        new = set(words) - set(words_of(query))
+        new = set(words) - set(words_of(query)) - stop_words(more=True)
         if self.min_new_words is not None and len(new) < self.min_new_words:
             return "the text adds nothing to the query" if words else "the text is empty"
         if self.min_distinct is not None and len(set(words)) < self.min_distinct * len(words):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -123,6 +124,7 @@ def test_haystack_runs_it_in_a_pipeline_that_can_be_saved(gguf: Path) -> None:
 def test_an_mcp_client_expands_and_searches(gguf: Path, tmp_path: Path) -> None:
     pytest.importorskip("mcp", reason="needs the extra mcp")
     from mcp import Client, StdioServerParameters
+    from mcp.client.stdio import stdio_client
 
     command = [
         "-m",
@@ -137,8 +139,8 @@ def test_an_mcp_client_expands_and_searches(gguf: Path, tmp_path: Path) -> None:
     ]
     server = StdioServerParameters(command=sys.executable, args=command, cwd=tmp_path)
 
-    async def ask() -> None:
-        async with Client(server) as client:
+    async def ask(errors: TextIO) -> None:
+        async with Client(stdio_client(server, errors)) as client:
             tools = {tool.name: tool for tool in (await client.list_tools()).tools}
             assert tools.keys() == {"expand", "search"}
             assert "words.\n\nWhere" in tools["expand"].description
@@ -154,7 +156,8 @@ def test_an_mcp_client_expands_and_searches(gguf: Path, tmp_path: Path) -> None:
             blank = await client.call_tool("expand", {"query": " "})
             assert blank.is_error and "the query is empty" in str(blank.content)
 
-    asyncio.run(ask())
+    with (tmp_path / "errors.txt").open("w") as errors:
+        asyncio.run(ask(errors))
 
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

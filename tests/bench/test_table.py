@@ -187,7 +187,7 @@ def test_latex_escapes_what_latex_would_read() -> None:
     assert lines[:5] == [
         r"\begin{table}",
         r"\centering",
-        r"\caption{nDCG@10 on demo-en@test.}",
+        r"\caption{nDCG@10 on demo-en@test, 2 queries.}",
         r"\begin{tabular}{lrrrrr}",
         r"\toprule",
     ]

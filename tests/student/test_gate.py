@@ -34,6 +34,7 @@ def test_what_needs_no_expansion() -> None:
         ("tides", "", "the text is empty"),
         ("tides", "?! …", "the text is empty"),
         ("the Tides", "Tides, the tides.", "the text adds nothing to the query"),
+        ("how do I stop a noisy pipe", "To stop", "the text adds nothing to the query"),
         ("tides", "moon " * 4, "the text repeats itself: 1 different words of 4"),
         ("tides", "moon " * 3, ""),
         ("tides", "潮汐是月球引力造成的", "the text is not in the query's language, en"),

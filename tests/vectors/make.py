@@ -58,6 +58,7 @@ ANSWERS = [
     "",
     "2023 10 9 2023 1,5 3.14 2023",
     "constructor valueOf __proto__ hasOwnProperty",
+    "To you, what it is that causes",
 ]
 PASSAGES = [
     "The moon pulls the sea, and the sea follows the moon. 2023 was a year of high tides.",
