@@ -139,8 +139,8 @@ def _remedy(error: Any) -> str:
         return ". It takes the cores that are free; `serve` and Python's Expander take a number"
     params = error.ctx.command.params if error.ctx else []  # an option without its value comes without
     arguments = [param.name for param in params if param.param_type_name == "argument"]
-    if unknown_option and error.option_name.removeprefix("--") in arguments:
-        return ". It is named without an option, behind the command"
+    if unknown_option and (name := error.option_name.removeprefix("--")) in arguments:
+        return f". Name it without an option: qe-edge {_command()} {name.upper()}"
     like_a_flag = unknown_option and (" " in error.option_name or not error.option_name.startswith("--"))
     if like_a_flag and _command() in ("expand", "search"):
         return ". A query that begins with - comes last, after --, as in: -- '-5 degrees'"

@@ -119,12 +119,12 @@ def test_a_query_on_stdin_is_one_line():
     command = [sys.executable, "-m", "qe_edge", "expand", "-", "-m", "builtin:smollm2-135m"]
     asked = BOM + "what causes\u2028 tides\r\n".encode()
     done = subprocess.run(
-        [*command, "--budget-tokens", "3", "--json"], input=asked, capture_output=True, check=True
+        [*command, "--budget-tokens", "8", "--json"], input=asked, capture_output=True, check=True
     )
     rows = json.loads(done.stdout)["metrics"]["expansions"]
     assert [row["query"] for row in rows] == ["what causes\u2028 tides"]
     # Blank lines, and those that are no text (here a control character), keep their places.
     asked = b"what causes tides\n\n\x01\nwhat causes tides\n"
-    done = subprocess.run([*command, "--budget-tokens", "3"], input=asked, capture_output=True, check=False)
+    done = subprocess.run([*command, "--budget-tokens", "8"], input=asked, capture_output=True, check=False)
     lines = done.stdout.decode().splitlines()
     assert done.returncode == 7 and [bool(line) for line in lines] == [True, False, False, True]

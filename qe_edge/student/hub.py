@@ -85,7 +85,7 @@ def local_file(name: str | Path) -> Path:
         return path
     if str(name).startswith(PREFIX):
         return fetch(str(name))
-    raise NotFound(f"{name}: no such file, nor one of the hub (hf:OWNER/NAME:Q8_0)")
+    raise NotFound(f"{name}: no such file; give an encoder's .gguf, or one of the hub (hf:OWNER/NAME:Q8_0)")
 
 
 def _is(file: str, pattern: str) -> bool:

@@ -155,7 +155,7 @@ def test_a_busy_machine_is_noted_before_the_work(done, tmp_path, monkeypatch, ca
     assert told in markdown_table(data, ["ms"], result)
     assert told.replace("%", r"\%") in latex_table(data, ["ms"], result)
     assert told not in markdown_table(data, ["ndcg"], result)
-    assert f"on demo-en@test, {result.label}." in latex_table(data, run=result)
+    assert f"on demo-en@test, 26 queries, {result.label}." in latex_table(data, run=result)
 
 
 def test_the_judgments_stand_beside_the_runs(done):

@@ -88,7 +88,8 @@ def test_a_reader_that_is_not_there_is_told_before_the_work(qe_edge, gguf):
         code, out, err = qe_edge(*command, "-m", gguf, *refine, "--reader", "nothere.gguf")
         assert (code, out) == (4, "")
         assert err.splitlines()[-1] == (
-            "error: nothere.gguf: no such file, nor one of the hub (hf:OWNER/NAME:Q8_0)"
+            "error: nothere.gguf: no such file; give an encoder's .gguf, or one of the hub "
+            "(hf:OWNER/NAME:Q8_0)"
         )
     assert not Path("qe-edge-work/bench").exists()
 
@@ -145,7 +146,7 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         (["verify"], "Missing argument 'exported'. A GGUF or an MLX folder of `export`, or what"),
         (["doctor", "now"], "(now). It takes options only\n"),
         (["bench", "--limit", "4"], "No such option: --limit\n"),
-        (["merge", "--adapter", "x"], "It is named without an option, behind the command\n"),
+        (["merge", "--adapter", "x"], "Name it without an option: qe-edge merge ADAPTER\n"),
         (["train", "--json"], "Options stand behind the command: sft, dpo\n"),
         (["teach", "aero"], "(aero). What it works on is named with --dataset\n"),
         (["train", "sft", "a.jsonl"], "(a.jsonl). What it works on is named with --expansions\n"),
