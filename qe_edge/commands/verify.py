@@ -7,15 +7,26 @@ from typing import Annotated, Any
 
 import typer
 
-from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, emit, has_test_queries, measured_on
+from qe_edge.commands.common import (
+    WORKDIR,
+    JsonOption,
+    WorkdirOption,
+    chosen_model,
+    emit,
+    has_test_queries,
+    measured_on,
+)
 from qe_edge.console import several, warn
 from qe_edge.work.folder import Workdir
 
 
 def verify(
     exported: Annotated[
-        Path, typer.Argument(help="A GGUF or an MLX folder of `export`, or what `prune` made.")
-    ],
+        Path | None,
+        typer.Argument(
+            help="A GGUF or an MLX folder of `export` (default: the newest's smallest), or what `prune` made."
+        ),
+    ] = None,
     source: Annotated[
         Path | None,
         typer.Option(help="The model it was made from (default: the one its run.json names)."),
@@ -41,6 +52,7 @@ def verify(
     from qe_edge.work.runs import read_record
 
     data = load_dataset(dataset) if dataset else None  # a name that is wrong is found before the work
+    exported = exported or Path(chosen_model(None, workdir))
     source = source or source_of(exported)
     if data:
         check_language(source, data)

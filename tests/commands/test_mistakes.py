@@ -143,7 +143,7 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         (["--json", "search"], "Options stand behind the command"),
         (["search", "tap", "water"], "A query of several words stands in quotes"),
         (["train", "foo"], "No such command 'foo'. There are: sft, dpo."),
-        (["verify"], "Missing argument 'exported'. A GGUF or an MLX folder of `export`, or what"),
+        (["prune"], "Missing argument 'model'. A merged model folder, or a base model to be trained."),
         (["doctor", "now"], "(now). It takes options only\n"),
         (["bench", "--limit", "4"], "No such option: --limit\n"),
         (["merge", "--adapter", "x"], "Name it without an option: qe-edge merge ADAPTER\n"),

@@ -280,12 +280,16 @@ def test_verify_prints_what_it_found(
 
 
 @pytest.mark.parametrize("exported", ["qwen3"], indirect=True)
-def test_verify_warns_as_export_did(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_of_the_newest_warns_as_export_did(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("qe_edge.export.export.FAR", -1.0)
-    file = exported[1] / "student-Q8_0.gguf"
-    checked = CliRunner().invoke(app, ["verify", str(file)])
+    work, file = tmp_path / "work", tmp_path / "work" / "export" / "001" / "student-Q4_K_M.gguf"
+    shutil.copytree(exported[1], file.parent, ignore=shutil.ignore_patterns("*-mlx-*"))
+    checked = CliRunner().invoke(app, ["verify", "--workdir", str(work), "--source", str(exported[0])])
+    assert f"model: {file} (the newest; name another to use that)" in checked.stderr
     assert checked.stdout.startswith(f"{file} loses no more than its kind usually does, which is much\n")
-    assert "student-Q8_0.gguf often answers otherwise than its source (KL divergence" in checked.stderr
+    assert "student-Q4_K_M.gguf often answers otherwise than its source (KL divergence" in checked.stderr
 
 
 @pytest.mark.parametrize(("high", "warned"), [(-0.01, True), (0.01, False)])
