@@ -124,7 +124,7 @@ def bench(label: str = "laptop, 2 cores", factor: float = 1.0) -> BenchResult:
         machine,
         versions,
         [english, chinese],
-        settings={"budget_tokens": 64},
+        settings={"budget_tokens": 64, "tune_on": "", "tune_joins": ["mass:0.3", "mass:0.7"]},
         resamples=10_000,
         warnings=["swap was in use"],
     )

@@ -18,7 +18,7 @@ from qe_edge.student.models import ModelRef, default_spec, resolve
 from qe_edge.student.spec import ModelSpec, read_spec, write_spec
 from qe_edge.student.template import chat_template
 from qe_edge.train.card import write_student_card
-from qe_edge.work.files import MANIFEST, atomic_path, sha256
+from qe_edge.work.files import atomic_path, sha256
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import read_record
 
@@ -196,7 +196,7 @@ def open_trained(folder: Path) -> Trained:
             raise BadInput("is a merged model, no longer an adapter: `qe-edge export` takes it", path=folder)
         if (folder / "trainer_state.json").is_file():
             raise BadInput("is a checkpoint: give the training's command again, which ends it", path=folder)
-        raise BadInput(f"holds no {MANIFEST} and spec of `qe-edge train`; train first", path=folder)
+        raise BadInput("is no folder of `qe-edge train`; give one that it wrote", path=folder)
     return Trained(folder, record["base"], spec, full=not (folder / "adapter_config.json").is_file())
 
 

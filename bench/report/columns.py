@@ -95,9 +95,9 @@ def all_columns(dataset: DatasetResult) -> list[Column]:
         Column("vs-bm25", "vs BM25", lambda s: with_interval(s.vs_bm25, signed) + significance(s)),
         Column("of-teacher", "of\nteacher", lambda s: _share(s.retention)),
         Column("of-gain", "of its\ngain", lambda s: _share(s.gain_retention)),
-        Column("helped", "helped/\nhurt", lambda s: MISSING if s.kind == "bm25" else f"{s.helped}/{s.hurt}"),
+        Column("helped", "helped/hurt", lambda s: MISSING if s.kind == "bm25" else f"{s.helped}/{s.hurt}"),
         Column("speed", "tok/s", partial(_speed, "decode_tokens_per_s")),
-        Column("ms", "ms/\nquery", partial(_speed, "ms_per_query_p50")),
+        Column("ms", "ms/query", partial(_speed, "ms_per_query_p50")),
         Column("file", "MB\nfile", partial(_speed, "file_mb")),
         Column("memory", "MB\nmem", partial(_speed, "peak_memory_mb")),
         *added(dataset),
@@ -141,14 +141,14 @@ def narrow(dataset: DatasetResult) -> list[Column]:
     """The columns that most ask for: the join where it tells rows apart, teacher and times where they are."""
     names = {(system.name, system.join) for system in dataset.systems}
     keys = ["join"] if len({name for name, _ in names}) < len(names) else []
-    shares = any(system.retention for system in dataset.systems) and not _no_yardstick(dataset)
+    shares = any(system.retention for system in dataset.systems) and not no_yardstick(dataset)
     empty = set() if shares else {"of-teacher"}
     if not any(system.speed for system in dataset.systems):
         empty |= {"speed", "ms"}
     return chosen(dataset, [*keys, *(key for key in NARROW if key not in empty)])
 
 
-def _no_yardstick(dataset: DatasetResult) -> str:
+def no_yardstick(dataset: DatasetResult) -> str:
     """That the teacher is none, where it doesn't pass BM25."""
     means = {system.name: system.ndcg.mean for system in dataset.systems}
     best = means.get(dataset.teacher or "")
@@ -200,7 +200,7 @@ def notes(dataset: DatasetResult, columns: Sequence[Column], run: BenchResult | 
         lines.append(f"N tokens: {dataset.measure} when each expansion ends after so many.{more}")
     if dataset.teacher is None and keys & {"of-teacher", "of-gain"}:
         lines.append("No teacher was measured to compare with: --teacher names a file of its texts.")
-    if told := _no_yardstick(dataset):
+    if told := no_yardstick(dataset):
         lines.append(told)
     teacher = dataset.teacher or "a teacher"
     if "of-teacher" in keys:

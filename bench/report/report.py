@@ -43,6 +43,13 @@ _EXPLAINED = {
     "MB memory": "the most memory of the process that ran the model",
     "J/query": "the energy of an expansion",
 }
+# What a machine's entries are called, where their keys don't say it.
+_MACHINE = {
+    "cpu": "Processor",
+    "gpu": "GPU",
+    "memory_gb": "Memory, GB",
+    "busy": "Share of the processors at other work",
+}
 
 
 def report(results: Sequence[Path], out: Path) -> Path:
@@ -101,6 +108,7 @@ def _render(runs: Sequence[BenchResult]) -> str:
         font=charts.FONT,
         config=charts.config(charts.css_paint),
         resamples=runs[0].resamples,
+        machine=_MACHINE,
         vega=vl_convert.javascript_bundle(),
     )
 

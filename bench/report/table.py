@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from qe_edge.bench.report.columns import NAME, Column, added, all_columns, chosen, narrow, notes
+from qe_edge.bench.report.columns import NAME, Column, added, all_columns, chosen, narrow, no_yardstick, notes
 from qe_edge.bench.report.figures import MISSING
 from qe_edge.bench.result import BenchResult, DatasetResult, System
 from qe_edge.console import several
@@ -100,9 +100,10 @@ def _head(title: str, height: int) -> list[str]:
 def markdown_table(
     dataset: DatasetResult, columns: Sequence[str] = (), run: BenchResult | None = None
 ) -> str:
-    """One data set as a Markdown table with its notes, for a README; all columns where none are named."""
-    every = [c for c in all_columns(dataset) if any(c.cell(s) != MISSING for s in dataset.systems)]
-    shown = chosen(dataset, columns) if columns else every
+    """One data set as a Markdown table with its notes; where no column is named, all that say something."""
+    filled = [c for c in all_columns(dataset) if any(c.cell(s) != MISSING for s in dataset.systems)]
+    unasked = "of-teacher" if no_yardstick(dataset) else ""
+    shown = chosen(dataset, columns) if columns else [c for c in filled if c.key != unasked]
     titles, rows = _cells(dataset, shown)
     lines = [titles, [":--" if column.justify == "left" else "--:" for column in [NAME, *shown]]]
     lines += [[cell.replace("|", "\\|") for cell in row] for row in rows]
@@ -148,7 +149,7 @@ def _latex(text: str) -> str:
 def _cells(dataset: DatasetResult, shown: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
     """Titles and cells of a table that is as wide as it needs to be."""
     columns = [NAME, *shown]
-    titles = [column.title.replace("/\n", "/").replace("\n", " ") for column in columns]
+    titles = [column.title.replace("\n", " ") for column in columns]
     return titles, [[column.cell(system) for column in columns] for system in dataset.systems]
 
 

@@ -189,7 +189,8 @@ def check_learnt(student: Path, datasets: Set[str]) -> None:
         of_pairs = ", ".join(sorted(datasets))
         raise BadArgument(
             f"{student} learnt from {' + '.join(learnt)}, and the pairs are of {of_pairs}; "
-            "if that is meant, and it knows their language, name both with --adapter and --pairs"
+            f"make pairs of what it learnt from (`qe-edge pairs`), or, if {of_pairs} is meant and the "
+            "student knows its language, name both with --adapter and --pairs"
         )
 
 

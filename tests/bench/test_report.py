@@ -105,6 +105,8 @@ def test_page_content(tmp_path: Path) -> None:
     assert told in Page(page(tmp_path, msgspec.structs.replace(bench(), datasets=again))).text
     assert told not in parsed.text
     assert "10000 resamples" in parsed.text
+    assert "Memory, GB" in parsed.text and "budget tokens 64" in parsed.text
+    assert "tune joins" not in parsed.text  # nothing was tuned
     # One chart of effectiveness and speed, and one per model that answered alike on both machines.
     assert len(parsed.specs()) == 5
     machines = {value["machine"] for value in parsed.specs()[0]["layer"][1]["data"]["values"]}

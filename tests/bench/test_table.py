@@ -40,12 +40,12 @@ def test_console_table() -> None:
         == """\
 demo-en@test on laptop
 
-                                                              of         ms/
-system                      nDCG@10              vs BM25 teacher tok/s query
-────────────────────────────────────────────────────────────────────────────
-BM25              .434 [.360, .500]                    –       –     –     –
-my[bold]|Q4       .485 [.412, .561] +.051 [−.003, +.101]    61 %   158   385
-gpt-4.1 zero-shot .800 [.700, .900]                    –       –     –     –
+                                                              of
+system                      nDCG@10              vs BM25 teacher tok/s ms/query
+───────────────────────────────────────────────────────────────────────────────
+BM25              .434 [.360, .500]                    –       –     –        –
+my[bold]|Q4       .485 [.412, .561] +.051 [−.003, +.101]    61 %   158      385
+gpt-4.1 zero-shot .800 [.700, .900]                    –       –     –        –
 
 2 queries, 95 % bootstrap intervals. So few cannot tell small differences from
 chance: see the interval of “vs BM25”.
@@ -71,7 +71,7 @@ def test_a_name_never_splits_and_80_columns_hold_all(name: str) -> None:
     lines = console_table(msgspec.structs.replace(result, datasets=[data])).splitlines()
     assert max(map(cell_len, lines)) <= 80
     place = lines.index(name)
-    assert lines[place + 1] == "  .485 [.412, .561]  +.051 [−.003, +.101]     61 %    158    385"
+    assert lines[place + 1] == "  .485 [.412, .561]  +.051 [−.003, +.101]     61 %    158       385"
 
 
 def test_columns_can_be_chosen() -> None:
@@ -115,6 +115,13 @@ def test_rows_of_one_name_show_their_join() -> None:
     data = msgspec.structs.replace(data, systems=[*data.systems, twin])
     text = console_table(msgspec.structs.replace(small(), datasets=[data]))
     assert "mass:2" in text and "mass:0.7" in text and "Joined by" not in text
+
+
+def test_a_teacher_that_is_no_yardstick_is_none_in_markdown() -> None:
+    (data,) = small().datasets
+    better = msgspec.structs.replace(data.systems[0], ndcg=data.systems[2].ndcg)
+    table = markdown_table(msgspec.structs.replace(data, systems=[better, *data.systems[1:]]))
+    assert "it is no yardstick here" in table and "of teacher" not in table
 
 
 def test_markdown_table() -> None:

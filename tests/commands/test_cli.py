@@ -70,7 +70,7 @@ def test_pairs_are_not_taken_to_a_student_of_other_data(qe_edge, tmp_path):
     code, _, err = qe_edge("train", "dpo", "--pairs", tmp_path / "pairs.jsonl", "--workdir", tmp_path)
     assert code == 2
     assert (
-        "learnt from a, and the pairs are of b; if that is meant, and it knows their language, name both with"
+        "learnt from a, and the pairs are of b; make pairs of what it learnt from (`qe-edge pairs`), or, if b"
         in err
     )
     kept = tmp_path / "pairs" / "001"

@@ -196,7 +196,7 @@ def test_only_what_train_wrote_is_aligned_or_merged(tiny_qwen3, data, tmp_path):
         lambda: dpo(data / "pairs.jsonl", tiny_qwen3, workdir=Workdir(tmp_path)),
         lambda: merge(tiny_qwen3, workdir=Workdir(tmp_path)),
     ):
-        with pytest.raises(BadInput, match="train first"):
+        with pytest.raises(BadInput, match="is no folder of `qe-edge train`"):
             verb()
 
 
@@ -232,7 +232,7 @@ def test_what_to_train_on_is_not_guessed(tmp_path):
         (adapter / "run.json").write_text(json.dumps({"learnt": [name.removesuffix("@train"), "c"]}))
         if number < 3:
             assert work.newest_sft({"a"}) == adapter
-            with pytest.raises(BadArgument, match=r"learnt from a \+ c, and the pairs are of z; if"):
+            with pytest.raises(BadArgument, match=r"learnt from a \+ c, and the pairs are of z; make pairs"):
                 work.newest_sft({"z"})
             assert work.only_taught() == taught / "expansions.jsonl"
             assert work.newest_pairs() == paired
