@@ -96,7 +96,8 @@ def main(*, interrupted: bool = False) -> None:
     except UsageError as error:  # it shows the usage, and the options that are like it
         error.message = _plain(error.message)
         near = getattr(error, "possibilities", None) or []  # some of them far-fetched
-        error.possibilities = near and get_close_matches(error.option_name, near, cutoff=0.7)
+        far = getattr(error, "option_name", None) in _INPUTS  # what is like it means something else here
+        error.possibilities = near and not far and get_close_matches(error.option_name, near, cutoff=0.7)
         if not error.possibilities:
             error.message += _remedy(error)
         error.show()
@@ -126,6 +127,10 @@ _PYDANTIC = {
 }
 
 
+# By which options commands are told what to work on.
+_INPUTS = ("--dataset", "--expansions", "--pairs", "--index")
+
+
 def _remedy(error: Any) -> str:
     """What to write instead, where Typer doesn't say it."""
     if not error.message:  # an argument is missing, and Typer says no more than its name
@@ -141,6 +146,13 @@ def _remedy(error: Any) -> str:
     arguments = [param.name for param in params if param.param_type_name == "argument"]
     if unknown_option and (name := error.option_name.removeprefix("--")) in arguments:
         return f". Name it without an option: qe-edge {_command()} {name.upper()}"
+    options = {option for param in params for option in param.opts}
+    inputs = " and ".join(option for option in _INPUTS if option in options)
+    if unknown_option and error.option_name in _INPUTS and (inputs or arguments):
+        how = (
+            f"with {inputs}" if inputs else f"without an option: qe-edge {_command()} {arguments[0].upper()}"
+        )
+        return f". What it works on is named {how}"
     like_a_flag = unknown_option and (" " in error.option_name or not error.option_name.startswith("--"))
     if like_a_flag and _command() in ("expand", "search"):
         return ". A query that begins with - comes last, after --, as in: -- '-5 degrees'"
@@ -149,9 +161,8 @@ def _remedy(error: Any) -> str:
             return ". Options stand before the --, which only a query comes after"
         if _command() == "search":
             return ". A query of several words stands in quotes"
-        options = {option for param in params for option in param.opts}
-        if named := [option for option in ("--dataset", "--expansions", "--pairs") if option in options]:
-            return f". What it works on is named with {' and '.join(named)}"
+        if inputs:
+            return f". What it works on is named with {inputs}"
         if not arguments:
             return ". It takes options only"
     if error.message.startswith("No such command") and "Did you mean" not in error.message:

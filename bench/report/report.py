@@ -212,6 +212,8 @@ def _quality(section: Section) -> _Table:
         for row in section.rows
     ]
     known = [any(row[column].value is not None for row in rows) for column in range(len(titles))]
+    if not section.has_yardstick:
+        known[titles.index("Of teacher")] = False
     return _Table(
         "Effectiveness and cost", list(compress(titles, known)), [list(compress(row, known)) for row in rows]
     )

@@ -35,7 +35,9 @@ from qe_edge.text import detect_language
 def expand(
     queries: Annotated[
         list[str],
-        typer.Argument(help="Queries; `-` reads one per line from stdin, and prints one line for each."),
+        typer.Argument(
+            help="What to expand; `-` reads a query per line from stdin, and prints a line for each."
+        ),
     ],
     model: ModelOption = None,
     budget_tokens: Annotated[

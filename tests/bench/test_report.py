@@ -107,6 +107,10 @@ def test_page_content(tmp_path: Path) -> None:
     assert "10000 resamples" in parsed.text
     assert "Memory, GB" in parsed.text and "budget tokens 64" in parsed.text
     assert "tune joins" not in parsed.text  # nothing was tuned
+    assert "Of teacher" in parsed.text
+    weak = [msgspec.structs.replace(s, ndcg=systems[0].ndcg) if s.kind == "teacher" else s for s in systems]
+    weak = msgspec.structs.replace(bench(), datasets=[msgspec.structs.replace(data, systems=weak)])
+    assert "Of teacher" not in Page(page(tmp_path, weak)).text  # it is no yardstick
     # One chart of effectiveness and speed, and one per model that answered alike on both machines.
     assert len(parsed.specs()) == 5
     machines = {value["machine"] for value in parsed.specs()[0]["layer"][1]["data"]["values"]}
