@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # llama.cpp is compiled once; its build takes all cores.
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-# Two files of tests at once, wherever there are two cores: each process takes up to 2.5 GB.
+# Two files of tests at once; each process takes up to 2.5 GB.
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile
 # GCC 12 drops what Intel's AMX needs (qe_edge/backends/amx.py), unless it is told to keep what looks unused.
 ifeq ($(shell uname -sm),Linux x86_64)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qe_edge.bench.report import charts
-from qe_edge.bench.report.columns import load_note, reuse_note, ways
+from qe_edge.bench.report.columns import load_note, no_yardstick, reuse_note, ways
 from qe_edge.bench.report.figures import MISSING, bounds, caveat, percent, rate, score, signed
 from qe_edge.bench.report.section import Measurement, Section, headline, merge
 from qe_edge.bench.result import BenchResult, System, read_result
@@ -116,12 +116,12 @@ def _render(runs: Sequence[BenchResult]) -> str:
 def _view(section: Section, runs: Sequence[BenchResult]) -> dict[str, Any]:
     """All that the template shows of a section."""
     paint, best = charts.css_paint, section.best
+    seen = [(run, data) for run in runs for data in run.datasets if data.fingerprint == section.fingerprint]
     told = {
         f"{run.label}: {warning}"
-        for run in runs
-        for data in run.datasets
-        if data.fingerprint == section.fingerprint
+        for run, data in seen
         for warning in [
+            no_yardstick(data),
             load_note(run) if section.drawn else "",
             reuse_note(data.systems),
             *(f"{text}." for text in data.warnings),
@@ -140,7 +140,10 @@ def _view(section: Section, runs: Sequence[BenchResult]) -> dict[str, Any]:
             for title, row in section.distinct_models()
             if row.bm25
         ],
-        "tables": [_quality(section), *([_speed(section)] if section.drawn else [])],
+        "tables": [
+            _quality(section, shares=not all(no_yardstick(data) for _, data in seen)),
+            *([_speed(section)] if section.drawn else []),
+        ],
         "best": best and section.name(best),
         "examples": _examples(section, best) if best else {},
     }
@@ -191,8 +194,11 @@ class _Table(NamedTuple):
         return " ".join(f"{title}: {_EXPLAINED[title]}." for title in self.titles if title in _EXPLAINED)
 
 
-def _quality(section: Section) -> _Table:
-    """What each system gains, and the cost figures that most people ask for; no columns of dashes."""
+def _quality(section: Section, *, shares: bool) -> _Table:
+    """What each system gains, and the cost figures that most people ask for; no columns of dashes.
+
+    Without `shares` of the teacher's figure, where that is no yardstick.
+    """
     titles = [
         "System",
         section.measure,
@@ -212,8 +218,7 @@ def _quality(section: Section) -> _Table:
         for row in section.rows
     ]
     known = [any(row[column].value is not None for row in rows) for column in range(len(titles))]
-    if not section.has_yardstick:
-        known[titles.index("Of teacher")] = False
+    known[titles.index("Of teacher")] &= shares
     return _Table(
         "Effectiveness and cost", list(compress(titles, known)), [list(compress(row, known)) for row in rows]
     )

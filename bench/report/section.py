@@ -76,12 +76,6 @@ class Section:
         return self.of_kind("bm25") + self.of_kind("feedback") + others + reading + self.of_kind("teacher")
 
     @property
-    def has_yardstick(self) -> bool:
-        """Whether a teacher passes plain BM25, so that a share of its figure says something."""
-        plain, best = ([row.system.ndcg.mean for row in self.of_kind(kind)] for kind in ("bm25", "teacher"))
-        return max(best, default=0) > max(plain, default=0)
-
-    @property
     def has_budgets(self) -> bool:
         """Whether a model's effectiveness is known at several token budgets."""
         return any(row.system.budgets for row in self.of_kind("model"))

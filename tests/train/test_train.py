@@ -373,7 +373,7 @@ def test_a_model_that_does_not_speak_chatml_is_refused(tiny_qwen3, files):
         sft([files / "expansions.jsonl"], sft_config(student), workdir=Workdir(files))
 
 
-def test_dpo_without_an_adapter_says_to_train_first(tiny_qwen3, files):
+def test_dpo_of_what_was_not_trained_is_refused(tiny_qwen3, files):
     with pytest.raises(BadInput, match="is no folder of `qe-edge train`"):
         dpo(files / "pairs.jsonl", tiny_qwen3, DPO, workdir=Workdir(files))
 
