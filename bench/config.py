@@ -52,7 +52,7 @@ class BenchConfig(
     models: Annotated[
         tuple[str, ...],
         said(
-            "MODEL or LABEL=MODEL; repeat for several (default: the newest export).",
+            "MODEL or LABEL=MODEL; repeat for several (default: the newest export; none: BM25 alone).",
             short="-m",
         ),
     ] = ()

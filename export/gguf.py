@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
+from qe_edge.console import progress
 from qe_edge.errors import BadArgument, require
 from qe_edge.export.source import Source
 from qe_edge.export.vocab import add_vocabulary
@@ -64,6 +65,7 @@ def convert_gguf(
 
     with ExitStack() as stack:
         partial = stack.enter_context(atomic_path(out))
+        advance = stack.enter_context(progress(f"converting to {out.name}", len(stored)))
         writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture]])
         stack.callback(writer.close)
         writer.add_file_type(types[dtype][2])
@@ -78,6 +80,7 @@ def convert_gguf(
         writer.write_ti_data_to_file()
         for name, (element, _, _) in stored.items():
             _write(writer, permute_rotary(name, source.tensor(name, element), source), out)
+            advance()
     return out
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from qe_edge.console import progress
 from qe_edge.errors import QeEdgeError, require
 from qe_edge.export.gguf import add_header
 from qe_edge.export.source import Source
@@ -51,7 +52,8 @@ def read_keys(file: Path) -> dict[str, Any]:
     """
     gguf = require("gguf", "llama")
     try:
-        fields = gguf.GGUFReader(str(file)).fields
+        with progress(f"reading {file.name}", None):  # its vocabulary takes seconds, on a busy machine many
+            fields = gguf.GGUFReader(str(file)).fields
         return {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}
     except Exception as error:  # it maps arrays over the file, and fails in many ways where one doesn't fit
         raise QeEdgeError(f"{file} is damaged: {error}") from None

@@ -6,11 +6,13 @@ import ctypes
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qe_edge.console import progress
 from qe_edge.errors import BadArgument, BadInput, NotFound, QeEdgeError, require
 from qe_edge.export.imatrix import Importance
 from qe_edge.student.spec import KIND_KEY
@@ -51,6 +53,8 @@ MIXED = "mixed"  # the types of all matrices are given; the file calls itself a 
 # llama.cpp refuses to guess at these.
 NEED_IMPORTANCE = ("Q2_K_S", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS")
 _WARNING, _ERROR = 3, 4  # enum ggml_log_level in ggml.h
+_START = struct.Struct("<4sIQ")  # of a GGUF: its magic, its version and the number of its tensors
+_TENSOR = re.compile(rb"\[ *\d+/ *\d+\]")  # what llama.cpp says first as it comes to a tensor
 
 
 def quantize_gguf(
@@ -79,8 +83,10 @@ def quantize_gguf(
     if not source.is_file():
         raise NotFound(f"{source}: no such file")
     with source.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise BadInput("not a GGUF file", path=source)
+        start = file.read(_START.size)
+    if len(start) < _START.size or not start.startswith(b"GGUF"):
+        raise BadInput("not a GGUF file", path=source)
+    *_, tensors = _START.unpack(start)
     llama_cpp = require("llama_cpp", "llama")
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = KINDS["Q4_K_M" if kind == MIXED else kind]
@@ -92,7 +98,11 @@ def quantize_gguf(
     params.kv_overrides = _metadata_array(described)
     if types:
         params.tt_overrides = _types_array(types)
-    with atomic_path(out) as partial, captured_log() as log:
+    with (
+        atomic_path(out) as partial,
+        progress(f"quantizing to {kind}", tensors) as advance,
+        captured_log(lambda text: advance() if _TENSOR.match(text) else None) as log,
+    ):
         paths = os.fsencode(source), os.fsencode(partial)
         if llama_cpp.llama_model_quantize(*paths, ctypes.byref(params)) != 0:
             said = "; ".join(log[-3:])
@@ -155,8 +165,11 @@ def bits_of(kind: str) -> int:
 
 
 @contextmanager
-def captured_log() -> Iterator[list[str]]:
-    """Keep llama.cpp's log off the terminal; yields its warnings and errors, line by line."""
+def captured_log(heard: Callable[[bytes], None] = lambda text: None) -> Iterator[list[str]]:
+    """Keep llama.cpp's log off the terminal; yields its warnings and errors, line by line.
+
+    `heard` gets all that it says, piece by piece.
+    """
     llama_cpp = require("llama_cpp", "llama")
     from llama_cpp._logger import llama_log_callback as default_callback
 
@@ -164,6 +177,7 @@ def captured_log() -> Iterator[list[str]]:
 
     @llama_cpp.llama_log_callback
     def keep(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+        heard(text)
         if level in (_WARNING, _ERROR) and text.strip():
             lines.append(text.decode(errors="replace").strip())
 

@@ -95,9 +95,7 @@ def main(*, interrupted: bool = False) -> None:
         sys.exit(code)
     except UsageError as error:  # it shows the usage, and the options that are like it
         error.message = _plain(error.message)
-        near = getattr(error, "possibilities", None) or []  # some of them far-fetched
-        far = getattr(error, "option_name", None) in _INPUTS  # what is like it means something else here
-        error.possibilities = near and not far and get_close_matches(error.option_name, near, cutoff=0.7)
+        error.possibilities = _options_like(error)
         if not error.possibilities:
             error.message += _remedy(error)
         error.show()
@@ -129,6 +127,25 @@ _PYDANTIC = {
 
 # By which options commands are told what to work on.
 _INPUTS = ("--dataset", "--expansions", "--pairs", "--index")
+# What stands for an option that a command lacks on purpose.
+_CORES = ". It takes the cores that are free; `serve` and Python's Expander take a number"
+_FEWER = ". Ctrl-C, --max-tokens-total and --max-cost end it early, and what came is kept"
+_INSTEAD = {
+    ("expand", "--threads"): _CORES,
+    ("search", "--threads"): _CORES,
+    ("teach", "--max-queries"): _FEWER,
+    ("teach", "--limit"): _FEWER,
+    ("bench", "--limit"): ". --max-queries takes some of the queries only",
+}
+
+
+def _options_like(error: Any) -> list[str]:
+    """The command's options that an unknown one may stand for; of Typer's own, some are far-fetched."""
+    near, asked = getattr(error, "possibilities", None) or [], getattr(error, "option_name", "")
+    if asked in _INPUTS or (_command(), asked) in _INSTEAD:  # what is like it means something else
+        return []
+    bare = {option.lstrip("-"): option for option in near}
+    return [bare[name] for name in get_close_matches(asked.lstrip("-"), bare, cutoff=0.7)]
 
 
 def _remedy(error: Any) -> str:
@@ -140,8 +157,8 @@ def _remedy(error: Any) -> str:
         return ". A split is named with its data set: NAME@SPLIT"
     if unknown_option and not getattr(error.ctx.command, "invoke_without_command", True):
         return f". Options stand behind the command: {', '.join(error.ctx.command.commands)}"
-    if unknown_option and _command() in ("expand", "search") and error.option_name == "--threads":
-        return ". It takes the cores that are free; `serve` and Python's Expander take a number"
+    if unknown_option and (instead := _INSTEAD.get((_command(), error.option_name))):
+        return instead
     params = error.ctx.command.params if error.ctx else []  # an option without its value comes without
     arguments = [param.name for param in params if param.param_type_name == "argument"]
     if unknown_option and (name := error.option_name.removeprefix("--")) in arguments:

@@ -107,14 +107,19 @@ def quiet_transformers() -> None:
 
 
 @contextmanager
-def speaking() -> Iterator[None]:
-    """While something tells how far the work is, a bar or a process of ours, nothing else need to."""
-    global _speakers
+def speaking(*, by_note: bool = False) -> Iterator[None]:
+    """While something tells how far the work is, a bar or a process of ours, nothing else need to.
+
+    What doesn't speak `by_note` was heard until its end.
+    """
+    global _last_word, _speakers
     _speakers += 1
     try:
         yield
     finally:
         _speakers -= 1
+        if not by_note:
+            _last_word = time.monotonic()
 
 
 @contextmanager
@@ -174,7 +179,7 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
             note(f"{description}: {where}{when}{known and f', {known}'}", stream)
 
     with (
-        speaking(),
+        speaking(by_note=not bar_shown),
         tqdm(desc=description, total=total, initial=done, leave=False, disable=not bar_shown) as bar,
     ):
 

@@ -48,7 +48,7 @@ _MACHINE = {
     "cpu": "Processor",
     "gpu": "GPU",
     "memory_gb": "Memory, GB",
-    "busy": "Share of the processors at other work",
+    "busy": "Processors at other work",
 }
 
 

@@ -56,7 +56,9 @@ def bench(
     if not values.get("dataset"):
         raise BadArgument("name at least one data set with --dataset")
     values["teacher"] = values.get("teacher") or default_teachers(values["dataset"])
-    if not values.get("model"):
+    if values.get("model") == ["none"]:
+        values["model"] = []
+    elif not values.get("model"):
         try:
             values["model"] = default_models(work)
             took_trained("models", Path(values["model"][0]).parent, ", ".join(values["model"]))

@@ -186,6 +186,10 @@ def test_bench_without_a_model_measures_bm25_and_the_teacher(qe_edge):
     assert code == 0
     assert "demo-en@test" in out
     assert "bench: without a model, since none is named" in err
+    export = Path(os.environ["QE_EDGE_WORKDIR"]) / "export" / "001"
+    export.mkdir(parents=True)
+    (export / "student.gguf").touch()
+    assert "bench: without a model" in qe_edge("bench", "-d", "demo-en", "--model", "none")[2]
     code, _, err = qe_edge("bench", "-d", "demo-en", "--measure", "nDCG@@")
     assert code == 2 and "without a model" not in err
 
@@ -280,6 +284,15 @@ def test_a_silent_command_says_that_it_is_at_work(monkeypatch, capsys):
         while not told and time.monotonic() < end:
             told = capsys.readouterr().err
     assert re.match(r"merge: 00:\d\d so far\n", told)
+
+
+def test_what_a_process_of_ours_told_was_no_silence(monkeypatch, capsys):
+    monkeypatch.setattr(console, "SILENCE", 1)
+    with console.still_at_work("bench"):
+        with console.speaking():
+            time.sleep(1.5)
+        time.sleep(0.5)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_file_is_no_work_folder(qe_edge, tmp_path):

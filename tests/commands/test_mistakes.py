@@ -145,7 +145,9 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         (["train", "foo"], "No such command 'foo'. There are: sft, dpo."),
         (["prune"], "Missing argument 'model'. A merged model folder, or a base model to be trained."),
         (["doctor", "now"], "(now). It takes options only\n"),
-        (["bench", "--limit", "4"], "No such option: --limit\n"),
+        (["bench", "--limit", "4"], "--limit. --max-queries takes some of the queries only\n"),
+        (["teach", "--max-queries", "4"], "--max-queries. Ctrl-C, --max-tokens-total and --max-cost end it"),
+        (["export", "--refine"], "No such option: --refine\n"),  # --recipe is like it only by its dashes
         (["merge", "--adapter", "x"], "Name it without an option: qe-edge merge ADAPTER\n"),
         (["train", "--json"], "Options stand behind the command: sft, dpo\n"),
         (["serve", "--dataset", "x"], "No such option: --dataset. What it works on is named with --index\n"),
@@ -155,8 +157,11 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         (["teach", "aero"], "(aero). What it works on is named with --dataset\n"),
         (["train", "sft", "a.jsonl"], "(a.jsonl). What it works on is named with --expansions\n"),
         (["pairs", "aero"], "(aero). What it works on is named with --dataset and --expansions\n"),
-        (["expand", "tap", "--threads", "1"], "`serve` and Python's Expander take a number\n"),
-        (["bench", "--datset", "x"], "No such option: --datset (Possible options: --data, --dataset)\n"),
+        *(
+            ([verb, "tap", "--threads", "1"], "--threads. It takes the cores that are free; `serve` and")
+            for verb in ("expand", "search")
+        ),
+        (["bench", "--datset", "x"], "No such option: --datset (Possible options: --dataset)\n"),
         (["serve", "--json"], "No such option: --json\n"),
         (["pairs", "--min-gapp", "1"], "No such option: --min-gapp (Possible options: --min-gap)\n"),
     ):

@@ -8,7 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,28 @@ def tensor_names(file: Path) -> list[str]:
     import gguf
 
     return [tensor.name for tensor in gguf.GGUFReader(file).tensors]
+
+
+def test_long_work_tells_how_far_it_is(
+    tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, list[int]] = {}
+
+    @contextmanager
+    def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+        told[what] = [total, 0]
+
+        def advance() -> None:
+            told[what][1] += 1
+
+        yield advance
+
+    for module in ("gguf", "quantize"):
+        monkeypatch.setattr(f"qe_edge.export.{module}.progress", progress)
+    base = convert_gguf(tiny_qwen3, tmp_path / "base.gguf")
+    quantize_gguf(base, tmp_path / "small.gguf", "Q4_K_M")
+    whole = [len(tensor_names(base))] * 2
+    assert told == {"converting to base.gguf": whole, "quantizing to Q4_K_M": whole}
 
 
 def test_every_export_loads_generates_and_knows_its_spec(exported: Any) -> None:
