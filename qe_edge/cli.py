@@ -140,12 +140,16 @@ _INSTEAD = {
 
 
 def _options_like(error: Any) -> list[str]:
-    """The command's options that an unknown one may stand for; of Typer's own, some are far-fetched."""
-    near, asked = getattr(error, "possibilities", None) or [], getattr(error, "option_name", "")
-    if asked in _INPUTS or (_command(), asked) in _INSTEAD:  # what is like it means something else
+    """The command's options that an unknown one may stand for: those it begins, or else those it is like."""
+    if not hasattr(error, "possibilities"):  # it is another mistake
         return []
-    bare = {option.lstrip("-"): option for option in near}
-    return [bare[name] for name in get_close_matches(asked.lstrip("-"), bare, cutoff=0.7)]
+    if error.option_name in _INPUTS or (_command(), error.option_name) in _INSTEAD:
+        return []  # what is like it means something else
+    asked = error.option_name.removeprefix("--")
+    options = [option for param in error.ctx.command.params for option in param.opts]
+    known = [option.removeprefix("--") for option in options if option.startswith("--")]
+    found = [name for name in known if name.startswith(asked)] or get_close_matches(asked, known, cutoff=0.7)
+    return [f"--{name}" for name in found]
 
 
 def _remedy(error: Any) -> str:

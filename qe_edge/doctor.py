@@ -38,7 +38,7 @@ EXTRAS = {
 # GCC 12 leaves out what it takes for unused; see qe_edge.backends.amx.
 AMX = {
     "agrees": "used by llama.cpp",
-    "differs": "used by llama.cpp, but not for the built-in model: it multiplies Q4_1 wrongly",
+    "differs": "used by llama.cpp, but not for the built-in model, whose Q4_1 it multiplies wrongly",
     "dies": "not used, since this build of llama.cpp dies of it; to build one that doesn't:",
 }
 REBUILD = r"""

@@ -99,7 +99,7 @@ export class Student {
     }
     text = oneLine(signal?.aborted ? wholeWords(text) : text);
     let reason = gates.after(gate, query, text);
-    if (signal?.aborted && !text) reason = `${LATE} before the first word`;
+    if (signal?.aborted && !text) reason = `${LATE} before the first whole word`;
     else if (signal?.aborted && reason) reason = `${LATE}; so far, ${reason}`;
     return reason
       ? new ExpandedQuery(query, spec.join, { fallback: reason, rejected: text })

@@ -97,7 +97,7 @@ test("an aborted signal ends the writing, and what there is counts", { skip }, a
   const whole = await student.expand("what causes tides");
   assert.ok(whole.text.startsWith((await written).text));
   const late = await student.expand("what causes tides", { signal: AbortSignal.abort() });
-  assert.deepEqual([late.text, late.fallback], ["", "the signal aborted before the first word"]);
+  assert.deepEqual([late.text, late.fallback], ["", "the signal aborted before the first whole word"]);
 });
 
 test("it reads as Python does", { skip }, async () => {

@@ -123,13 +123,13 @@ test("an endpoint gets both messages, and its errors are told", async () => {
   assert.deepEqual(body.messages.map((m) => m.content), ["S", "Q: tides"]);
   const slow = endpoint("http://x/v1", { fetch: (_, { signal }) => Promise.reject(signal.reason) });
   const late = await new Student(SPEC, slow).expand("tides", { signal: AbortSignal.abort() });
-  assert.deepEqual([late.text, late.fallback], ["", "the signal aborted before the first word"]);
+  assert.deepEqual([late.text, late.fallback], ["", "the signal aborted before the first whole word"]);
   for (const [written, kept] of [["The moon pu", "The moon"], ["Vol", ""], ["月球引", "月球引"]]) {
     const controller = new AbortController();
     const gate = { ...SPEC.gate, same_language: false };
     const write = async () => (controller.abort(), written);
     const cut = await new Student(SPEC, { write }, { gate }).expand("tides", { signal: controller.signal });
-    assert.deepEqual([cut.text, cut.fallback], [kept, kept ? "" : "the signal aborted before the first word"]);
+    assert.deepEqual([cut.text, cut.fallback], [kept, kept ? "" : "the signal aborted before the first whole word"]);
   }
   const broken = endpoint("http://x/v1", { fetch: async () => new Response("no model", { status: 503 }) });
   await assert.rejects(new Student(SPEC, broken).expand("tides"), /HTTP 503: no model/);

@@ -36,7 +36,7 @@ def expand(
     queries: Annotated[
         list[str],
         typer.Argument(
-            help="What to expand; `-` reads a query per line from stdin, and prints a line for each."
+            help="What to expand; `-` alone reads a query per line from stdin, and prints a line for each."
         ),
     ],
     model: ModelOption = None,

@@ -104,9 +104,12 @@ def _following(
     foreign: bool,
 ) -> tuple[object, ...]:
     """The next command, also where nothing was found, or the student lacks a language."""
+    from qe_edge.retrieval.datasets import BUILTIN
+
     shown = ("qe-edge", "data", "info", config.dataset)
-    if not found and config.dataset == SearchConfig().dataset and detect_language(query) == "zh":
-        return ("qe-edge", "search", "--dataset", "demo-zh", "--plain", *last_words(query))
+    demo = "demo-zh" if detect_language(query) == "zh" else "demo-en"
+    if not found and config.dataset in BUILTIN and config.dataset != demo:
+        return ("qe-edge", "search", "--dataset", demo, "--plain", *last_words(query))
     if not known:
         return to_learn(query, workdir) or shown  # which says how a teacher is asked
     if not found:

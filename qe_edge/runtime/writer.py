@@ -225,7 +225,7 @@ class Writing(Pending):
         cut = CUT.get(written.finish_reason, "")
         text = " ".join((whole_words(written.text) if cut else written.text).split())
         if cut and not text:
-            reason = f"{cut} before the first word"
+            reason = f"{cut} before the first whole word"
         else:
             reason = self._writer.gate.after(self._query, text)
             if reason and cut:

@@ -131,7 +131,9 @@ def open_collections(named: Sequence[str], cache: Path) -> dict[str, Collection]
         elif equals and not (name and dataset):
             raise BadArgument(f"can't read --index {text}; write NAME=DATASET, or DATASET")
         if name in collections:
-            raise BadArgument(f"two indexes have the name {name}; tell them apart with --index NAME=DATASET")
+            raise BadArgument(
+                f"two indexes have the name {name}; give each a NAME of its own, as in --index NAME=DATASET"
+            )
         collection = Collection.open(dataset if equals else text, cache)
         note(f"index {name}: {collection.data}, {len(collection.index.ids)} documents")
         collections[name] = collection

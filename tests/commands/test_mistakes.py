@@ -163,6 +163,11 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         ),
         (["bench", "--datset", "x"], "No such option: --datset (Possible options: --dataset)\n"),
         (["serve", "--json"], "No such option: --json\n"),
+        (
+            ["expand", "tap", "--budget", "9"],
+            "No such option: --budget (Possible options: --budget-tokens)\n",
+        ),
+        (["bench", "--max", "9"], "No such option: --max (Possible options: --max-queries)\n"),
         (["pairs", "--min-gapp", "1"], "No such option: --min-gapp (Possible options: --min-gap)\n"),
     ):
         code, _, err = qe_edge(*asked)

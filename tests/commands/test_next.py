@@ -160,6 +160,7 @@ def test_a_student_is_measured_on_the_folder_that_it_learnt_from(tmp_path, monke
 def test_what_finds_nothing_is_looked_for_elsewhere(qe_edge):
     for query, flags, following in (
         ("潮汐", [], "search --dataset demo-zh --plain 潮汐"),
+        ("dripping", ["-d", "demo-zh"], "search --dataset demo-en --plain dripping"),
         ("潮汐", ["-d", "demo-zh"], "data info demo-zh"),
         ("?!", [], "data info demo-en"),
     ):

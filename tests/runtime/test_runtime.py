@@ -44,7 +44,7 @@ def test_a_query_beyond_the_context_is_searched_as_it_is(gguf: Path) -> None:
 def test_at_the_deadline_there_is_what_there_is(gguf: Path) -> None:
     with scripted(gguf, gate=OPEN) as expander:
         nothing = expander.expand("tides", deadline_ms=0)
-        assert nothing.fallback == "the deadline passed before the first word"
+        assert nothing.fallback == "the deadline passed before the first whole word"
         assert (nothing.text, nothing.tokens, nothing.finish_reason) == ("", 0, "deadline")
         says(expander, "moon sun sea wind ", pause=0.03, end=False)
         some = expander.expand("tides", deadline_ms=200)
@@ -129,7 +129,9 @@ def test_deadlines_hold_with_more_tasks_than_threads(gguf: Path) -> None:
             await asyncio.sleep(0.2)
             late = await asyncio.gather(*(expander.aexpand("moon", deadline_ms=300) for _ in range(8)))
             assert not any(task.done() for task in long)
-            assert {expanded.fallback for expanded in late} == {"the deadline passed before the first word"}
+            assert {expanded.fallback for expanded in late} == {
+                "the deadline passed before the first whole word"
+            }
             for task in long:
                 task.cancel()
             await asyncio.gather(*long, return_exceptions=True)

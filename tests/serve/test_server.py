@@ -167,7 +167,7 @@ def test_a_deadline_holds(server: Server) -> None:
     found = server.post("/expand", query="a question with a deadline", deadline_ms=0.001).json["expansions"][
         0
     ]
-    assert found["fallback"] == "the deadline passed before the first word"
+    assert found["fallback"] == "the deadline passed before the first whole word"
     assert found["finish_reason"] == "deadline"
 
 
