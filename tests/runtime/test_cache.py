@@ -223,9 +223,10 @@ def test_the_loop_goes_on_while_the_cache_is_waited_for(
 
 
 def test_what_is_cancelled_before_it_is_asked_is_not_written(
-    gguf: Path, tmp_path: Path, patient: None, monkeypatch: pytest.MonkeyPatch
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "cache.db"
+    monkeypatch.setattr("qe_edge.runtime.writer.PATIENCE", 60.0)  # longer than any machine takes to cancel
 
     async def cancel(expander: Expander) -> None:
         async def drain() -> None:
@@ -236,11 +237,12 @@ def test_what_is_cancelled_before_it_is_asked_is_not_written(
             async for _ in expander.aexpand_many(["sea", "wind"]):
                 pass
 
-        tasks = [asyncio.create_task(work) for work in (expander.aexpand("tides"), drain(), drain_many())]
-        await asyncio.sleep(0.1)  # the cache is waited for
-        for task in tasks:
-            task.cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
+        with locked(path):
+            tasks = [asyncio.create_task(work) for work in (expander.aexpand("tides"), drain(), drain_many())]
+            await asyncio.sleep(0.1)  # the cache is waited for
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(result) for result in results] == [asyncio.CancelledError] * 3
         assert (await expander.aexpand("sun")).tokens == 4
         assert len(written) == 1
@@ -253,7 +255,7 @@ def test_what_is_cancelled_before_it_is_asked_is_not_written(
         return add(batch, prompt, **settings)
 
     monkeypatch.setattr(LlamaBatch, "add", counted)
-    with Expander.load(gguf, gate=OPEN, budget_tokens=4, cache=path) as expander, locked(path):
+    with Expander.load(gguf, gate=OPEN, budget_tokens=4, cache=path) as expander:
         asyncio.run(cancel(expander))
 
 

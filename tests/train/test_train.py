@@ -26,6 +26,8 @@ from qe_edge.train.dpo import dpo, encode_pairs
 from qe_edge.train.merge import merge
 from qe_edge.train.sft import encode_rows, select_rows, sft
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = (
     "the moon pulls the sea",
     "yeast makes gas in dough",

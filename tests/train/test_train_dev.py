@@ -21,6 +21,8 @@ from qe_edge.train.base_model import load_tokenizer, load_trained, open_trained
 from qe_edge.train.dev import DevSet
 from qe_edge.train.sft import sft
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = Hardware("cpu", "float32", 1, "a CPU")
 
 

@@ -31,6 +31,8 @@ from qe_edge.train.dpo import dpo, encode_pairs
 from qe_edge.train.merge import merge
 from qe_edge.train.sft import encode_rows, sft
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SFT = {"rank": 8, "alpha": 16, "batch_size": 4, "accumulate": 1, "logging_steps": 1, "save_steps": 2}
 
 
