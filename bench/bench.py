@@ -47,7 +47,7 @@ def bench(config: BenchConfig, *, out: Path | None = None, workdir: Workdir) -> 
         raise BadArgument("--teacher-model chooses among the texts of a --teacher: name one")
     if not config.models:
         ours = ", as builtin:smollm2-135m does" if any(data.lang == "en" for data in loaded) else ""
-        note(f"bench: without a model, since none is named; --model takes one that knows the language{ours}")
+        note(f"bench: without a model; --model takes one that knows the language{ours}")
     named = dict(parse_model(text) for text in config.models)
     inputs: dict[str, Path | str] = {label: resolve(name).path or name for label, name in named.items()}
     inputs |= {f"teachers[{i}]": path for i, path in enumerate(config.teachers)}

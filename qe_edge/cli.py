@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -135,6 +136,7 @@ _INSTEAD = {
     ("search", "--threads"): _CORES,
     ("teach", "--max-queries"): _FEWER,
     ("teach", "--limit"): _FEWER,
+    ("run", "--print-config"): ". --show prints the recipe",
     ("bench", "--limit"): ". --max-queries takes some of the queries only",
 }
 
@@ -161,6 +163,8 @@ def _remedy(error: Any) -> str:
         return ". A split is named with its data set: NAME@SPLIT"
     if unknown_option and not getattr(error.ctx.command, "invoke_without_command", True):
         return f". Options stand behind the command: {', '.join(error.ctx.command.commands)}"
+    if unknown_option and _command() == "export" and re.fullmatch(r"--q\d", error.option_name):
+        return ". --quant takes other kinds, such as Q5_K_M or Q6_K"
     if unknown_option and (instead := _INSTEAD.get((_command(), error.option_name))):
         return instead
     params = error.ctx.command.params if error.ctx else []  # an option without its value comes without

@@ -169,10 +169,11 @@ def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[
             elif made and done + made < total:
                 # By what the steps took that are made. The one under way has had its time since; where it
                 # takes much longer than they did, nobody knows.
-                step, since = (at - start) / made, time.monotonic() - at
-                left = max(step * (total - done - made) - since, 0)
+                step, since, after = (at - start) / made, time.monotonic() - at, total - done - made - 1
+                left = step * after + max(step - since, 0)
                 late = f"nothing new for {tqdm.format_interval(since)}"
-                when = late if since > max(2 * step, FIRST) else f"{tqdm.format_interval(left)} left"
+                unknown = since > max(2 * step if after else step, FIRST)
+                when = late if unknown else f"{tqdm.format_interval(left)} left"
                 where = f"{done + made} of {total}, "
             else:
                 where, when = f"{done + made} of {total}, ", f"{tqdm.format_interval(took)} so far"

@@ -16,7 +16,7 @@ from qe_edge.bench.bench import bench
 from qe_edge.bench.config import ITSELF, BenchConfig
 from qe_edge.bench.inputs import parse_run
 from qe_edge.bench.result import read_result
-from qe_edge.console import note, warn
+from qe_edge.console import note, several, warn
 from qe_edge.documents.folder import make_collection
 from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.export.config import ExportConfig
@@ -178,7 +178,8 @@ class _Stages:
         make = partial(pairs, part.dataset, part.expansions, config, workdir=self.workdir)
         self.run(stage, part, inputs, make)
         report = read_json(self.out[stage] / REPORT)
-        note(f"{stage}: {report['pairs']} pairs of {report['queries_with_pairs']} queries")
+        found, queries = several(report["pairs"], "pair"), report["queries_with_pairs"]
+        note(f"{stage}: {found} of {several(queries, 'query', 'queries')}")
         return self.out[stage]
 
     def sft(self, part: SftPart) -> None:

@@ -91,7 +91,7 @@ def hardware(config: TrainConfig) -> Hardware:
         why = f"torch {torch.__version__} is a build without CUDA" if not built else "no usable GPU was found"
         raise BadArgument(
             f"device cuda was asked for, but {why}. Install a CUDA build of torch and its driver, "
-            "or train with --device cpu"
+            "or train on the CPU with --device cpu"
         )
     on_cuda = cuda and config.device != "cpu"
     if on_cuda and torch.cuda.device_count() > 1 and "RANK" not in os.environ:

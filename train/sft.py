@@ -188,7 +188,7 @@ def select_rows(rows: Sequence[Expansion], config: SftConfig) -> list[Expansion]
         and (not config.modes or row.mode in config.modes)
     ]
     if not selected:
-        found = ", ".join(sorted({f"{row.model} {row.mode}" for row in rows})) or "no rows"
+        found = ", ".join(sorted({f"{row.model} {row.mode}" for row in rows}))
         told = _left_out(rows, config)
         raise BadInput(f"no expansion left to train on; the files hold: {found}{told and f'; {told}'}")
     if 0 < config.max_rows < len(selected):

@@ -25,7 +25,7 @@ _EXPLAINED = {
     "vs BM25": "the difference to plain BM25, query by query",
     "p (Holm)": "of a two-sided paired randomization test against BM25, corrected by Holm over the run",
     "vs teacher": "the difference to the teacher, query by query",
-    "Of teacher": "the share of the teacher's figure that a model keeps",
+    "Of teacher": "a model's figure as a share of the teacher's",
     "Of its gain": "the share of the teacher's gain over BM25",
     "Helped": "queries that it raises above BM25",
     "Hurt": "queries that it lowers below BM25",

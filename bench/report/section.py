@@ -197,7 +197,7 @@ def _beside_teacher(section: Section, row: Measurement) -> str:
         return f"{reached}. The model doesn't pass plain BM25."
     if row.bm25 and teacher.ndcg.mean <= row.bm25.ndcg.mean:
         return f"{reached}. It doesn't pass plain BM25, so it is no yardstick here."
-    text = f"{reached}: the model keeps "
+    text = f"{reached}; the model has "
     text += f"{percent(row.system.retention.mean)} of that"
     gain = row.system.gain_retention
     return text + (f" and {percent(gain.mean)} of its gain over BM25." if gain and gain.mean > 0 else ".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 from qe_edge.commands.bench import emit_bench
 from qe_edge.commands.common import WORKDIR, JsonOption, WorkdirOption, command_line, emit, last_words
 from qe_edge.commands.flags import DataOption, Settings, flags_of
+from qe_edge.errors import QeEdgeError
 from qe_edge.overrides import Overrides
 from qe_edge.work.folder import Workdir
 
@@ -51,6 +53,15 @@ def demo(workdir: WorkdirOption = WORKDIR, json: JsonOption = False) -> None:
     _run("demo", Overrides(), None, workdir, json)
 
 
+def _in_a_recipe(message: str, recipe: str) -> str:
+    """A message, and where `run` has the options of single commands that it advises."""
+    own = {f"--{name}" for name in Overrides.__struct_fields__}
+    named = set(re.findall(r"--[a-z][a-z-]*", re.sub(r"`[^`]*`", "", message)))
+    if named <= own:
+        return message
+    return f"{message} (in a recipe, options are settings: `qe-edge run {recipe} --show` prints them)"
+
+
 def _run(recipe: str, overrides: Overrides, data: Path | None, workdir: Path, json: bool) -> None:
     from qe_edge.bench.report.report import report as draw
     from qe_edge.pipeline import run_recipe
@@ -60,7 +71,11 @@ def _run(recipe: str, overrides: Overrides, data: Path | None, workdir: Path, js
     work = Workdir(workdir)
     given = overrides.sections(read_recipe(recipe, data=data), work)
     loaded = load_recipe(recipe, data=data, given=given)
-    out = run_recipe(loaded, workdir=work)
+    try:
+        out = run_recipe(loaded, workdir=work)
+    except QeEdgeError as error:
+        error.args = (_in_a_recipe(str(error), recipe),)
+        raise
     html = draw([out["bench"]], out["bench"] / "report.html")
     emit_bench(json, "run", out["bench"], report=html)
     if not json:

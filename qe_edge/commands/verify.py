@@ -24,7 +24,8 @@ def verify(
     exported: Annotated[
         Path | None,
         typer.Argument(
-            help="A GGUF or an MLX folder of `export` (default: the newest's smallest), or what `prune` made."
+            help="A GGUF or an MLX folder of `export`, or what `prune` made "
+            "(default: the newest export's smallest GGUF)."
         ),
     ] = None,
     source: Annotated[

@@ -241,7 +241,7 @@ def test_headline_claims_no_more_than_the_interval() -> None:
         "my[bold]|Q4 reaches nDCG@10 .485 on 2 queries; plain BM25 reaches .434. "
         "The difference of +.051 has a 95 % interval from −.003 to +.101, which includes 0: "
         "2 queries cannot tell the two apart. "
-        "gpt-4.1 zero-shot, the teacher, reaches .800: the model keeps 61 % of that. "
+        "gpt-4.1 zero-shot, the teacher, reaches .800; the model has 61 % of that. "
         "The model writes 158 tokens/s, 385 ms per query, on laptop."
     )
     (data,) = small().datasets
@@ -249,7 +249,7 @@ def test_headline_claims_no_more_than_the_interval() -> None:
     gaining = msgspec.structs.replace(model, gain_retention=Interval(0.3, 0.1, 0.5))
     data = msgspec.structs.replace(data, systems=[bm25, gaining, teacher])
     (section,) = merge([msgspec.structs.replace(small(), datasets=[data])])
-    assert "keeps 61 % of that and 30 % of its gain over BM25." in headline(section).replace("\u00a0", " ")
+    assert "has 61 % of that and 30 % of its gain over BM25." in headline(section).replace("\u00a0", " ")
     assert verdict(Interval(0.05, 0.01, 0.1), 43, 0.04).endswith("the gain is unlikely to be chance.")
     assert verdict(Interval(0.05, 0.01, 0.1), 43, None).endswith("the gain is unlikely to be chance.")
     assert verdict(Interval(0.05, 0.01, 0.1), 43, 0.2).endswith("it may be chance (p .200).")

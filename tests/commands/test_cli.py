@@ -185,7 +185,7 @@ def test_bench_without_a_model_measures_bm25_and_the_teacher(qe_edge):
     code, out, err = qe_edge("bench", "-d", "demo-en")
     assert code == 0
     assert "demo-en@test" in out
-    assert "bench: without a model, since none is named" in err
+    assert "bench: without a model; --model takes one" in err
     export = Path(os.environ["QE_EDGE_WORKDIR"]) / "export" / "001"
     export.mkdir(parents=True)
     (export / "student.gguf").touch()

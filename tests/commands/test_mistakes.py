@@ -8,6 +8,7 @@ import pytest
 from typer.main import get_command
 
 from qe_edge.cli import app
+from qe_edge.errors import BadArgument
 from qe_edge.retrieval.datasets import builtin_folder
 
 
@@ -163,6 +164,8 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         ),
         (["bench", "--datset", "x"], "No such option: --datset (Possible options: --dataset)\n"),
         (["serve", "--json"], "No such option: --json\n"),
+        (["run", "demo", "--print-config"], "No such option: --print-config. --show prints the recipe\n"),
+        (["export", "--q5"], "--q5. --quant takes other kinds, such as Q5_K_M or Q6_K\n"),
         (
             ["expand", "tap", "--budget", "9"],
             "No such option: --budget (Possible options: --budget-tokens)\n",
@@ -172,6 +175,32 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
     ):
         code, _, err = qe_edge(*asked)
         assert code == 2 and told in err and "--terms" not in err
+
+
+def test_what_a_command_advises_is_a_setting_of_a_recipe(qe_edge, monkeypatch):
+    told = "no GPU; train with --device cpu"
+    for advice, there in (
+        (told, f"{told} (in a recipe, options are settings: `qe-edge run demo --show` prints them)"),
+        ("no test data: name some with --test", "no test data: name some with --test"),
+        ("none is there: `qe-edge teach --n 4` asks", "none is there: `qe-edge teach --n 4` asks"),
+    ):
+
+        def fails(*_, advice=advice, **__):
+            raise BadArgument(advice)
+
+        monkeypatch.setattr("qe_edge.pipeline.run_recipe", fails)
+        for command in (["run", "demo"], ["demo"]):
+            assert qe_edge(*command) == (2, "", f"error: {there}\n")
+
+
+def test_files_without_an_expansion_are_named(qe_edge, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    told = f"error: {empty}: no expansion is there; `qe-edge teach` asks for them\n"
+    assert qe_edge("pairs", "-d", "demo-en@train", "-e", empty) == (5, "", told)
+    pytest.importorskip("trl")
+    code, _, err = qe_edge("train", "sft", "-e", empty)
+    assert code == 5 and err.endswith(told)
 
 
 def every_command(group, path=()):

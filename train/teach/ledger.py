@@ -13,7 +13,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from qe_edge.console import note, warn
-from qe_edge.errors import QeEdgeError
+from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.records import Expansion, read_jsonl
 
 SYNC_EVERY = 1.0  # seconds; what a power cut can lose, unlike a kill
@@ -38,12 +38,20 @@ R = TypeVar("R", bound=Row)
 
 
 def read_texts(paths: Iterable[Path | str]) -> list[Expansion]:
-    """The rows of files of expansions; a file that `teach` is still adding to is warned of."""
-    rows: list[Expansion] = []
-    for path in paths:
+    """The rows of files of expansions; a file that `teach` is still adding to is warned of.
+
+    Raises:
+        BadInput: there are none.
+    """
+    files, rows = list(paths), list[Expansion]()
+    for path in files:
         if _is_written(path):
             warn(f"`qe-edge teach` is still adding to {path}: what it holds now is taken")
         rows += read_jsonl(path, Expansion)
+    if not rows:
+        raise BadInput(
+            "no expansion is there; `qe-edge teach` asks for them", path=", ".join(map(str, files))
+        )
     return rows
 
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from qe_edge.console import note, progress, warn
+from qe_edge.console import note, progress, several, warn
 from qe_edge.errors import BadArgument, NotFound, QeEdgeError
 from qe_edge.train.teach.address import read_key
 from qe_edge.train.teach.config import AskConfig
@@ -112,6 +112,9 @@ def ask_all(
     where = ask.endpoint or "this machine"
     teacher = teacher or open_teacher(ask, max_tokens=max_tokens)
     note(f"{ledger.command}: {len(pending)} of {len(plan)} {ledger.what} to ask of {ask.model} at {where}")
+    if others := len(ledger.keys) - outcome.done:
+        there = several(others, "answer that is there is", "answers that are there are")
+        note(f"{ledger.command}: {there} of another model, prompt, setting or query, and kept")
     return outcome, asyncio.run(_Session(plan, ledger, teacher, outcome, ask).run(pending))
 
 
