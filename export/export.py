@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from qe_edge.console import several
-from qe_edge.errors import BadArgument, BadInput, NotFound, NotInstalled, require
+from qe_edge.errors import BadArgument, BadInput, NotInstalled, require
 from qe_edge.export.adapter import adapter_of, base_folder, convert_adapter
 from qe_edge.export.card import write_card, write_modelfile
 from qe_edge.export.config import ExportConfig
@@ -69,13 +69,11 @@ def export_model(
     config = config or ExportConfig()
     check_choices(config)
     kinds, formats = list(dict.fromkeys(config.kinds)), list(dict.fromkeys(config.formats))
-    if not model.is_dir():
-        raise NotFound(f"{model}: no such model folder")
+    _check_installed(formats, config.verify)
+    source = Source(model)  # first: what is no model at all has no spec either
     spec = read_spec(model)
     if spec is None:
         raise BadInput("has no qe_edge.json, which holds its prompt; `qe-edge merge` writes it", path=model)
-    _check_installed(formats, config.verify)
-    source = Source(model)
     check_output(out, "export")
     if out.is_dir() and any(out.iterdir()):
         progress(f"{out} holds an older export, which this one replaces as a whole")

@@ -141,10 +141,9 @@ def read_config(model: Path) -> tuple[str, HfConfig]:
             raise BadInput(
                 "is an adapter; merge it into its base with `qe-edge merge`, and export that", path=model
             )
+        why = "holds no config.json, so it is no model folder" if model.is_dir() else "is a file"
         raise BadInput(
-            "holds no config.json, so it is no model folder; the folder of a merged model is wanted, "
-            "as `qe-edge merge` writes it",
-            path=model,
+            f"{why}; the folder of a merged model is wanted, as `qe-edge merge` writes it", path=model
         )
     content = read_json(path)
     if "model_file" in content:  # mlx-lm would run it

@@ -254,13 +254,15 @@ def test_an_export_is_verified_later_on(exported: Any, tmp_path: Path) -> None:
 def test_a_source_that_is_no_model_is_told(exported: Any, tmp_path: Path) -> None:
     _, out, _ = exported
     (tmp_path / "scifacts").mkdir()
-    for source in (tmp_path / "scifacts", out / "student-Q8_0.gguf"):
+    for source, why in (
+        (tmp_path / "scifacts", "holds no config.json, so it is no model folder"),
+        (out / "student-Q8_0.gguf", "is a file"),
+    ):
         command = ["verify", str(out / "student-F16.gguf"), "--source", str(source)]
         checked = CliRunner().invoke(app, command)
         assert isinstance(checked.exception, BadInput)
         assert str(checked.exception) == (
-            f"{source}: holds no config.json, so it is no model folder; "
-            "the folder of a merged model is wanted, as `qe-edge merge` writes it"
+            f"{source}: {why}; the folder of a merged model is wanted, as `qe-edge merge` writes it"
         )
 
 

@@ -200,8 +200,16 @@ def test_mlx_refuses_a_group_size_that_does_not_fit(altered: Callable[..., Path]
 
 def test_a_model_without_a_spec_names_the_command_that_writes_it(tiny_qwen3: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_qwen3, tmp_path / "model", ignore=shutil.ignore_patterns("qe_edge.json"))
-    with pytest.raises(BadInput, match="qe-edge merge"):
+    Path("a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(BadInput, match=r"has no qe_edge\.json, which holds its prompt; `qe-edge merge` wr"):
         export_model(folder, tmp_path / "out")
+    (folder / "config.json").unlink()  # as a whole export has none
+    for nothing, why in (
+        (folder, "holds no config.json, so it is no model folder"),
+        (Path("a.gguf"), "is a file"),
+    ):
+        with pytest.raises(BadInput, match=f"{nothing}: {why}; the folder of a merged model is wanted"):
+            export_model(nothing, tmp_path / "out")
     with pytest.raises(NotFound, match="absent"):
         export_model(tmp_path / "absent", tmp_path / "out")
 
