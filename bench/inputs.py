@@ -61,12 +61,12 @@ def parse_run(text: str) -> tuple[str, Path]:
     return shown(Path(text).name), Path(text)
 
 
-def default_models(workdir: Workdir) -> list[str]:
-    """The GGUF files of the newest export, or its MLX folders where it has no others."""
-    folder = workdir.newest("export", named="the input, such as --model builtin:smollm2-135m")
+def default_models(workdir: Workdir, named: str = "one with --model") -> list[str]:
+    """The newest export's GGUF files, or MLX folders if it has no others; an error says to name `named`."""
+    folder = workdir.newest("export", named=named)
     models = sorted(map(str, folder.glob("[!.]*.gguf"))) or sorted(map(str, folder.glob("[!.]*-mlx-*")))
     if not models:
-        raise BadInput("the newest export holds no model; name those to run with --model", path=folder)
+        raise BadInput("the newest export holds no model; name {named}", path=folder)
     return models
 
 

@@ -137,12 +137,14 @@ def tell_split(named: str, data: Dataset) -> None:
         warn(f"{named}: its {data.split} queries; {named}@train has those to train on")
 
 
-def chosen_model(model: str | None, workdir: Path) -> str:
+def chosen_model(
+    model: str | None, workdir: Path, *, named: str = "one, such as --model builtin:smollm2-135m"
+) -> str:
     """The model that is named, else the smallest of the newest export: the one meant for the device."""
     from qe_edge.bench.inputs import default_models
 
     if model is None:
-        models = default_models(Workdir(workdir))
+        models = default_models(Workdir(workdir), named)
         model = min(models, key=lambda path: size_of(Path(path)))
         took_trained("model", Path(model).parent, model)
     return model

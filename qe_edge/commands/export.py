@@ -71,7 +71,7 @@ def export(
 
 def _newest_model(work: Workdir) -> Path:
     """The newest merged model; an adapter that is newer still is merged first."""
-    newest = work.newest("dpo", "sft", "merge")
+    newest = work.newest("dpo", "sft", "merge", named="a merged model: qe-edge export MODEL")
     if newest.parent.name == "merge":
         took_trained("model", newest)
         return newest

@@ -27,7 +27,7 @@ def merge(
 
     work = Workdir(workdir)
     if adapter is None:
-        adapter = work.newest("dpo", "sft")
+        adapter = work.newest("dpo", "sft", named="what one of them wrote: qe-edge merge ADAPTER")
         took_trained("adapter", adapter)
     folder = verb(adapter, join=Join.parse(join) if join else None, out=out, workdir=work)
     checks = read_record(folder)["checks"]

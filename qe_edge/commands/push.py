@@ -33,7 +33,7 @@ def push(
 
     work = Workdir(workdir)
     if folder is None:
-        folder = work.newest("export")
+        folder = work.newest("export", named="its folder: qe-edge push OWNER/NAME FOLDER")
         took("export", folder)
     if result is None:
         try:

@@ -59,7 +59,7 @@ def report(
     if shown and not (markdown or latex):
         raise BadArgument("--columns chooses those of a table: give --markdown or --latex, too")
     none_named = not results
-    results = results or [Workdir(workdir).newest("bench")]
+    results = results or [Workdir(workdir).newest("bench", named="a result: qe-edge report RESULTS")]
     read = [read_result(path) for path in results]
     if none_named:
         on = " + ".join(data.info.name for data in read[0].datasets)

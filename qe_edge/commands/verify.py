@@ -53,7 +53,9 @@ def verify(
     from qe_edge.work.runs import read_record
 
     data = load_dataset(dataset) if dataset else None  # a name that is wrong is found before the work
-    exported = exported or Path(chosen_model(None, workdir))
+    exported = exported or Path(
+        chosen_model(None, workdir, named="a GGUF or an MLX folder: qe-edge verify EXPORTED")
+    )
     source = source or source_of(exported)
     if data:
         check_language(source, data)

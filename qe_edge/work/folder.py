@@ -133,7 +133,7 @@ class Workdir:
             NotFound: there is none.
             BadArgument: there is one of another data set, too.
         """
-        self.newest("pairs")  # or says that there is none
+        self.newest("pairs", named="a file with --pairs")  # or says that there is none
         learnt = read_json(student / MANIFEST).get("learnt", ()) if student else ()
         every = [(record["settings"]["dataset"], folder) for folder, record in self._records("pairs")]
         fit = [(name, folder) for name, folder in every if _base(name) in map(_base, learnt)] or every
@@ -149,7 +149,7 @@ class Workdir:
             NotFound: there is none.
             BadArgument: there is one that learnt from another data set, too, or it learnt from other ones.
         """
-        newest = self.newest("sft")
+        newest = self.newest("sft", named="one with --adapter")
         found = {
             " + ".join(record.get("learnt", ["unknown"])): folder for folder, record in self._records("sft")
         }
@@ -161,7 +161,7 @@ class Workdir:
         folders = [self._run(stage, number) for number in self._numbers(stage)]
         return [(folder, read_json(folder / MANIFEST)) for folder in folders]
 
-    def newest(self, *stages: str, named: str = "the input") -> Path:
+    def newest(self, *stages: str, named: str = "one") -> Path:
         """The newest finished output of any of the stages; an error says to name `named` instead."""
         last = [
             self.root / stage / f"{numbers[-1]:03d}" for stage in stages if (numbers := self._numbers(stage))

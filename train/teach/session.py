@@ -113,8 +113,10 @@ def ask_all(
     teacher = teacher or open_teacher(ask, max_tokens=max_tokens)
     note(f"{ledger.command}: {len(pending)} of {len(plan)} {ledger.what} to ask of {ask.model} at {where}")
     if others := len(ledger.keys) - outcome.done:
-        there = several(others, "answer that is there is", "answers that are there are")
-        note(f"{ledger.command}: {there} of another model, prompt, setting or query, and kept")
+        there = several(others, "answer")
+        note(
+            f"{ledger.command}: {there} by another model, prompt or setting, or to another query, stay there"
+        )
     return outcome, asyncio.run(_Session(plan, ledger, teacher, outcome, ask).run(pending))
 
 
