@@ -66,7 +66,7 @@ def default_models(workdir: Workdir, named: str = "one with --model") -> list[st
     folder = workdir.newest("export", named=named)
     models = sorted(map(str, folder.glob("[!.]*.gguf"))) or sorted(map(str, folder.glob("[!.]*-mlx-*")))
     if not models:
-        raise BadInput("the newest export holds no model; name {named}", path=folder)
+        raise BadInput(f"the newest export holds no model; name {named}", path=folder)
     return models
 
 

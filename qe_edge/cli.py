@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import traceback
@@ -131,7 +130,10 @@ _INPUTS = ("--dataset", "--expansions", "--pairs", "--index")
 # What stands for an option that a command lacks on purpose.
 _CORES = ". It takes the cores that are free; `serve` and Python's Expander take a number"
 _FEWER = ". Ctrl-C, --max-tokens-total and --max-cost end it early, and what came is kept"
+_KINDS = ". --quant takes other kinds, such as Q5_K_M or Q6_K"
 _INSTEAD = {
+    ("export", "--q5"): _KINDS,
+    ("export", "--q6"): _KINDS,
     ("expand", "--threads"): _CORES,
     ("search", "--threads"): _CORES,
     ("teach", "--max-queries"): _FEWER,
@@ -163,8 +165,6 @@ def _remedy(error: Any) -> str:
         return ". A split is named with its data set: NAME@SPLIT"
     if unknown_option and not getattr(error.ctx.command, "invoke_without_command", True):
         return f". Options stand behind the command: {', '.join(error.ctx.command.commands)}"
-    if unknown_option and _command() == "export" and re.fullmatch(r"--q\d", error.option_name):
-        return ". --quant takes other kinds, such as Q5_K_M or Q6_K"
     if unknown_option and (instead := _INSTEAD.get((_command(), error.option_name))):
         return instead
     params = error.ctx.command.params if error.ctx else []  # an option without its value comes without

@@ -55,7 +55,7 @@ def demo(workdir: WorkdirOption = WORKDIR, json: JsonOption = False) -> None:
 
 def _in_a_recipe(message: str, recipe: str) -> str:
     """A message, and where `run` has the options of single commands that it advises."""
-    own = {f"--{name}" for name in Overrides.__struct_fields__}
+    own = {f"--{name}" for name in (*Overrides.__struct_fields__, "data", "workdir")}
     named = set(re.findall(r"--[a-z][a-z-]*", re.sub(r"`[^`]*`", "", message)))
     if named <= own:
         return message

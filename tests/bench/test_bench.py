@@ -581,7 +581,7 @@ def test_the_newest_exports_models_are_its_ggufs_or_else_its_mlx_folders(tmp_pat
     (newest / "student-Q4_K_M.gguf").touch()
     assert default_models(work) == [str(newest / "student-Q4_K_M.gguf")]
     (tmp_path / "export" / "002").mkdir()
-    with pytest.raises(BadInput, match=r"002: the newest export holds no model"):
+    with pytest.raises(BadInput, match=r"002: the newest export holds no model; name one with --model$"):
         default_models(work)
 
 
