@@ -45,24 +45,25 @@ def run(
             following_to=sys.stderr,
         )
         return
-    _run(recipe, settings.config(), data, workdir, json)
+    _run(recipe, settings.config(), data, workdir, json, own=(*Overrides.__struct_fields__, "data"))
 
 
 def demo(workdir: WorkdirOption = WORKDIR, json: JsonOption = False) -> None:
     """Run the whole pipeline on what ships with it: the recipe `demo`."""
-    _run("demo", Overrides(), None, workdir, json)
+    _run("demo", Overrides(), None, workdir, json, own=())
 
 
-def _in_a_recipe(message: str, recipe: str) -> str:
-    """A message, and where `run` has the options of single commands that it advises."""
-    own = {f"--{name}" for name in (*Overrides.__struct_fields__, "data", "workdir")}
-    named = set(re.findall(r"--[a-z][a-z-]*", re.sub(r"`[^`]*`", "", message)))
-    if named <= own:
+def _in_a_recipe(message: str, recipe: str, own: tuple[str, ...]) -> str:
+    """A message, and where the options are that it advises and that are none of the command's `own`."""
+    named = set(re.findall(r"--([a-z][a-z-]*)", re.sub(r"`[^`]*`", "", message)))
+    if named <= {*own, "workdir"}:
         return message
     return f"{message} (in a recipe, options are settings: `qe-edge run {recipe} --show` prints them)"
 
 
-def _run(recipe: str, overrides: Overrides, data: Path | None, workdir: Path, json: bool) -> None:
+def _run(
+    recipe: str, overrides: Overrides, data: Path | None, workdir: Path, json: bool, *, own: tuple[str, ...]
+) -> None:
     from qe_edge.bench.report.report import report as draw
     from qe_edge.pipeline import run_recipe
     from qe_edge.recipe import load_recipe, read_recipe
@@ -74,7 +75,7 @@ def _run(recipe: str, overrides: Overrides, data: Path | None, workdir: Path, js
     try:
         out = run_recipe(loaded, workdir=work)
     except QeEdgeError as error:
-        error.args = (_in_a_recipe(str(error), recipe),)
+        error.args = (_in_a_recipe(str(error), recipe, own),)
         raise
     html = draw([out["bench"]], out["bench"] / "report.html")
     emit_bench(json, "run", out["bench"], report=html)

@@ -185,11 +185,11 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
 
 
 def test_what_a_command_advises_is_a_setting_of_a_recipe(qe_edge, monkeypatch):
-    told = "no GPU; train with --device cpu"
-    for advice, there in (
-        (told, f"{told} (in a recipe, options are settings: `qe-edge run demo --show` prints them)"),
-        ("no test data: name some with --test", "no test data: name some with --test"),
-        ("none is there: `qe-edge teach --n 4` asks", "none is there: `qe-edge teach --n 4` asks"),
+    for advice, settings_of in (
+        ("no GPU; train with --device cpu", ("run", "demo")),
+        ("no test data: name some with --test", ("demo",)),
+        ("no room; choose another --workdir", ()),
+        ("none is there: `qe-edge teach --n 4` asks", ()),
     ):
 
         def fails(*_, advice=advice, **__):
@@ -197,6 +197,8 @@ def test_what_a_command_advises_is_a_setting_of_a_recipe(qe_edge, monkeypatch):
 
         monkeypatch.setattr("qe_edge.pipeline.run_recipe", fails)
         for command in (["run", "demo"], ["demo"]):
+            where = " (in a recipe, options are settings: `qe-edge run demo --show` prints them)"
+            there = f"{advice}{where if command[0] in settings_of else ''}"
             assert qe_edge(*command) == (2, "", f"error: {there}\n")
 
 
