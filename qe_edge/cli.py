@@ -204,15 +204,15 @@ def _plain(message: str) -> str:
 
 def _interrupted() -> None:
     """Say so, and what comes of the work that was done."""
+    same, whole = "; the same command goes on", "; no half-written file is left: give the same command again"
+    resumed = ("teach", "train sft", "train dpo", "data queries", "data judge", "run", "demo")
+    written_whole = ("export", "prune", "merge", "data make", "data import", "report")
     goes_on = {
-        "bench": "; the same command goes on with what was written",
-        "pairs": "; the same command goes on with what was scored",
-        "train sft": "; the same command goes on",
-        "train dpo": "; the same command goes on",
-        "export": "; no half-written file is left: give the same command again",
+        **dict.fromkeys(resumed, same),
+        **dict.fromkeys(written_whole, whole),
+        "bench": f"{same} with what was written",
+        "pairs": f"{same} with what was scored",
         "verify": "; nothing was changed: give the same command again",
-        "prune": "; no half-written file is left: give the same command again",
-        "merge": "; no half-written file is left: give the same command again",
     }
     message = f"interrupted{goes_on.get(_command(), '')}"
     print(f"error: {message}", file=sys.stderr)

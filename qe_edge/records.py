@@ -130,6 +130,10 @@ RETRIEVER = "An OpenSearch or Elasticsearch index instead of our own: http://HOS
 
 R = TypeVar("R", bound=msgspec.Struct)
 _WRITTEN_BY = {"expansion": "qe-edge teach", "pair": "qe-edge pairs"}
+_TAKEN_BY: dict[type[msgspec.Struct], str] = {
+    Expansion: "`qe-edge train sft --expansions`",
+    Pair: "`qe-edge train dpo --pairs`",
+}
 
 
 def read_jsonl(path: Path | str, kind: type[R]) -> Iterator[R]:
@@ -158,8 +162,17 @@ def numbered_jsonl(path: Path | str, kind: type[R]) -> Iterator[tuple[int, R]]:
             yield number, decoder.decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             what = re.sub(r"^Expected `object`, got `\w+`$", "no JSON object", str(error))
-            what = lowered(what)
+            others = (f"it is for {taker}" for other, taker in _TAKEN_BY.items() if _fits(other, line))
+            what = next(others, lowered(what))
             raise BadInput(f"not a valid {name}{ours}: {what}", path=path, line=number) from None
+
+
+def _fits(kind: type[msgspec.Struct], line: bytes) -> bool:
+    """Whether a line is a row of this kind."""
+    try:
+        return msgspec.json.decode(line, type=kind) is not None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
 
 
 def _begins_with(kind: type[msgspec.Struct], file: Path) -> bool:

@@ -50,6 +50,8 @@ def search(
     config = settings.config()
     if config.plain and model:
         raise BadArgument("--plain searches without a model: leave --model out")
+    if model == "none":  # as `bench` takes it
+        raise BadArgument("no model 'none'; --plain searches without a model")
     clean_query(query)  # a blank one is refused before the work
     if "dataset" not in settings.values:
         took("data set", config.dataset, "the default")

@@ -9,6 +9,7 @@ from typer.main import get_command
 
 from qe_edge.cli import app
 from qe_edge.errors import BadArgument
+from qe_edge.records import Expansion, Pair, encode_jsonl
 from qe_edge.retrieval.datasets import builtin_folder
 
 
@@ -18,6 +19,7 @@ from qe_edge.retrieval.datasets import builtin_folder
         (["data", "info", "nothing"], 4, "no data set 'nothing'"),
         (["expand", "tides", "--model", "nothing.gguf"], 4, "no model 'nothing.gguf'"),
         (["expand", "tides"], 4, "run it first, or name one, such as --model builtin:smollm2-135m"),
+        (["search", "tides", "--model", "none"], 2, "no model 'none'; --plain searches without a model"),
         (["verify"], 4, "run it first, or name a GGUF or an MLX folder: qe-edge verify EXPORTED"),
         (["push", "me/mine"], 4, "run it first, or name its folder: qe-edge push OWNER/NAME FOLDER"),
         (["merge"], 4, "run one of them first, or name what one of them wrote: qe-edge merge ADAPTER"),
@@ -210,6 +212,20 @@ def test_files_without_an_expansion_are_named(qe_edge, tmp_path):
     pytest.importorskip("trl")
     code, _, err = qe_edge("train", "sft", "-e", empty)
     assert code == 5 and err.endswith(told)
+
+
+def test_a_file_that_another_command_takes_is_led_there(qe_edge, tmp_path):
+    texts, pairs = tmp_path / "texts.jsonl", tmp_path / "pairs.jsonl"
+    asked = ("demo-en", "1", "tides", "en")
+    texts.write_bytes(encode_jsonl([Expansion(*asked, "big", "zero-shot", "the moon")]))
+    values = (0.9, 0.1, 0.9, 0.1, "big", "zero-shot", "big", "few-shot")
+    pairs.write_bytes(encode_jsonl([Pair(*asked, "the moon", "a cat", *values)]))
+    for asked, file, taker in (
+        (["pairs", "-d", "demo-en@train", "-e", pairs], pairs, "`qe-edge train dpo --pairs`"),
+        (["train", "dpo", "--pairs", texts], texts, "`qe-edge train sft --expansions`"),
+    ):
+        code, _, err = qe_edge(*asked)
+        assert code == 5 and f"{file}:1: not a valid " in err and err.endswith(f": it is for {taker}\n")
 
 
 def every_command(group, path=()):
