@@ -150,6 +150,8 @@ def read_result(path: Path | str) -> BenchResult:
             raise BadInput(f"a bench result of version {version}; update qe-edge", path=path)
         return msgspec.json.decode(content, type=BenchResult)
     except FileNotFoundError:
-        raise NotFound(f"{path}: no such bench result; `qe-edge bench` writes one") from None
+        made = sorted([*path.parent.glob(f"*/{RESULT}"), *path.parent.glob(f"bench/*/{RESULT}")])
+        there = f"; the last one there is {made[-1].parent}" if made else ""
+        raise NotFound(f"{path}: no such bench result; `qe-edge bench` writes one{there}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"not a bench result: {error}", path=path) from None

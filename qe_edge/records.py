@@ -198,8 +198,10 @@ def configured(kind: type[R], values: dict[str, Any], place: str = "") -> R:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         where, what = misfit(error, lambda _: kind)
-        told = f"`{where}`: {what}" if where else what
-        raise BadArgument(f"{told} ({place})" if place else told.replace("_", "-")) from None
+        if place:
+            raise BadArgument(f"{f'`{where}`: ' if where else ''}{what} ({place})") from None
+        flag = where.partition("[")[0].replace("_", "-")
+        raise BadArgument(f"--{flag}: {what}" if flag else what.replace("_", "-")) from None
 
 
 # What msgspec calls the types of JSON and TOML.

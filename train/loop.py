@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from qe_edge.backends.free_cores import FreeCores
-from qe_edge.console import is_main_process, note, progress
+from qe_edge.console import is_main_process, note, progress, warn
 from qe_edge.errors import BadInput, Interrupted, require
 from qe_edge.student.spec import ModelSpec, write_spec
 from qe_edge.train.card import CARD, write_card
@@ -264,6 +264,8 @@ def _callback_class() -> type:
                 signal.signal(number, handler)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.max_steps == 1 and state.is_world_process_zero:
+                warn(f"{self.label}: its only step warms up, at a rate of 0, so nothing is learnt: give more")
             self._bar = progress(self.label, state.max_steps, done=state.global_step)
             self._advance = self._bar.__enter__()
 

@@ -18,6 +18,7 @@ from qe_edge.arguments import MOST_THREADS
 from qe_edge.console import note, print_json, several, warn, warned
 from qe_edge.errors import BadArgument, Interrupted, NotFound, PartlyDone
 from qe_edge.redact import redact
+from qe_edge.student.models import DEFAULT_STUDENT
 from qe_edge.text import detect_language
 from qe_edge.train.config import SPEAKS_BOTH
 from qe_edge.work.files import size_of
@@ -137,9 +138,16 @@ def tell_split(named: str, data: Dataset) -> None:
         warn(f"{named}: its {data.split} queries; {named}@train has those to train on")
 
 
-def chosen_model(
-    model: str | None, workdir: Path, *, named: str = "one, such as --model builtin:smollm2-135m"
-) -> str:
+_BUILT_IN = f"one, such as --model {DEFAULT_STUDENT}"
+
+
+def one_that_knows(query: str) -> str:
+    """What `--model` may name for a query; the built-in student knows English only."""
+    lang = detect_language(query)
+    return f"one that knows {lang} with --model" if lang != "en" else _BUILT_IN
+
+
+def chosen_model(model: str | None, workdir: Path, *, named: str = _BUILT_IN) -> str:
     """The model that is named, else the smallest of the newest export: the one meant for the device."""
     from qe_edge.bench.inputs import default_models
 

@@ -20,6 +20,7 @@ from qe_edge.commands.common import (
     knows,
     last_words,
     measured_on,
+    one_that_knows,
     tell_next,
     to_learn,
 )
@@ -61,7 +62,7 @@ def expand(
         clean_query(queries[0])  # a blank one is refused before the work
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    model = chosen_model(model, workdir)
+    model = chosen_model(model, workdir, named=one_that_knows(queries[0]))
     with Expander.load(model, budget_tokens=budget_tokens) as expander:
         for query in queries:
             if piped and not query.strip():
@@ -73,7 +74,7 @@ def expand(
             except BadInput as error:
                 if len(queries) == 1:
                     raise
-                failures.append(f"{query[:40]!r}: {error}")
+                failures.append(f"{_begun(query)!r}: {error}")
                 note(f"error: {failures[-1]}")
                 if piped and not json:
                     print(flush=True)
@@ -81,7 +82,7 @@ def expand(
             rows.append(_row(expanded))
             if not json:
                 if expanded.fallback:
-                    note(f"{query[:40]!r} is to be searched as it is: {expanded.fallback}")
+                    note(f"{_begun(query)!r} is to be searched as it is: {expanded.fallback}")
                 print(_weighted(expanded.terms()) if terms else expanded.text, flush=True)
     if json:
         metrics = {"expansions": rows}
@@ -106,6 +107,11 @@ def expand(
         tell_next((not known and to_learn(query, workdir)) or searched, sys.stderr)
     if failures:
         raise typer.Exit(PartlyDone.exit_code)
+
+
+def _begun(query: str) -> str:
+    """For a message, which a long query would hide."""
+    return query if len(query) <= 60 else f"{query[:60]}…"
 
 
 def _row(expanded: ExpandedQuery) -> dict[str, Any]:

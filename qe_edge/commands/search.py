@@ -19,6 +19,7 @@ from qe_edge.commands.common import (
     exports_language,
     knows,
     last_words,
+    one_that_knows,
     student_for,
     to_learn,
     took,
@@ -56,7 +57,7 @@ def search(
     if "dataset" not in settings.values:
         took("data set", config.dataset, "the default")
     collection = Collection.open(config.dataset, workdir / "index", analyzer=config.analyzer)
-    model = None if config.plain else chosen_model(model, workdir)
+    model = None if config.plain else chosen_model(model, workdir, named=one_that_knows(query))
     expander = Expander.load(model, passages=config.passages, reader=config.reader) if model else None
     hits, expanded = verb(
         query, collection, expander=expander, feedback=config.feedback, refine=config.refine, k=config.k

@@ -104,12 +104,15 @@ def train_dpo(
 ) -> None:
     """Align the SFT student with retrieval's own preferences. Run it again after Ctrl-C to go on."""
     from qe_edge.records import Pair, read_jsonl
+    from qe_edge.train.base_model import open_trained
     from qe_edge.train.dpo import dpo, example
     from qe_edge.train.pairs import PAIRS
 
     config = settings.config()
     work = Workdir(workdir)
     taken = pairs is None
+    if adapter is not None:
+        open_trained(adapter)  # a wrong one is told before what goes with it
     if pairs is None:
         known = adapter if adapter and (adapter / MANIFEST).is_file() else None
         pairs = work.newest_pairs(known) / PAIRS

@@ -117,7 +117,7 @@ def warn_of_language(name: str, lang: str, expander: Expander) -> bool:
 
 
 def open_collections(named: Sequence[str], cache: Path) -> dict[str, Collection]:
-    """Name -> collection of each NAME=DATASET.
+    """Name -> collection of each NAME=DATASET; a folder's own name, where none is given.
 
     Raises:
         BadArgument: a name is there twice.
@@ -127,7 +127,7 @@ def open_collections(named: Sequence[str], cache: Path) -> dict[str, Collection]
     for text in named:
         name, equals, dataset = text.partition("=")
         if Path(text).exists():  # as it is written
-            name, equals = text, ""
+            name, equals = Path(text).resolve().name, ""
         elif equals and not (name and dataset):
             raise BadArgument(f"can't read --index {text}; write NAME=DATASET, or DATASET")
         if name in collections:

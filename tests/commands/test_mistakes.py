@@ -19,7 +19,9 @@ from qe_edge.retrieval.datasets import builtin_folder
         (["data", "info", "nothing"], 4, "no data set 'nothing'"),
         (["expand", "tides", "--model", "nothing.gguf"], 4, "no model 'nothing.gguf'"),
         (["expand", "tides"], 4, "run it first, or name one, such as --model builtin:smollm2-135m"),
+        (["train", "dpo", "--adapter", "nothing"], 4, "nothing: no such folder of `qe-edge train`"),
         (["search", "tides", "--model", "none"], 2, "no model 'none'; --plain searches without a model"),
+        (["expand", "潮汐"], 4, "run it first, or name one that knows zh with --model"),
         (["verify"], 4, "run it first, or name a GGUF or an MLX folder: qe-edge verify EXPORTED"),
         (["push", "me/mine"], 4, "run it first, or name its folder: qe-edge push OWNER/NAME FOLDER"),
         (["merge"], 4, "run one of them first, or name what one of them wrote: qe-edge merge ADAPTER"),
@@ -50,18 +52,18 @@ def test_a_users_mistake_is_one_line_and_its_code(qe_edge, arguments, code, mess
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "sft", "-e", "x", "--epochs", "-1"], "`epochs`"),
+        (["train", "sft", "-e", "x", "--epochs", "-1"], "--epochs: expected a number"),
         (["train", "sft", "-e", "x", "--rank", "0"], "'--rank': this must be at least 1"),
         (["serve", "--port", "99999"], "'--port': this must be at most 65535"),
         (["train", "sft", "--epochs", "x"], "'--epochs': this must be a number"),
         (["train", "sft", "-e", "x", "--mode", "nonsense"], "--mode: unknown nonsense"),
-        (["train", "dpo", "--pairs", "x", "--adapter", "x", "--beta", "0"], "`beta`"),
+        (["train", "dpo", "--pairs", "x", "--adapter", "x", "--beta", "0"], "--beta: expected"),
         (["train", "dpo", "--pairs", "x", "--adapter", "x", "--loss", "dpo"], "--loss: unknown"),
         (
             ["train", "dpo", "--pairs", "x", "--adapter", "x", "--loss-weight", "1", "--loss-weight", "2"],
             "as many weights",
         ),
-        (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "0"], "`min-gap`"),
+        (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "0"], "--min-gap: expected"),
         (["pairs", "-d", "demo-en", "-e", "x", "--min-gap", "nan"], "--min-gap"),
         (["pairs", "-d", "demo-en", "-e", "x", "--max-per-query", "-1"], "--max-per-query"),
         (["bench", "-d", "demo-en", "-m", "builtin:smollm2-135m", "--threads", "0"], "--threads"),
@@ -212,6 +214,22 @@ def test_files_without_an_expansion_are_named(qe_edge, tmp_path):
     pytest.importorskip("trl")
     code, _, err = qe_edge("train", "sft", "-e", empty)
     assert code == 5 and err.endswith(told)
+
+
+def test_a_long_query_is_told_by_its_beginning(qe_edge, gguf):
+    _, _, err = qe_edge("expand", "wave " * 9000, "-m", gguf)
+    told = "is to be searched as it is: the query has 9000 words, over 256"
+    assert err.startswith(f"'{'wave ' * 12}…' {told}\n")
+
+
+def test_a_folder_of_results_is_led_to_the_last_one(qe_edge, tmp_path):
+    work = tmp_path / "work"
+    assert qe_edge("bench", "-d", "demo-en", "--model", "none", "--workdir", work)[0] == 0
+    for named in (work, work / "bench"):
+        code, _, err = qe_edge("report", named)
+        assert code == 4 and err.endswith(f"writes one; the last one there is {work / 'bench' / '001'}\n")
+    code, _, err = qe_edge("report", tmp_path / "nothing")
+    assert code == 4 and err.endswith("`qe-edge bench` writes one\n")
 
 
 def test_a_file_that_another_command_takes_is_led_there(qe_edge, tmp_path):

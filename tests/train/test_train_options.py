@@ -118,9 +118,13 @@ def test_packed_rows_give_the_same_loss_as_rows_apart(tiny_qwen3, data, tmp_path
     assert log_of(packed)[0]["num_tokens"] == log_of(apart)[0]["num_tokens"]
 
 
-def test_max_steps_end_a_training_whatever_the_epochs(tiny_qwen3, data, tmp_path):
+def test_max_steps_end_a_training_whatever_the_epochs(tiny_qwen3, data, tmp_path, capsys):
     few = run_sft(tiny_qwen3, data, tmp_path / "few", batch_size=2, max_steps=3, epochs=10)
     assert len(losses(few)) == 3
+    assert "at a rate of 0" not in capsys.readouterr().err
+    one = run_sft(tiny_qwen3, data, tmp_path / "one", batch_size=2, max_steps=1)
+    assert "warning: sft: its only step warms up, at a rate of 0" in capsys.readouterr().err
+    assert log_of(one)[0]["learning_rate"] == 0
 
 
 def test_computing_activations_twice_changes_nothing(tiny_qwen3, data, tmp_path):
