@@ -31,7 +31,7 @@ def _advises_what_there_is(asked, told):
     """Each option that is told is one of the command, or of one that is named with it, or was asked for."""
     if "in a recipe, options are settings" in told:
         return
-    named = re.findall(r"qe-edge ((?:[a-z]+ ?)+)", told)
+    named = re.findall(r"(?:qe-edge |`(?!qe-edge))((?:[a-z]+ ?)+)", told)
     known = {"--help"}.union(*(_options_of(words.split()) for words in (asked, *named)))
     advised = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", told))
     assert {option for option in advised - known if option not in asked} == set(), told

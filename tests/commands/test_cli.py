@@ -22,6 +22,7 @@ from qe_edge.commands.common import command_line
 from qe_edge.errors import QeEdgeError, explained, require
 from qe_edge.records import Expansion, Pair, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import builtin_folder, load_dataset
+from qe_edge.student.spec import read_spec, write_spec
 from qe_edge.work.files import atomic_path, write_bytes, write_json
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import RunFolder, check_output
@@ -61,10 +62,11 @@ def test_json_is_exactly_one_object(qe_edge):
     assert envelope["metrics"]["queries"] == 26
 
 
-def test_pairs_are_not_taken_to_a_student_of_other_data(qe_edge, tmp_path):
+def test_pairs_are_not_taken_to_a_student_of_other_data(qe_edge, tiny_qwen3, tmp_path):
     folder = tmp_path / "sft" / "001"
     folder.mkdir(parents=True)
-    write_json(folder / "run.json", {"command": "train sft", "learnt": ["a"]})
+    write_json(folder / "run.json", {"command": "train sft", "base": "base", "learnt": ["a"]})
+    write_spec(folder, read_spec(tiny_qwen3))
     pair = Pair("b", "1", "q", "en", "moon", "bread", 1, 0, 1, 0, *["m", "zero-shot"] * 2)
     (tmp_path / "pairs.jsonl").write_bytes(encode_jsonl([pair]))
     code, _, err = qe_edge("train", "dpo", "--pairs", tmp_path / "pairs.jsonl", "--workdir", tmp_path)
