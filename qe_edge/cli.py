@@ -164,7 +164,7 @@ def _remedy(error: Any) -> str:
     if unknown_option and "--split" in error.message:
         return ". A split is named with its data set: NAME@SPLIT"
     if unknown_option and not getattr(error.ctx.command, "invoke_without_command", True):
-        return f". Options stand behind the command: {', '.join(error.ctx.command.commands)}"
+        return f". Options come after one of the commands: {', '.join(error.ctx.command.commands)}"
     if unknown_option and (instead := _INSTEAD.get((_command(), error.option_name))):
         return instead
     params = error.ctx.command.params if error.ctx else []  # an option without its value comes without

@@ -85,6 +85,12 @@ def whole_words(text: str) -> str:
     return _LAST_WORD.sub("", text)
 
 
+def begun(text: str, most: int) -> str:
+    """A text's first characters, on one line, with an ellipsis where there are more."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most].rstrip()}…"
+
+
 def count_words(text: str) -> int:
     """Words, every Han, kana or Hangul character counting as one: a length that needs no tokenizer."""
     return sum(1 if word else len(cjk) for cjk, word in _CJK_OR_WORD.findall(fold(text)))

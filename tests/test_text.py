@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from qe_edge.errors import BadArgument
 from qe_edge.student.join import Join
-from qe_edge.text import count_words, detect_language, fold, get_analyzer, whole_words, words_of
+from qe_edge.text import begun, count_words, detect_language, fold, get_analyzer, whole_words, words_of
+
+
+def test_what_is_shown_of_a_text_says_that_there_is_more():
+    assert begun("the moon\n pulls\tthe sea", 22) == "the moon pulls the sea"
+    assert begun("the moon pulls the sea", 9) == "the moon…"
+    assert begun("月球引力", 2) == "月球…"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ from qe_edge.lines import cut, decoded
 from qe_edge.runtime.expander import Expander
 from qe_edge.runtime.expansion import ExpandedQuery
 from qe_edge.student.prompt import clean_query
-from qe_edge.text import detect_language
+from qe_edge.text import begun, detect_language
+
+SHOWN = 60  # characters of a query in a message, which a long one would hide
 
 
 def expand(
@@ -74,7 +76,7 @@ def expand(
             except BadInput as error:
                 if len(queries) == 1:
                     raise
-                failures.append(f"{_begun(query)!r}: {error}")
+                failures.append(f"{begun(query, SHOWN)!r}: {error}")
                 note(f"error: {failures[-1]}")
                 if piped and not json:
                     print(flush=True)
@@ -82,7 +84,7 @@ def expand(
             rows.append(_row(expanded))
             if not json:
                 if expanded.fallback:
-                    note(f"{_begun(query)!r} is to be searched as it is: {expanded.fallback}")
+                    note(f"{begun(query, SHOWN)!r} is to be searched as it is: {expanded.fallback}")
                 print(_weighted(expanded.terms()) if terms else expanded.text, flush=True)
     if json:
         metrics = {"expansions": rows}
@@ -107,11 +109,6 @@ def expand(
         tell_next((not known and to_learn(query, workdir)) or searched, sys.stderr)
     if failures:
         raise typer.Exit(PartlyDone.exit_code)
-
-
-def _begun(query: str) -> str:
-    """For a message, which a long query would hide."""
-    return query if len(query) <= 60 else f"{query[:60]}…"
 
 
 def _row(expanded: ExpandedQuery) -> dict[str, Any]:

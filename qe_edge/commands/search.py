@@ -30,7 +30,9 @@ from qe_edge.runtime.expander import Expander
 from qe_edge.serve.config import SearchConfig
 from qe_edge.student.models import DEFAULT_STUDENT
 from qe_edge.student.prompt import clean_query
-from qe_edge.text import detect_language
+from qe_edge.text import begun, detect_language
+
+SHOWN = 200  # characters of a passage
 
 
 @flags_of(SearchConfig, "")
@@ -76,7 +78,7 @@ def search(
         lines[-1] += "\n"
     for hit in hits:
         before = "" if config.plain else f"  (plain: {hit.plain_rank or f'not in the first {CANDIDATES}'})"
-        lines.append(f"{hit.rank:>2}. {hit.doc_id}{before}\n    {hit.text[:200]}")
+        lines.append(f"{hit.rank:>2}. {hit.doc_id}{before}\n    {begun(hit.text, SHOWN)}")
     text = "\n".join(lines if hits else [*lines, "nothing found"])
     metrics = {
         "hits": msgspec.to_builtins(hits),
@@ -112,7 +114,8 @@ def _following(
     shown = ("qe-edge", "data", "info", config.dataset)
     demo = "demo-zh" if detect_language(query) == "zh" else "demo-en"
     if not found and config.dataset in BUILTIN and config.dataset != demo:
-        return ("qe-edge", "search", "--dataset", demo, "--plain", *last_words(query))
+        how = ("--model", model) if model and known else ("--plain",)
+        return ("qe-edge", "search", "--dataset", demo, *how, *last_words(query))
     if not known:
         return to_learn(query, workdir) or shown  # which says how a teacher is asked
     if not found:

