@@ -129,6 +129,7 @@ _PYDANTIC = {
 _INPUTS = ("--dataset", "--expansions", "--pairs", "--index")
 # What stands for an option that a command lacks on purpose.
 _CORES = ". It takes the cores that are free; `serve` and Python's Expander take a number"
+_LIMIT = ". `serve` and Python's expand take a deadline"
 _FEWER = ". Ctrl-C, --max-tokens-total and --max-cost end it early, and what came is kept"
 _KINDS = ". --quant takes other kinds, such as Q5_K_M or Q6_K"
 _INSTEAD = {
@@ -136,6 +137,8 @@ _INSTEAD = {
     ("export", "--q6"): _KINDS,
     ("expand", "--threads"): _CORES,
     ("search", "--threads"): _CORES,
+    ("expand", "--deadline-ms"): _LIMIT,
+    ("search", "--deadline-ms"): _LIMIT,
     ("teach", "--max-queries"): _FEWER,
     ("teach", "--limit"): _FEWER,
     ("run", "--print-config"): ". --show prints the recipe",

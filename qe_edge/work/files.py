@@ -43,7 +43,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         full = "Free some space, or choose" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose"
         raise QeEdgeError(
             f"cannot write {target}: {error.strerror or error}; nothing was changed there. "
-            f"{full} another folder with --out or --workdir."
+            f"{full} another folder with --workdir, or with --out where there is one."
         ) from error
     finally:
         remove(partial)

@@ -97,7 +97,9 @@ def check_output(out: Path, command: str) -> None:
     if not existing.is_dir():
         raise BadArgument(f"{existing} is a file, so {out} can't be made there; choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise BadArgument(f"{existing} is not writable; choose another folder with --out or --workdir")
+        raise BadArgument(
+            f"{existing} is not writable; choose another --workdir, or --out where there is one"
+        )
     if out.is_dir() and any(out.iterdir()) and read_record(out).get("command") != command:
         raise BadArgument(f"{out} holds something other than `qe-edge {command}` made; choose a new folder")
 

@@ -176,6 +176,10 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         (["bench", "--datset", "x"], "No such option: --datset (Possible options: --dataset)\n"),
         (["serve", "--json"], "No such option: --json\n"),
         (["run", "demo", "--print-config"], "No such option: --print-config. --show prints the recipe\n"),
+        (
+            ["expand", "--deadline-ms", "9", "tap"],
+            "--deadline-ms. `serve` and Python's expand take a deadline\n",
+        ),
         (["export", "--q5"], "--q5. --quant takes other kinds, such as Q5_K_M or Q6_K\n"),
         (
             ["expand", "tap", "--budget", "9"],
