@@ -21,7 +21,6 @@ from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import is_main_process, several
 from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.train.config import DpoConfig, SftConfig
-from qe_edge.work.files import MANIFEST
 from qe_edge.work.folder import Workdir, check_learnt
 
 ShowOption = Annotated[
@@ -114,8 +113,7 @@ def train_dpo(
     if adapter is not None:
         open_trained(adapter)  # a wrong one is told before what goes with it
     if pairs is None:
-        known = adapter if adapter and (adapter / MANIFEST).is_file() else None
-        pairs = work.newest_pairs(known) / PAIRS
+        pairs = work.newest_pairs(adapter) / PAIRS
     datasets = {row.dataset for row in read_jsonl(pairs, Pair)}
     if not datasets:
         raise BadInput("holds no pair; `qe-edge pairs` writes pairs.jsonl", path=pairs)
@@ -124,7 +122,7 @@ def train_dpo(
     if adapter is None:
         adapter = work.newest_sft(datasets)
         took_trained("adapter", adapter)
-    elif taken and (adapter / MANIFEST).is_file():
+    elif taken:
         check_learnt(adapter, datasets)
     if show_example:
         shown = example(pairs, adapter, config)

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from results import bench
 
 from qe_edge import __version__, console, doctor
-from qe_edge.cli import app
+from qe_edge.cli import app, main
 from qe_edge.commands.common import command_line
 from qe_edge.errors import QeEdgeError, explained, require
 from qe_edge.records import Expansion, Pair, encode_jsonl, read_jsonl
@@ -123,6 +123,23 @@ start.main()
     found = json.loads(ended.stdout)
     assert (ended.returncode, ended.stderr) == (130, "error: interrupted\n")
     assert (found["command"], found["status"], found["errors"]) == ("data list", "partial", ["interrupted"])
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("teach", "; the same command goes on"),
+        ("data judge", "; the same command goes on"),
+        ("bench", "; the same command goes on with what was written"),
+        ("merge", "; no half-written file is left: give the same command again"),
+        ("search", ""),
+    ],
+)
+def test_an_early_ctrl_c_says_what_the_same_command_does(monkeypatch, capsys, command, told):
+    monkeypatch.setattr(sys, "argv", ["qe-edge", *command.split()])
+    with pytest.raises(SystemExit) as ended:
+        main(interrupted=True)
+    assert (ended.value.code, capsys.readouterr().err) == (130, f"error: interrupted{told}\n")
 
 
 def test_the_newest_is_named_with_what_it_learnt_from(qe_edge, tmp_path):
