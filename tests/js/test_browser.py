@@ -69,9 +69,15 @@ def opened(chromium: Any, address: str, locale: str) -> tuple[Any, Any, list[str
     shown.on("pageerror", lambda error: errors.append(str(error)))
     shown.add_init_script(SAYINGS)
     shown.goto(address)
-    shown.wait_for_function("crossOriginIsolated")  # after the service worker came in
-    shown.click("#samples")
+    with_samples(shown)
     return context, shown, errors
+
+
+def with_samples(shown: Any) -> None:
+    """Click for the sample notes, once the service worker came in and the page's module answers clicks."""
+    shown.wait_for_function("crossOriginIsolated && document.getElementById('samples')?.textContent")
+    shown.click("#samples")
+    shown.wait_for_function("document.getElementById('count').textContent")
 
 
 def said(shown: Any, text: str) -> None:
@@ -125,7 +131,7 @@ def test_it_finds_at_once_and_better_when_the_student_has_written(
     # All of it again without a network.
     context.set_offline(True)
     shown.reload()
-    shown.click("#samples")
+    with_samples(shown)
     shown.fill("#query", "how does bread rise")
     said(shown, "with what the student wrote")
     assert errors == []
@@ -181,7 +187,7 @@ def test_the_student_reads_in_a_tab_as_in_python(chromium: Any, address: str, st
 
 def test_it_speaks_chinese_and_finds_chinese_notes(chromium: Any, address: str) -> None:
     context, shown, errors = opened(chromium, address, "zh-CN")
-    shown.wait_for_function("document.title === '笔记'")  # after the page's module ran
+    assert shown.title() == "笔记"
     shown.fill("#query", "水龙头滴水")
     said(shown, "按你的词")  # found by it, until the gate says why by it alone
     assert first_result(shown).startswith("家里.md")
