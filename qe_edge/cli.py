@@ -225,6 +225,11 @@ def _interrupted() -> None:
 
 def _command() -> str:
     """The whole name of the command that is asked for, such as `train sft`."""
+    return _asked_for()[0]
+
+
+def _asked_for() -> tuple[str, Any]:
+    """The command that is asked for: its whole name, and what Typer made of it."""
     names, group = [], typer.main.get_command(app)
     for word in sys.argv[1:]:
         found = getattr(group, "commands", {}).get(word)
@@ -233,12 +238,21 @@ def _command() -> str:
             group = found
         elif not word.startswith("-"):
             break
-    return " ".join(names) or "qe-edge"
+    return " ".join(names) or "qe-edge", group
+
+
+def _with_flag(message: str) -> str:
+    """A message that begins with what Python calls an option of the command, with the option's own name."""
+    name = message.partition(" ")[0]
+    options = {
+        param.name: param.opts[0] for param in _asked_for()[1].params if param.opts[0].startswith("--")
+    }
+    return message.replace(name, options.get(name, name), 1)
 
 
 def _fail(error: Exception) -> int:
     """Say what went wrong; returns the exit code."""
-    message = redact(explained(error))
+    message = redact(_with_flag(explained(error)))
     print(f"error: {message}", file=sys.stderr)
     if "--json" in sys.argv:
         status = "partial" if isinstance(error, PartlyDone | Interrupted) else "error"

@@ -61,6 +61,7 @@ def summarize(
         "queries_with_candidates": len(by_query),
         "queries_with_pairs": len(with_pairs),
         "queries_without_usable_pair": len(by_query) - len(with_pairs),
+        "queries_with_one_candidate": sum(len(group) == 1 for group in by_query.values()),
         "queries_where_every_candidate_hurts": sum(
             all(c.ndcg < c.plain_ndcg for c in group) for group in by_query.values()
         ),
@@ -138,6 +139,7 @@ def describe(report: dict[str, Any]) -> str:
     """The report as a few lines of text."""
     queries, plain = report["queries_with_candidates"], report["plain query"]
     each = report["candidates_of_each_query"]
+    single = report["queries_with_one_candidate"]
     by_reward = "" if report["reward"] == NDCG else f" by {report['reward']}"
     lines = [
         f"nDCG@10 of {several(queries, 'query', 'queries')}; gain over plain [95 %]; "
@@ -159,7 +161,8 @@ def describe(report: dict[str, Any]) -> str:
             for label, count in report["gaps"].items()
             if count
         ),
-        f"queries without a pair: {report['queries_without_usable_pair']}",
+        f"queries without a pair: {report['queries_without_usable_pair']}"
+        + (f", {single} of them with a single candidate" if single else ""),
     ]
     if without := report["queries"] - queries:
         lines.append(f"queries without a candidate that can be used: {without}")

@@ -21,6 +21,7 @@ from qe_edge.commands.flags import Settings, flags_of
 from qe_edge.console import is_main_process, several
 from qe_edge.errors import BadInput, QeEdgeError
 from qe_edge.train.config import DpoConfig, SftConfig
+from qe_edge.work.files import MANIFEST, read_json
 from qe_edge.work.folder import Workdir, check_learnt
 
 ShowOption = Annotated[
@@ -118,7 +119,7 @@ def train_dpo(
     if not datasets:
         raise BadInput("holds no pair; `qe-edge pairs` writes pairs.jsonl", path=pairs)
     if taken:
-        took("pairs", pairs, f"the newest, of {', '.join(sorted(datasets))}")
+        took("pairs", pairs, f"the newest, of {read_json(pairs.parent / MANIFEST)['settings']['dataset']}")
     if adapter is None:
         adapter = work.newest_sft(datasets)
         took_trained("adapter", adapter)

@@ -17,7 +17,7 @@ from copy import copy
 from difflib import get_close_matches
 from functools import cached_property
 from importlib import resources
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import msgspec
@@ -31,7 +31,7 @@ from qe_edge.retrieval.official import ORIGIN, read_origin
 from qe_edge.retrieval.trec import Qrels
 from qe_edge.text import detect_language
 from qe_edge.work.files import read_json, write_json
-from qe_edge.work.folder import user_folder
+from qe_edge.work.folder import DEFAULT_WORKDIR, user_folder
 
 BUILTIN = ("demo-en", "demo-zh")
 # Short names of the collections this field reports on -> their ir_datasets ids.
@@ -167,9 +167,10 @@ def _load(name: str) -> Dataset:
         return _load_beir(base, imported, split)
     if base in SHORT_NAMES or "/" in base:
         return _load_ir_datasets(base, split)
-    here = [path.parent.name for path in Path().glob("*/corpus.jsonl")]
-    close = get_close_matches(base.lower(), (*BUILTIN, *SHORT_NAMES, *here), 1)
-    hint = f". Did you mean {close[0]}?" if close else ""
+    corpora = chain(Path().glob("*/corpus.jsonl"), Path(DEFAULT_WORKDIR).glob("data/*/corpus.jsonl"))
+    known = {path.parent.name: path.parent for path in corpora}
+    close = get_close_matches(base.lower(), (*BUILTIN, *SHORT_NAMES, *known), 1)
+    hint = f". Did you mean {known.get(close[0], close[0])}?" if close else ""
     ours = ", ".join((*BUILTIN, *SHORT_NAMES))
     raise NotFound(
         f"no data set {base!r}: it is neither the path of a folder, nor one of {ours}, "

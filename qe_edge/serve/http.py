@@ -99,7 +99,7 @@ class Service:
             self.pending -= queries
 
     def deadline(self, wanted: float | None) -> float:
-        return min(wanted or self.longest_ms, self.longest_ms)
+        return self.longest_ms if wanted is None else min(wanted, self.longest_ms)
 
     async def expand(
         self,

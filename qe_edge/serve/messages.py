@@ -37,7 +37,7 @@ QueryTexts = Annotated[
 Deadline = Annotated[
     float | None,
     Field(
-        gt=0,
+        ge=0,
         le=LONGEST_MS,
         allow_inf_nan=False,
         description="Milliseconds; never more than the server's own.",

@@ -81,6 +81,7 @@ def test_pairs_are_not_taken_to_a_student_of_other_data(qe_edge, tiny_qwen3, tmp
     write_json(kept / "run.json", {"command": "pairs", "settings": {"dataset": "b@train"}})
     code, _, err = qe_edge("train", "dpo", "--adapter", folder, "--workdir", tmp_path)
     assert code == 2 and "learnt from a, and the pairs are of b" in err
+    assert err.startswith(f"pairs: {kept / 'pairs.jsonl'} (the newest, of b@train; name another to use that)")
     code, _, err = qe_edge("train", "dpo", "--pairs", tmp_path / "none.jsonl", "--workdir", tmp_path)
     assert code == 4 and "none.jsonl: no such file" in err
 

@@ -49,6 +49,11 @@ def test_a_users_mistake_is_one_line_and_its_code(qe_edge, arguments, code, mess
     assert "Traceback" not in err
 
 
+def test_what_python_finds_wrong_is_told_by_the_flags_name(qe_edge, gguf):
+    code, _, err = qe_edge("expand", "tides", "--model", gguf, "--budget-tokens", "999999")
+    assert code == 2 and err.startswith("error: --budget-tokens must be from 1 to ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -134,6 +139,11 @@ def test_a_data_set_that_is_mistyped_or_out_of_place_has_its_remedy(qe_edge, tmp
     (tmp_path / "scifacts").mkdir()
     code, _, err = qe_edge("data", "info", f"{tmp_path}/scifact")
     assert code == 4 and err.endswith(f"ir_datasets id. Did you mean {tmp_path / 'scifacts'}?\n")
+    made = Path("qe-edge-work", "data", "notes")  # as `data make` leaves one
+    made.mkdir(parents=True)
+    (made / "corpus.jsonl").touch()
+    code, _, err = qe_edge("bench", "-d", "notes@test")
+    assert code == 4 and err.endswith(f" such as beir/nfcorpus/test. Did you mean {made}?\n")
     shutil.copytree(builtin_folder("demo-en"), tmp_path / "mine")
     code, _, err = qe_edge("data", "info", tmp_path / "mine" / "corpus.jsonl")
     assert code == 4 and err.endswith(f"ir_datasets id; its folder is {tmp_path / 'mine'}\n")

@@ -250,6 +250,8 @@ def test_the_report_says_who_wins_and_where_expansion_hurts(tmp_path, collection
         " worse by nDCG@10\n" in told
         and "gaps between best and worst reward by AP, of queries with several candidates:\n" in told
     )
+    single = read_json(build(tmp_path, collection, rows[:3]) / "report.json")
+    assert describe(single).endswith("queries without a pair: 1, 1 of them with a single candidate")
     told = describe(report | {"queries": 5, "dropped": {"of equal reward": 1, "marked as cut": 2}})
     assert "queries without a candidate that can be used: 3\n" in told
     assert told.endswith(
