@@ -25,7 +25,7 @@ from qe_edge.commands.common import (
     to_learn,
 )
 from qe_edge.console import note, warn
-from qe_edge.errors import BadInput, PartlyDone
+from qe_edge.errors import BadArgument, BadInput, PartlyDone
 from qe_edge.lines import cut, decoded
 from qe_edge.runtime.expander import Expander
 from qe_edge.runtime.expansion import ExpandedQuery
@@ -54,6 +54,8 @@ def expand(
 ) -> None:
     """Expand queries with a student."""
     piped = queries == ["-"]
+    if "-" in queries and not piped:
+        raise BadArgument("- reads queries from stdin and stands alone: leave the others out, or -")
     if piped:
         queries = [line for _, line in decoded(cut(sys.stdin.buffer), "<stdin>")]
         if not any(map(str.strip, queries)):

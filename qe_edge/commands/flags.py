@@ -68,6 +68,8 @@ class Settings(Generic[S]):
             content = {self._section: redact(msgspec.to_builtins(config))}
             verb = f"train {self._section}" if self._section in ("sft", "dpo") else self._section
             text = msgspec.toml.encode(_without_none(content)).decode().rstrip()
+            if unset := [name for name, value in content[self._section].items() if value is None]:
+                text += f"\n# not set: {', '.join(unset)}"
             emit(self.json, verb, text, metrics={"config": content})
             raise typer.Exit
         return config

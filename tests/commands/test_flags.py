@@ -64,6 +64,11 @@ def test_flags_go_before_a_recipe_and_a_recipe_before_defaults() -> None:
     assert (section["dataset"], section["refine"]) == (["demo-zh"], True)
 
 
+def test_what_is_not_set_is_named_too() -> None:
+    last = CliRunner().invoke(app, ["serve", "--cache", "x", "--print-config"]).stdout.splitlines()[-1]
+    assert last == "# not set: passages, reader, budget_tokens, threads"
+
+
 def test_a_secret_is_not_printed() -> None:
     assert printed("serve", "--token", "geheim")["serve"]["token"] == "***"
 

@@ -20,6 +20,7 @@ from qe_edge.retrieval.datasets import builtin_folder
         (["expand", "tides", "--model", "nothing.gguf"], 4, "no model 'nothing.gguf'"),
         (["expand", "tides"], 4, "run it first, or name one, such as --model builtin:smollm2-135m"),
         (["train", "dpo", "--adapter", "nothing"], 4, "nothing: no such folder of `qe-edge train`"),
+        (["expand", "-", "tides"], 2, "- reads queries from stdin and stands alone: leave the others out"),
         (["search", "tides", "--model", "none"], 2, "no model 'none'; --plain searches without a model"),
         (["expand", "潮汐"], 4, "run it first, or name one that knows zh with --model"),
         (["verify"], 4, "run it first, or name a GGUF or an MLX folder: qe-edge verify EXPORTED"),
