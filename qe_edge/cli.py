@@ -132,6 +132,7 @@ _CORES = ". It takes the cores that are free; `serve` and Python's Expander take
 _LIMIT = ". `serve` and Python's expand take a deadline"
 _FEWER = ". Ctrl-C, --max-tokens-total and --max-cost end it early, and what came is kept"
 _KINDS = ". --quant takes other kinds, such as Q5_K_M or Q6_K"
+_RESULTS = ". -k says how many results to show"
 _INSTEAD = {
     ("export", "--q5"): _KINDS,
     ("export", "--q6"): _KINDS,
@@ -143,6 +144,10 @@ _INSTEAD = {
     ("teach", "--limit"): _FEWER,
     ("run", "--print-config"): ". --show prints the recipe",
     ("bench", "--limit"): ". --max-queries takes some of the queries only",
+    ("search", "--limit"): _RESULTS,
+    ("search", "--top"): _RESULTS,
+    ("search", "--top-k"): _RESULTS,
+    ("report", "--format"): ". It writes HTML; --markdown, --latex, --csv and --png are others",
 }
 
 
@@ -155,6 +160,8 @@ def _options_like(error: Any) -> list[str]:
     asked = error.option_name.removeprefix("--")
     options = [option for param in error.ctx.command.params for option in param.opts]
     known = [option.removeprefix("--") for option in options if option.startswith("--")]
+    if f"-{asked}" in options:
+        return [f"-{asked}"]
     found = [name for name in known if name.startswith(asked)] or get_close_matches(asked, known, cutoff=0.7)
     return [f"--{name}" for name in found]
 

@@ -265,7 +265,10 @@ def _callback_class() -> type:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.max_steps == 1 and state.is_world_process_zero:
-                warn(f"{self.label}: its only step warms up, at a rate of 0, so nothing is learnt: give more")
+                warn(
+                    f"{self.label}: its only step warms up, at a rate of 0, so nothing is learnt: "
+                    "take more rows or epochs, or let max_steps be more"
+                )
             self._bar = progress(self.label, state.max_steps, done=state.global_step)
             self._advance = self._bar.__enter__()
 

@@ -175,5 +175,7 @@ def _newest_runs(data: Dataset, workdir: Workdir) -> dict[str, Path]:
     if found:
         took("runs", found[0].parents[2])
     else:
-        note("runs: no bench of this data set is the newest, so BM25's and RM3's alone are graded")
+        note(
+            "runs: BM25's and RM3's alone, as the newest bench (if any) isn't of this data; --run adds others"
+        )
     return {path.stem: path for path in found}

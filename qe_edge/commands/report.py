@@ -21,18 +21,27 @@ from qe_edge.errors import BadArgument
 from qe_edge.work.folder import Workdir
 
 
+def _no_folder(option: typer.CallbackParam, file: Path | None) -> Path | None:
+    if file and file.is_dir():
+        raise BadArgument(f"{option.opts[0]} {file}: a folder; name a file in it")
+    return file
+
+
 def report(
     results: Annotated[
         list[Path] | None, typer.Argument(help="Result files or folders (default: the newest bench).")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The HTML file (default: beside the first result).")
+        Path | None,
+        typer.Option("--out", callback=_no_folder, help="The HTML file (default: beside the first result)."),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option("--png", help="Also draw the first result's chart as a picture.")
+        Path | None,
+        typer.Option("--png", callback=_no_folder, help="Also draw the first result's chart as a picture."),
     ] = None,
     csv: Annotated[
-        Path | None, typer.Option("--csv", help="Also write every figure to this CSV file.")
+        Path | None,
+        typer.Option("--csv", callback=_no_folder, help="Also write every figure to this CSV file."),
     ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the tables as Markdown, with all columns.")

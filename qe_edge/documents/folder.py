@@ -19,6 +19,7 @@ from qe_edge.errors import BadArgument, BadInput, NotFound, NotInstalled
 from qe_edge.lines import raw_lines
 from qe_edge.records import Document, encode_jsonl
 from qe_edge.work.files import write_bytes, write_json
+from qe_edge.work.runs import check_place
 
 CORPUS, SOURCES = "corpus.jsonl", "sources.json"
 RULES = 2  # of reading and splitting; passages of other ones are made anew
@@ -67,6 +68,7 @@ def make_collection(folder: Path, out: Path, *, words: int = WORDS) -> Made:
     folder, out = folder.resolve(), out.resolve()
     if not folder.is_dir():
         raise NotFound(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
+    check_place(out)
     before, lines = _before(folder, out, words)
     found = list(_files(folder, out))
     unknown = Counter(path.suffix.lower() or path.name for path in found if path.suffix.lower() not in KINDS)

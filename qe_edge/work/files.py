@@ -17,7 +17,7 @@ import msgspec
 from filelock import BaseFileLock, FileLock, Timeout
 
 from qe_edge.console import json_bytes
-from qe_edge.errors import BadInput, QeEdgeError
+from qe_edge.errors import BadArgument, BadInput, QeEdgeError
 from qe_edge.work.exchange import exchange
 
 MANIFEST = "run.json"
@@ -98,11 +98,17 @@ def publish(partial: Path, target: Path) -> None:
     """Flush `partial` to disk and give it the name `target`.
 
     An old `target` is replaced in one step, or is found again by `recover` if the process is killed.
+
+    Raises:
+        BadArgument: a file would take the place of a folder with all that it holds, or the other way round.
     """
+    if target.exists() and target.is_dir() != partial.is_dir():
+        kinds = ("a folder", "a file in it") if target.is_dir() else ("a file", "a folder")
+        raise BadArgument(f"{target} is {kinds[0]}, and stays as it is; name {kinds[1]}")
     for path in (partial, *partial.rglob("*")):
         if path.is_file() or path.is_dir():
             _flush(path)
-    if not target.exists() or (target.is_file() and partial.is_file()):
+    if not target.exists() or target.is_file():
         partial.replace(target)
     else:  # nothing can be renamed over a folder
         old = target.with_name(f".{target.name}.{os.getpid()}.old")

@@ -90,6 +90,13 @@ def check_output(out: Path, command: str) -> None:
 
     A folder is replaced whole: it must be new, empty, or an earlier output of the same command.
     """
+    check_place(out)
+    if out.is_dir() and any(out.iterdir()) and read_record(out).get("command") != command:
+        raise BadArgument(f"{out} holds something other than `qe-edge {command}` made; choose a new folder")
+
+
+def check_place(out: Path) -> None:
+    """Fail before the work where no output folder can be written."""
     recover(out.resolve())
     existing = out.resolve()
     while not existing.exists():
@@ -100,8 +107,6 @@ def check_output(out: Path, command: str) -> None:
         raise BadArgument(
             f"{existing} is not writable; choose another --workdir, or --out where there is one"
         )
-    if out.is_dir() and any(out.iterdir()) and read_record(out).get("command") != command:
-        raise BadArgument(f"{out} holds something other than `qe-edge {command}` made; choose a new folder")
 
 
 def _partial(out: Path) -> Path:

@@ -257,6 +257,20 @@ def test_a_report_without_times_writes_its_csv_and_says_what_to_leave_out(qe_edg
     assert (tmp_path / "a.csv").read_text().startswith("machine,dataset,")
 
 
+@pytest.mark.parametrize("option", ["--out", "--csv", "--png"])
+def test_no_report_takes_the_place_of_a_folder(qe_edge, tmp_path, option):
+    result, mine = tmp_path / "bench" / "result.json", tmp_path / "mine"
+    for folder in (result.parent, mine):
+        folder.mkdir()
+    write_json(result, msgspec.to_builtins(bench()))
+    (mine / "precious.txt").touch()
+    for folder in (mine, result.parent):
+        code, out, err = qe_edge("report", result.parent, option, folder)
+        assert (code, out, err) == (2, "", f"error: {option} {folder}: a folder; name a file in it\n")
+    assert (mine / "precious.txt").exists()
+    assert list(result.parent.iterdir()) == [result]  # no other file was written either
+
+
 def test_report_draws_the_newest_bench_and_prints_markdown(qe_edge, tmp_path):
     pytest.importorskip("altair")
     folder = Workdir().new("bench")

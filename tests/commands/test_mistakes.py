@@ -170,6 +170,9 @@ def test_a_usage_error_says_what_to_write_instead(qe_edge):
         (["doctor", "now"], "(now). It takes options only\n"),
         (["bench", "--limit", "4"], "--limit. --max-queries takes some of the queries only\n"),
         (["teach", "--max-queries", "4"], "--max-queries. Ctrl-C, --max-tokens-total and --max-cost end it"),
+        (["search", "tides", "--k", "3"], "No such option: --k (Possible options: -k)\n"),
+        (["search", "tides", "--top-k", "3"], "--top-k. -k says how many results to show\n"),
+        (["report", "--format", "pdf"], "--format. It writes HTML; --markdown, --latex, --csv and --png are"),
         (["export", "--refine"], "No such option: --refine\n"),  # --recipe is like it only by its dashes
         (["merge", "--adapter", "x"], "Name it without an option: qe-edge merge ADAPTER\n"),
         (["train", "--json"], "Options come after one of the commands: sft, dpo\n"),

@@ -205,6 +205,8 @@ def test_made_queries_are_taught_and_grades_are_measured_with(qe_edge, tmp_path)
         taught = ("qe-edge", "teach", "--dataset", f"{mine}@train", *at)
         assert out.splitlines()[-1] == f"next:   {command_line(taught)}"
         assert load_dataset(f"{mine}@train").queries
+    code, _, err = qe_edge("data", "judge", "demo-en", *at, "--out", mine / "corpus.jsonl")
+    assert code == 2 and "corpus.jsonl is a file, so" in err
     for answer, following in (("Grade: 2", None), ("Well.", ("data", "judge", "demo-en"))):
         with serve(text=lambda body, answer=answer: answer) as endpoint:
             at = ["--endpoint", endpoint.url, "--model"]

@@ -213,6 +213,8 @@ def test_what_lies_there_is_not_written_over(notes, tmp_path):
     (other / "corpus.jsonl").write_text('{"_id": "1", "text": "mine"}\n')
     with pytest.raises(BadArgument, match="holds something other"):
         make_collection(notes, other)
+    with pytest.raises(BadArgument, match=r"corpus\.jsonl is a file, so .* choose another folder"):
+        make_collection(notes, other / "corpus.jsonl")
     make_collection(notes, tmp_path / "out")
     second = tmp_path / "second"
     second.mkdir()

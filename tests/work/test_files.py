@@ -13,9 +13,10 @@ import time
 import pytest
 from survival import REPLACING, WAYS, is_whole
 
+from qe_edge.errors import BadArgument
 from qe_edge.work import files
 from qe_edge.work.exchange import exchange
-from qe_edge.work.files import atomic_path, recover
+from qe_edge.work.files import atomic_path, recover, write_bytes
 from qe_edge.work.folder import Workdir
 from qe_edge.work.runs import RunFolder, check_output
 
@@ -49,16 +50,19 @@ def test_a_folder_takes_the_place_of_another(tmp_path, way):
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_file_takes_the_place_of_a_folder_and_back(tmp_path, way):
-    out = tmp_path / "out"
-    put(out, "one")
-    with atomic_path(out) as partial:
-        partial.write_text("two")
-    assert out.read_text() == "two"
-    with atomic_path(out) as partial:
+def test_no_file_takes_the_place_of_a_folder_or_back(tmp_path, way):
+    put(tmp_path / "folder", "mine")
+    with pytest.raises(BadArgument, match="folder is a folder, and stays as it is; name a file in it"):
+        write_bytes(tmp_path / "folder", b"two")
+    assert state(tmp_path / "folder") == {"a.txt": "mine", "b.txt": "mine"}
+    (tmp_path / "file").write_text("mine")
+    with (
+        pytest.raises(BadArgument, match="file is a file, and stays as it is; name a folder"),
+        atomic_path(tmp_path / "file") as partial,
+    ):
         put(partial, "three")
-    assert state(out) == {"a.txt": "three", "b.txt": "three"}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_an_error_leaves_the_old_one(tmp_path, way):

@@ -26,6 +26,7 @@ from qe_edge.train.teach.session import Outcome, ask_all, check_done, open_teach
 from qe_edge.train.teach.teacher import Answer, Request
 from qe_edge.work.files import write_bytes, write_json
 from qe_edge.work.folder import Workdir
+from qe_edge.work.runs import check_place
 
 JUDGMENTS, AGREEMENT = "judgments.jsonl", "agreement.json"
 _FIRST = re.compile(
@@ -139,6 +140,7 @@ def judge(
     Raises:
         QeEdgeError: nothing could be got at all.
     """
+    check_place(out)
     prompt = load_passage_prompt(config.prompt)
     teacher = open_teacher(config, max_tokens=config.max_tokens) if config.endpoint else None
     runs = {**_plain_runs(data, config.depth, workdir), **runs}
