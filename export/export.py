@@ -75,8 +75,6 @@ def export_model(
     if spec is None:
         raise BadInput("has no qe_edge.json, which holds its prompt; `qe-edge merge` writes it", path=model)
     check_output(out, "export")
-    if out.is_dir() and any(out.iterdir()):
-        progress(f"{out} holds an older export, which this one replaces as a whole")
     if config.mixed:
         check_budget(source, _budget(config, source))
     if "mlx" in formats:

@@ -138,13 +138,13 @@ def tell_split(named: str, data: Dataset) -> None:
         warn(f"{named}: its {data.split} queries; {named}@train has those to train on")
 
 
-_BUILT_IN = f"one, such as --model {DEFAULT_STUDENT}"
+_BUILT_IN = f"a model, such as --model {DEFAULT_STUDENT}"
 
 
 def one_that_knows(query: str) -> str:
     """What `--model` may name for a query; the built-in student knows English only."""
     lang = detect_language(query)
-    return f"one that knows {lang} with --model" if lang != "en" else _BUILT_IN
+    return f"a model that knows {lang} with --model" if lang != "en" else _BUILT_IN
 
 
 def chosen_model(model: str | None, workdir: Path, *, named: str = _BUILT_IN) -> str:

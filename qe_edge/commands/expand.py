@@ -60,6 +60,8 @@ def expand(
         queries = [line for _, line in decoded(cut(sys.stdin.buffer), "<stdin>")]
         if not any(map(str.strip, queries)):
             raise BadInput("stdin holds no query")
+    if not piped and len(queries) > 1 and all(query.isascii() and query.isalpha() for query in queries):
+        note("each word is a query of its own; one of several words stands in quotes")
     for file in filter(os.path.isfile, queries):
         warn(f"{file} is taken for a query; `qe-edge expand - < {shlex.quote(file)}` reads queries from it")
     if len(queries) == 1:

@@ -55,6 +55,8 @@ def search(
         raise BadArgument("--plain searches without a model: leave --model out")
     if model == "none":  # as `bench` takes it
         raise BadArgument("no model 'none'; --plain searches without a model")
+    if query == "-":
+        raise BadArgument("- is no query, and stdin is read by `qe-edge expand` alone")
     clean_query(query)  # a blank one is refused before the work
     if "dataset" not in settings.values:
         took("data set", config.dataset, "the default")

@@ -233,7 +233,7 @@ def _load_beir(name: str, folder: Path, split: str) -> Dataset:
             )
         split = "test" if "test" in found else found[0]
     if split not in found and not elsewhere:
-        raise NotFound(f"{folder} has no split {split!r}; there are: {', '.join(found) or '(none)'}")
+        raise NotFound(f"{name} has no split {split!r}; there are: {', '.join(found) or '(none)'}")
     origin = read_origin(folder)
     if origin and origin.pool:
         name = f"{name} pool"

@@ -84,6 +84,8 @@ def resolve(name: str | Path) -> ModelRef:
     if is_hub_id(text) and not text.startswith(".") and path.suffix.lower() != ".gguf":
         return ModelRef(text, "transformers", None)
     home = path.expanduser()
+    if f"builtin:{text}" in BUILTIN_NAMES:
+        raise NotFound(f"no model {text!r}; did you mean builtin:{text}?")
     hint = f"; write {str(home)!r}, since no shell replaces the ~" if home != path and home.exists() else ""
     raise NotFound(
         f"no model {text!r}{hint}: it is neither a file, a folder, a hub id (org/name), "

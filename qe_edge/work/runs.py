@@ -88,11 +88,16 @@ def learnt_by(folder: Path) -> dict[str, list[str]]:
 def check_output(out: Path, command: str) -> None:
     """Fail before the work, not after it, when the output folder can't be written or must not be replaced.
 
-    A folder is replaced whole: it must be new, empty, or an earlier output of the same command.
+    A folder is replaced whole: it must be new, empty, or an earlier output of the same command, which is
+    told. `teach` adds to what there is.
     """
     check_place(out)
-    if out.is_dir() and any(out.iterdir()) and read_record(out).get("command") != command:
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if read_record(out).get("command") != command:
         raise BadArgument(f"{out} holds something other than `qe-edge {command}` made; choose a new folder")
+    if command != "teach":
+        warn(f"{out} holds an earlier output of `qe-edge {command}`, which this one replaces as a whole")
 
 
 def check_place(out: Path) -> None:
@@ -111,6 +116,16 @@ def check_place(out: Path) -> None:
 
 def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
+
+
+def _check_ours(partial: Path) -> None:
+    """Refuse to delete what is no half-written output of ours, but has its name."""
+    if partial.is_file() or (
+        partial.is_dir()
+        and not (partial / MANIFEST).is_file()
+        and any(not path.name.startswith(".") for path in partial.iterdir())
+    ):
+        raise BadArgument(f"{partial} holds something other than a half-written output; move it away")
 
 
 def _next(out: Path) -> Path:
@@ -152,6 +167,7 @@ class RunFolder:
                 "run it again as it was to finish it, or delete that folder"
             )
         if not self._is_same(self.partial):
+            _check_ours(self.partial)
             remove(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
         write_json(self.partial / MANIFEST, self.record)

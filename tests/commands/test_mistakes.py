@@ -18,11 +18,13 @@ from qe_edge.retrieval.datasets import builtin_folder
     [
         (["data", "info", "nothing"], 4, "no data set 'nothing'"),
         (["expand", "tides", "--model", "nothing.gguf"], 4, "no model 'nothing.gguf'"),
-        (["expand", "tides"], 4, "run it first, or name one, such as --model builtin:smollm2-135m"),
+        (["expand", "tides"], 4, "run it first, or name a model, such as --model builtin:smollm2-135m"),
         (["train", "dpo", "--adapter", "nothing"], 4, "nothing: no such folder of `qe-edge train`"),
         (["expand", "-", "tides"], 2, "- reads queries from stdin and stands alone: leave the others out"),
+        (["search", "-", "--plain"], 2, "- is no query, and stdin is read by `qe-edge expand` alone"),
+        (["search", "tides", "-d", "demo-en", "-m", "smollm2-135m"], 4, "did you mean builtin:smollm2-135m?"),
         (["search", "tides", "--model", "none"], 2, "no model 'none'; --plain searches without a model"),
-        (["expand", "潮汐"], 4, "run it first, or name one that knows zh with --model"),
+        (["expand", "潮汐"], 4, "run it first, or name a model that knows zh with --model"),
         (["verify"], 4, "run it first, or name a GGUF or an MLX folder: qe-edge verify EXPORTED"),
         (["push", "me/mine"], 4, "run it first, or name its folder: qe-edge push OWNER/NAME FOLDER"),
         (["merge"], 4, "run one of them first, or name what one of them wrote: qe-edge merge ADAPTER"),
@@ -48,6 +50,13 @@ def test_a_users_mistake_is_one_line_and_its_code(qe_edge, arguments, code, mess
     assert err.startswith("error: ")
     assert message in err
     assert "Traceback" not in err
+
+
+def test_words_without_quotes_are_told_to_be_queries_of_their_own(qe_edge, gguf):
+    told = "each word is a query of its own; one of several words stands in quotes\n"
+    assert told in qe_edge("expand", "what", "causes", "tides", "--model", gguf)[2]
+    for queries in (["what causes tides"], ["what causes tides", "tides"], ["潮汐", "月亮"], ["tides"]):
+        assert told not in qe_edge("expand", *queries, "--model", gguf)[2]
 
 
 def test_what_python_finds_wrong_is_told_by_the_flags_name(qe_edge, gguf):

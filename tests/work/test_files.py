@@ -124,6 +124,19 @@ def test_an_old_run_that_was_just_replaced_is_not_taken_for_an_interrupted_one(t
     assert json.loads((run.partial / "run.json").read_text())["state"] == "running"
 
 
+def test_what_is_replaced_is_told_and_what_is_none_of_ours_stays(tmp_path, capsys):
+    out = tmp_path / "mine"
+    RunFolder("bench", {}, {}, out).finish()
+    assert capsys.readouterr().err == ""
+    RunFolder("bench", {}, {}, out).finish()
+    told = f"warning: {out} holds an earlier output of `qe-edge bench`, which this one replaces as a whole\n"
+    assert capsys.readouterr().err == told
+    put(tmp_path / "other.partial", "precious")
+    with pytest.raises(BadArgument, match=r"other\.partial holds something other than a half-written output"):
+        RunFolder("bench", {}, {}, tmp_path / "other")
+    assert state(tmp_path / "other.partial") == {"a.txt": "precious", "b.txt": "precious"}
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_killed_at_any_moment_a_whole_folder_is_there(tmp_path, way):
     out, chance = tmp_path / "out", random.Random(0)
