@@ -110,7 +110,7 @@ def prune_vocabulary(
     spec, source = read_spec(model), Source(model)
     if spec is None:
         raise BadInput("has no qe_edge.json, which holds its prompt; `qe-edge merge` writes it", path=model)
-    check_output(out, "prune")
+    check_output(out, "prune", [model, *inputs.values()])
     tokenizer = load_tokenizer(str(model))
     texts = iter(texts)
     first = list(islice(texts, PROBES))

@@ -37,6 +37,8 @@ def test_json_that_is_nested_too_deeply(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{", b"[]", b"5"])
 def test_json_that_is_damaged(tmp_path, content):
+    tmp_path /= "out"
+    tmp_path.mkdir()
     for name, read in (
         ("result.json", lambda: read_result(tmp_path)),
         ("run.json", lambda: read_record(tmp_path)),

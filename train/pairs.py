@@ -53,7 +53,7 @@ def pairs(
     config = config or PairsConfig()
     join, reward = Join.parse(config.join), Reward.parse(config.reward, config.length_penalty)
     out = out or workdir.new("pairs")
-    check_output(out, "pairs")
+    check_output(out, "pairs", expansions)
     if config.reader:
         config = replace(config, reader=str(local_file(config.reader)))
     data = load_dataset(dataset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,20 @@ def _no_folder(option: typer.CallbackParam, file: Path | None) -> Path | None:
     if file and file.is_dir():
         raise BadArgument(f"{option.opts[0]} {file}: a folder; name a file in it")
     return file
+
+
+def _check_targets(files: Sequence[Path | None], results: Sequence[Path]) -> None:
+    """Refuse to write over a result or its record, or twice to one file."""
+    from qe_edge.bench.result import RESULT
+    from qe_edge.work.files import MANIFEST
+
+    places = [file.resolve() for file in files if file]
+    if len(set(places)) < len(places):
+        raise BadArgument("give --out, --csv and --png a file each")
+    for result in results:
+        folder = (result if result.is_dir() else result.parent).resolve()
+        for place in {folder / RESULT, folder / MANIFEST, result.resolve()}.intersection(places):
+            raise BadArgument(f"{place} is what the report is made of; name another file")
 
 
 def report(
@@ -74,6 +89,7 @@ def report(
         on = " + ".join(data.info.name for data in read[0].datasets)
         took("result", results[0], f"the newest, on {on}")
     folder = results[0] if results[0].is_dir() else results[0].parent
+    _check_targets([out or folder / "report.html", csv, png], results)
     artifacts = {"report": verb(results, out or folder / "report.html")}
     if csv:
         write_bytes(csv, csv_rows(read).encode())

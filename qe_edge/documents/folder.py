@@ -19,7 +19,7 @@ from qe_edge.errors import BadArgument, BadInput, NotFound, NotInstalled
 from qe_edge.lines import raw_lines
 from qe_edge.records import Document, encode_jsonl
 from qe_edge.work.files import write_bytes, write_json
-from qe_edge.work.runs import check_place
+from qe_edge.work.runs import check_place, is_litter
 
 CORPUS, SOURCES = "corpus.jsonl", "sources.json"
 RULES = 2  # of reading and splitting; passages of other ones are made anew
@@ -110,23 +110,27 @@ def make_collection(folder: Path, out: Path, *, words: int = WORDS) -> Made:
         raise BadInput("holds no text that can be read; known are " + ", ".join(KINDS), path=folder)
     content = b"".join(corpus)
     out.mkdir(parents=True, exist_ok=True)
-    write_bytes(out / CORPUS, content)
     digest = hashlib.sha256(content).hexdigest()
+    # First: killed between the two, the same call makes it anew, and knows the folder for one of its own.
     write_json(out / SOURCES, msgspec.to_builtins(Sources(shown(str(folder)), words, RULES, digest, files)))
+    write_bytes(out / CORPUS, content)
     problems = {name: source.problem for name, source in files.items() if source.problem}
     return Made(len(files), unchanged, len(corpus), problems, dict(unknown))
 
 
 def _before(folder: Path, out: Path, words: int) -> tuple[dict[str, Source], dict[str, list[bytes]]]:
     """What an earlier run made of the folder, by file: its record and its lines of the collection."""
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or all(is_litter(path) for path in out.iterdir()):
         return {}, {}
     if not (out / SOURCES).is_file():
         raise BadArgument(f"{out} holds something other than a collection made of notes; choose a new folder")
     try:
         made = msgspec.json.decode((out / SOURCES).read_bytes(), type=Sources)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"is damaged ({error}); delete it", path=out / SOURCES) from None
+        raise BadInput(
+            f"is none that `qe-edge data make` wrote, or damaged ({error}); choose another folder",
+            path=out / SOURCES,
+        ) from None
     if made.folder != shown(str(folder)):
         raise BadArgument(f"{out} was made of {made.folder}; choose a new folder with --out")
     corpus = out / CORPUS

@@ -18,6 +18,7 @@ from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.lines import raw_lines, read_lines
 from qe_edge.retrieval.judged import Once, check_id, parse_grade
 from qe_edge.work.files import atomic_path, sha256, write_json
+from qe_edge.work.runs import check_not_here
 
 ORIGIN = "origin.json"
 QRELS_HEADER = "query-id\tcorpus-id\tscore\n"
@@ -111,8 +112,20 @@ def import_dataset(
 def _check_place(name: str, out: Path) -> None:
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise BadArgument(f"{name!r} can't be a data set's name: letters, digits, dots and dashes can")
-    if out.exists() and not (out / ORIGIN).is_file() and (out.is_file() or any(out.iterdir())):
-        raise BadArgument(f"{out} holds something other than `qe-edge data import` made; choose a new folder")
+    check_not_here(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        try:
+            found = read_origin(out) if out.is_dir() else None
+        except BadInput:
+            found = None
+        written = {"corpus.jsonl", "queries.jsonl", "qrels", ORIGIN, "qrels/test.tsv"}
+        others = {path.relative_to(out).as_posix() for path in out.rglob("*")} - written if found else set()
+        if not found or found.name != name or others:
+            what = f", such as {min(others)}" if others else ""
+            raise BadArgument(
+                f"{out} holds something other than `qe-edge data import {name}` made{what}; "
+                "choose a new folder"
+            )
 
 
 def _copy(passages: Path, corpus: Path, name: str, total: int) -> set[str]:

@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ import msgspec
 from qe_edge.arguments import check_number, check_path
 from qe_edge.console import warn
 from qe_edge.errors import BadArgument, BadInput
-from qe_edge.work.files import remove, sha256
+from qe_edge.work.files import sha256
 
 T = TypeVar("T")
 _TABLES = {"answers": ["key", "value", "used"], "models": ["file", "sha256"]}
@@ -26,7 +27,8 @@ CREATE TABLE IF NOT EXISTS models (file TEXT PRIMARY KEY, sha256 TEXT NOT NULL);
 """
 
 
-_MAGIC = b"SQLite format 3\0"
+_MAGIC, _ID_AT = b"SQLite format 3\0", 68  # see https://www.sqlite.org/fileformat.html#application_id
+_ID = 0x71656467  # "qedg": by it alone a file that can't be read is known to be a cache
 WAIT = 1.0  # seconds for another process's transaction, of some milliseconds
 
 
@@ -51,21 +53,19 @@ class ExpansionCache:
         self.path, self._limit = Path(path), max_mb * 1e6
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._is_damaged():
-            aside = self.path.with_name(f"{self.path.name}.damaged")
-            warn(f"{self.path} is damaged; it is kept as {aside.name}, and a new cache is begun")
-            self.path.replace(aside)
-            for log in ("-wal", "-shm"):
-                remove(self.path.with_name(self.path.name + log))
+            self._set_aside()
         with self._connected() as db:
             self._check_ours(db)
             with suppress(sqlite3.OperationalError):  # another process is just doing so
+                if db.execute("PRAGMA application_id").fetchone() != (_ID,):
+                    db.execute(f"PRAGMA application_id={_ID}")
                 db.execute("PRAGMA journal_mode=WAL")  # readers don't wait for a writer
             db.executescript(_SCHEMA)
 
     def _check_ours(self, db: sqlite3.Connection) -> None:
         """Before anything is written: an app's own database is soon named by mistake."""
         tables = db.execute(
-            "SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' AND type = 'table'"
+            "SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' AND type != 'index'"
         )
         for (name,) in tables.fetchall():
             columns = [column for _, column, *_ in db.execute(f'PRAGMA table_info("{name}")')]
@@ -76,17 +76,26 @@ class ExpansionCache:
                 )
 
     def _is_damaged(self) -> bool:
-        """Whether it is an SQLite file that SQLite can't use; any other file is none of ours to move."""
+        """Whether it is a cache that SQLite can't use; any other file is none of ours to move."""
         if not self.path.is_file():
             return False
         with self.path.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                return False
+            header = file.read(_ID_AT + 4)
+        if not header.startswith(_MAGIC) or header[_ID_AT:] != _ID.to_bytes(4, "big"):
+            return False
         try:
             with self._connected() as db:
                 return bool(db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",))
         except BadInput as error:
             return not _is_busy(error)
+
+    def _set_aside(self) -> None:
+        places = (self.path.with_name(f"{self.path.name}.damaged{n or ''}") for n in count())
+        aside = next(place for place in places if not place.exists())
+        warn(f"{self.path} is damaged; it is kept as {aside.name}, and a new cache is begun")
+        for log in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                self.path.with_name(self.path.name + log).replace(aside.with_name(aside.name + log))
 
     @contextmanager
     def _connected(self, *, wait: float = WAIT) -> Iterator[sqlite3.Connection]:

@@ -53,8 +53,10 @@ def recover(target: Path) -> None:
     """Put right what killed processes left of `target`: its old state if it is gone, nothing half-written."""
     import psutil
 
+    # A process's number has seven digits at most; a date, as people put into names, has eight.
+    ours = re.compile(rf"\.{re.escape(target.name)}\.(\d{{1,7}})\.(partial|old)")
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*"):
-        found = re.fullmatch(r".*\.(\d+)\.(partial|old)", leftover.name)
+        found = ours.fullmatch(leftover.name)
         if not found or psutil.pid_exists(int(found[1])):
             continue
         if found[2] == "old" and not target.exists():
@@ -65,9 +67,9 @@ def recover(target: Path) -> None:
 
 
 def recover_all(folder: Path) -> None:
-    """`recover` every output of a folder that a killed process was replacing."""
+    """`recover` every numbered output of a folder that a killed process was replacing."""
     for leftover in folder.glob(".*.old"):
-        if found := re.fullmatch(r"\.(.+)\.\d+\.old", leftover.name):
+        if found := re.fullmatch(r"\.(\d+)\.\d+\.old", leftover.name):
             recover(folder / found[1])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +86,33 @@ def learnt_by(folder: Path) -> dict[str, list[str]]:
     return {"learnt": record["learnt"]} if "learnt" in record else {}
 
 
-def check_output(out: Path, command: str) -> None:
+def check_output(out: Path, command: str, inputs: Iterable[Path | str] = ()) -> None:
     """Fail before the work, not after it, when the output folder can't be written or must not be replaced.
 
     A folder is replaced whole: it must be new, empty, or an earlier output of the same command, which is
-    told. `teach` adds to what there is.
+    told. `teach` adds to what there is. No input may lie in it, which would be replaced with it.
     """
     check_place(out)
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir():
         return
+    if command != "teach":
+        check_not_here(out)
+    if all(is_litter(path) for path in out.iterdir()):
+        return
+    place = out.resolve()
+    for path in inputs:
+        if place in (found := Path(path).resolve(), *found.parents) and found.exists():
+            raise BadArgument(f"{out} holds an input, {path}, and would be replaced; choose a new folder")
     if read_record(out).get("command") != command:
         raise BadArgument(f"{out} holds something other than `qe-edge {command}` made; choose a new folder")
     if command != "teach":
         warn(f"{out} holds an earlier output of `qe-edge {command}`, which this one replaces as a whole")
+
+
+def check_not_here(out: Path) -> None:
+    """Refuse to replace the current folder, or one that it lies in: the shell would be in a deleted one."""
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise BadArgument(f"{out.resolve()} is where you are, and can't be replaced; name another folder")
 
 
 def check_place(out: Path) -> None:
@@ -116,6 +131,13 @@ def check_place(out: Path) -> None:
 
 def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
+
+
+def is_litter(path: Path) -> bool:
+    """What a killed process of ours leaves: a lock, a half-written file, a JSON Lines file without a line."""
+    hidden = path.name.startswith(".") and path.name.endswith((".lock", ".partial"))
+    without_line = path.name.endswith((".jsonl", ".jsonl.lock")) and not path.stat().st_size
+    return path.is_file() and (hidden or without_line)
 
 
 def _check_ours(partial: Path) -> None:
@@ -155,9 +177,11 @@ class RunFolder:
         # Through JSON, so that it compares equal with the record of an earlier, interrupted run.
         self.record = msgspec.json.decode(json_bytes(run_record(command, settings, inputs)))
         self.record["state"] = "running"
+        if out.is_symlink():
+            out = out.resolve()  # what it leads to is replaced, not the link
         if is_numbered(out):
             out = self._place(out)
-        check_output(out, command)
+        check_output(out, command, inputs.values())
         if not _mine(out):
             raise BadArgument(f"another command is writing {out}; wait for it, or choose another folder")
         self.out, self.partial = out, _partial(out)
@@ -193,7 +217,11 @@ class RunFolder:
         """In what an interrupted run there differs from this one, if it has work that is worth keeping."""
         before = read_record(_partial(out))
         # An old output, which a killed process had just replaced, is finished.
-        if not before or before.get("state") == "finished" or not any(_partial(out).glob(self.work)):
+        if not before or before.get("state") == "finished":
+            return ""
+        # What another command's work is, this one doesn't know.
+        command = self.record["command"]
+        if before.get("command", command) == command and not any(_partial(out).glob(self.work)):
             return ""
         return " and ".join(key for key in COMPARED if before.get(key) != self.record[key])
 

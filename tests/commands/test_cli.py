@@ -271,6 +271,20 @@ def test_no_report_takes_the_place_of_a_folder(qe_edge, tmp_path, option):
     assert list(result.parent.iterdir()) == [result]  # no other file was written either
 
 
+def test_no_report_takes_the_place_of_its_own_result(qe_edge, tmp_path):
+    result, record = tmp_path / "result.json", tmp_path / "run.json"
+    write_json(result, msgspec.to_builtins(bench()))
+    record.write_text("{}")
+    before = result.read_bytes()
+    for named in (tmp_path, result):
+        for file in (result, record):
+            code, _, err = qe_edge("report", named, "--csv", file)
+            assert (code, err) == (2, f"error: {file} is what the report is made of; name another file\n")
+    code, _, err = qe_edge("report", result, "--csv", tmp_path / "report.html")
+    assert (code, err) == (2, "error: give --out, --csv and --png a file each\n")
+    assert (result.read_bytes(), record.read_text(), len(list(tmp_path.iterdir()))) == (before, "{}", 2)
+
+
 def test_report_draws_the_newest_bench_and_prints_markdown(qe_edge, tmp_path):
     pytest.importorskip("altair")
     folder = Workdir().new("bench")

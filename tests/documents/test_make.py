@@ -207,6 +207,15 @@ def test_without_the_library_an_office_file_is_a_problem_that_says_how(notes, tm
     assert made.passages == 5
 
 
+def test_killed_while_it_writes_it_is_made_anew(notes, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".corpus.jsonl.4194305.partial").write_text("half")
+    made = make_collection(notes, out)
+    (out / "corpus.jsonl").unlink()  # as it is between its two files
+    assert make_collection(notes, out).passages == made.passages and (out / "corpus.jsonl").exists()
+
+
 def test_what_lies_there_is_not_written_over(notes, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

@@ -117,7 +117,16 @@ def test_only_an_earlier_import_is_replaced(files: dict[str, Path], tmp_path: Pa
     with pytest.raises(BadArgument, match="holds something other than"):
         import_dataset("mine", **files, passages=passages, out=out)
     assert (out / "thesis.txt").exists()
+    (out / "origin.json").write_text('{"camera": "x"}')  # a name that others use, too
+    with pytest.raises(BadArgument, match="holds something other than"):
+        import_dataset("mine", **files, passages=passages, out=out)
+    assert (out / "thesis.txt").exists()
     for _ in range(2):
+        import_dataset("mine", **files, passages=passages, out=tmp_path / "new")
+    with pytest.raises(BadArgument, match=r"holds something other than `qe-edge data import other` made;"):
+        import_dataset("other", **files, passages=passages, out=tmp_path / "new")
+    (tmp_path / "new" / "qrels" / "mine.tsv").touch()
+    with pytest.raises(BadArgument, match=r"made, such as qrels/mine\.tsv; choose a new folder"):
         import_dataset("mine", **files, passages=passages, out=tmp_path / "new")
 
 

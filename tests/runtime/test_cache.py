@@ -280,6 +280,40 @@ def test_errors_come_from_the_await(gguf: Path) -> None:
         asyncio.run(ask(expander))
 
 
+def test_what_is_only_unreadable_here_is_another_programs_and_stays(tmp_path):
+    path = tmp_path / "app.db"
+    for schema in ("CREATE TABLE notes (x TEXT COLLATE own)", "CREATE VIEW answers AS SELECT 1 AS a"):
+        with closing(sqlite3.connect(path)) as app:
+            app.create_collation("own", lambda a, b: (a > b) - (a < b))
+            app.execute("PRAGMA journal_mode=WAL")
+            app.execute(schema)
+            if "notes" in schema:
+                app.execute("CREATE INDEX by_x ON notes (x)")
+                app.execute("INSERT INTO notes VALUES ('precious')")
+            app.commit()
+            with pytest.raises(BadInput):
+                ExpansionCache(path)
+            assert sorted(file.name for file in tmp_path.iterdir()) == ["app.db", "app.db-shm", "app.db-wal"]
+            if "notes" in schema:
+                assert app.execute("SELECT x FROM notes").fetchall() == [("precious",)]
+        path.unlink()
+
+
+def test_what_was_set_aside_before_stays(tmp_path, capsys):
+    path = tmp_path / "x.db"
+    (tmp_path / "x.db.damaged").write_text("an earlier one")
+    ExpansionCache(path).put("k", {"text": "moon"})
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA journal_mode=DELETE")
+    content = bytearray(path.read_bytes())
+    content[100:2000] = bytes(1900)
+    path.write_bytes(bytes(content))
+    ExpansionCache(path)
+    assert "it is kept as x.db.damaged1, and a new cache is begun" in capsys.readouterr().err
+    assert (tmp_path / "x.db.damaged").read_text() == "an earlier one"
+    assert (tmp_path / "x.db.damaged1").read_bytes() == bytes(content)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_damaged_cache_is_set_aside_or_refused_and_never_fatal(tmp_path, seed, capsys):
     import random
@@ -296,7 +330,11 @@ def test_a_damaged_cache_is_set_aside_or_refused_and_never_fatal(tmp_path, seed,
         # behind the words that make it an SQLite file
         content[chance.randrange(16, 4096 if seed % 2 else len(content))] = chance.randrange(256)
     path.write_bytes(bytes(content))
-    cache = ExpansionCache(path)
+    try:
+        cache = ExpansionCache(path)
+    except BadInput:  # what says that it is a cache is damaged, too: it stays where it is
+        assert path.read_bytes() == bytes(content)
+        return
     for number in range(50):
         with suppress(BadInput):
             cache.get(f"k{number}", dict)

@@ -27,7 +27,7 @@ from qe_edge.train.synthetic.queries import (
     write_queries,
 )
 from qe_edge.train.teach.session import SPENT
-from qe_edge.work.files import read_json
+from qe_edge.work.files import read_json, write_bytes
 from qe_edge.work.folder import Workdir
 
 pytest.importorskip("openai")
@@ -147,10 +147,51 @@ def test_the_budget_stops_it_and_nothing_but_answers_is_written(folder, tmp_path
 def test_queries_of_somebody_elses_are_not_written_over(folder, tmp_path):
     (folder / "queries.jsonl").write_text('{"_id": "1", "text": "mine"}\n')
     config = QueriesConfig(model="big", endpoint="http://127.0.0.1:1/v1")
-    with pytest.raises(BadArgument, match="has queries of its own"):
+    with pytest.raises(BadArgument, match=r"has queries\.jsonl of its own"):
+        write_queries(folder, config, workdir=Workdir(tmp_path / "work"))
+    (folder / "queries.jsonl").unlink()
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").touch()
+    with pytest.raises(BadArgument, match=r"has qrels/test\.tsv of its own"):
         write_queries(folder, config, workdir=Workdir(tmp_path / "work"))
     with pytest.raises(NotFound, match="make one of your notes with `qe-edge data make`"):
         write_queries(tmp_path / "nothing", config, workdir=Workdir(tmp_path / "work"))
+
+
+@pytest.mark.parametrize("written", ["queries.jsonl", "train.tsv"])
+def test_killed_between_its_files_no_split_is_there_that_isnt_whole(folder, tmp_path, monkeypatch, written):
+    with serve(text=lambda body: subject_of(body)) as endpoint:
+        work = Workdir(tmp_path / "work")
+        write_queries(folder, asked(endpoint, passages=8), workdir=work)
+
+        def killed(path, content):
+            write_bytes(path, content)
+            if path.name == written:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(queries, "write_bytes", killed)
+            with pytest.raises(KeyboardInterrupt):
+                write_queries(folder, asked(endpoint), workdir=work)
+        with pytest.raises(NotFound, match="has no split 'test'"):
+            load_dataset(f"{folder}@test")
+        write_queries(folder, asked(endpoint), workdir=work)
+    assert load_dataset(f"{folder}@test").queries
+
+
+def test_grades_are_not_written_over_other_files(tmp_path):
+    for name in ("agreement.json", "test-synthetic.tsv"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(BadArgument, match="is none that `qe-edge data judge` wrote"):
+            judge(
+                load_dataset("demo-en"),
+                {},
+                JudgeConfig(model="big", endpoint="http://127.0.0.1:1/v1", depth=1),
+                out=tmp_path,
+                workdir=Workdir(tmp_path / "work"),
+            )
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
 
 
 def test_when_no_query_is_left_it_says_why(folder, tmp_path):

@@ -12,7 +12,7 @@ from endpoint import FAULTS, one_in_three, serve
 from teaching import many, rows, zero_shot
 
 from qe_edge.errors import BadInput, QeEdgeError
-from qe_edge.records import Expansion, read_jsonl
+from qe_edge.records import Expansion, encode_jsonl, read_jsonl
 from qe_edge.retrieval.datasets import load_dataset
 from qe_edge.train.teach.ledger import Ledger
 from qe_edge.train.teach.session import SPENT
@@ -194,6 +194,21 @@ def test_a_disk_that_is_full_for_a_while_leaves_whole_lines(three, tmp_path, mon
             ledger.append(row)
         ledger.append(row)
     assert list(read_jsonl(tmp_path / "expansions.jsonl", Expansion)) == [row, row]
+
+
+def test_a_last_line_without_its_end_is_kept_where_it_is_whole_and_left_where_it_is_not_ours(tmp_path):
+    file = tmp_path / "expansions.jsonl"
+    row = Expansion("d", "1", "q", "en", "m", "zero-shot", "text", key="k")
+    for content in (encode_jsonl([row, row]).rstrip(), encode_jsonl([row])):
+        file.write_bytes(content)
+        with Ledger(file, Expansion, "teach", "candidates") as ledger:
+            assert ledger.keys == {"k"}
+        assert set(read_jsonl(file, Expansion)) == {row}
+    for content in (b'{"a": 1}', b"my notes", encode_jsonl([row]) + b'{"a": '):
+        file.write_bytes(content)
+        with pytest.raises(BadInput, match="its last line is none that `qe-edge teach` wrote"):
+            Ledger(file, Expansion, "teach", "candidates")
+        assert file.read_bytes() == content
 
 
 def test_two_at_once_are_refused(three, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from survival import REPLACING, WAYS, is_whole
@@ -102,6 +103,55 @@ def test_what_was_moved_away_by_a_killed_process_is_put_back_at_the_next_look(tm
         recover(out)
         assert [path.name for path in out.parent.iterdir() if path.suffix != ".lock"] == ["001"]
         files.remove(out)
+
+
+def test_names_that_people_give_are_none_of_our_leftovers(tmp_path):
+    theirs = [f".out.v2.{NOBODY}.old", f".out.v2.{NOBODY}.partial", ".out.20241130.old", ".plan.2024.old"]
+    stage = tmp_path / "bench"
+    for name in theirs:
+        put(stage / name, name)
+    recover(stage / "out")
+    Workdir(tmp_path).new("bench")
+    assert sorted(path.name for path in stage.iterdir() if path.suffix != ".lock") == sorted(theirs)
+
+
+def test_neither_another_commands_work_nor_an_input_is_replaced(tmp_path):
+    out = tmp_path / "mine"
+    train = RunFolder("train sft", {}, {}, out)
+    put(train.partial / "checkpoint-13", "hours")
+    with pytest.raises(BadArgument, match="holds an unfinished run with other command;"):
+        RunFolder("bench", {}, {}, out)
+    assert state(train.partial / "checkpoint-13")["a.txt"] == "hours"
+    train.finish()
+    put(out / "run", "mine")
+    with pytest.raises(BadArgument, match=r"holds an input, .*a\.txt, and would be replaced; choose a new"):
+        check_output(out, "train sft", [out / "run" / "a.txt", "Qwen/Qwen3-0.6B"])
+    with pytest.raises(BadArgument, match="holds an input"):
+        check_output(out, "train sft", [out])
+    check_output(out, "train sft", [tmp_path, tmp_path / "minerals"])
+
+
+def test_a_link_is_followed_and_the_current_folder_is_none_to_replace(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    RunFolder("bench", {}, {}, tmp_path / "link").finish()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "run.json").is_file()
+    monkeypatch.chdir(tmp_path / "disk")
+    for place in (tmp_path / "disk", Path(), Path("../disk")):
+        with pytest.raises(BadArgument, match="is where you are, and can't be replaced"):
+            check_output(place, "bench")
+
+
+def test_what_a_killed_process_left_is_no_output(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "expansions.jsonl").touch()
+    (out / "expansions.jsonl.lock").touch()
+    (out / f".run.json.{NOBODY}.partial").write_text("{")
+    check_output(out, "teach")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(BadArgument, match="holds something other than `qe-edge teach` made"):
+        check_output(out, "teach")
 
 
 def test_what_a_live_process_moved_is_left_alone(tmp_path):

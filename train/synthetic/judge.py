@@ -11,6 +11,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from qe_edge.errors import BadArgument
 from qe_edge.records import Document, Problem, read_jsonl
 from qe_edge.retrieval.datasets import Dataset
 from qe_edge.retrieval.index import Index
@@ -141,13 +142,17 @@ def judge(
         QeEdgeError: nothing could be got at all.
     """
     check_place(out)
+    file = out / f"{data.split or 'test'}-synthetic.tsv"
+    if not (out / JUDGMENTS).exists():
+        for own in (file, out / AGREEMENT):
+            if own.exists():
+                raise BadArgument(f"{own} is none that `qe-edge data judge` wrote; choose another folder")
     prompt = load_passage_prompt(config.prompt)
     teacher = open_teacher(config, max_tokens=config.max_tokens) if config.endpoint else None
     runs = {**_plain_runs(data, config.depth, workdir), **runs}
     pairs = pooled(data, runs, config.depth)
     texts = read_texts(data, {pair.document for pair in pairs})
     plan = Pool(data, pairs, texts, config, prompt)
-    file = out / f"{data.split or 'test'}-synthetic.tsv"
     with Ledger(out / JUDGMENTS, Judgment, "data judge", "grades") as ledger:
         outcome, error = ask_all(plan, ledger, config, teacher, max_tokens=config.max_tokens)
     check_done(outcome, error)

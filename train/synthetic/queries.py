@@ -172,8 +172,12 @@ def choose_passages(folder: Path, config: QueriesConfig) -> list[Document]:
     """
     if not (folder / CORPUS).is_file():
         raise NotFound(f"{folder} has no {CORPUS}; make one of your notes with `qe-edge data make`")
-    if (folder / "queries.jsonl").exists() and not (folder / SYNTHETIC).is_file():
-        raise BadArgument(f"{folder} has queries of its own, which would be lost; take a copy without them")
+    if not (folder / SYNTHETIC).is_file():
+        for own in ("queries.jsonl", "qrels/train.tsv", "qrels/test.tsv"):
+            if (folder / own).exists():
+                raise BadArgument(
+                    f"{folder} has {own} of its own, which would be lost; take a copy without it"
+                )
     places: dict[str, list[tuple[bytes, str]]] = {}
     for document in read_jsonl(folder / CORPUS, Document):
         if count_words(document.text) >= SHORTEST:
@@ -202,15 +206,16 @@ def test_sources(documents: set[str], share: float, *, seed: int) -> set[str]:
 
 
 def _write_judged(folder: Path, splits: dict[str, list[KnownItem]]) -> None:
+    """A split is there when it is whole: killed before, the folder lacks it, and says so."""
+    files = {split: folder / "qrels" / f"{split}.tsv" for split in splits}
+    for file in files.values():
+        remove(file)
     queries = [Query(id=item.query_id, text=item.text) for items in splits.values() for item in items]
     write_bytes(folder / "queries.jsonl", encode_jsonl(queries))
     for split, items in splits.items():
-        file = folder / "qrels" / f"{split}.tsv"
         if items:
             lines = [f"{item.query_id}\t{item.document}\t1\n" for item in items]
-            write_bytes(file, (QRELS_HEADER + "".join(lines)).encode())
-        else:
-            remove(file)
+            write_bytes(files[split], (QRELS_HEADER + "".join(lines)).encode())
 
 
 def _digest(content: str | bytes) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
@@ -89,7 +90,7 @@ class Ledger(Generic[R]):
         self.keys: set[str] = set()
         self.tokens: dict[str, tuple[int, int]] = {}  # by model: of prompts, of answers
         try:
-            self._drop_torn_line()
+            self._mend_last_line(kind)
             if path.exists():
                 for row in read_jsonl(path, kind):  # type: ignore[type-var]
                     self.count(row)
@@ -99,8 +100,11 @@ class Ledger(Generic[R]):
             raise
         self._synced = time.monotonic()
 
-    def _drop_torn_line(self) -> None:
-        """A process killed while writing leaves a line without its end: that candidate is asked for again."""
+    def _mend_last_line(self, kind: type[R]) -> None:
+        """A process killed while writing leaves a line without its end: that candidate is asked for again.
+
+        A whole row, as an editor may leave one, is given its end; what is no row of ours stays as it is.
+        """
         if not self.path.exists():
             return
         with self.path.open("r+b") as file:
@@ -114,9 +118,20 @@ class Ledger(Generic[R]):
                     position = start + newline + 1
                     break
                 position = start
-            if position < content_end:
-                file.truncate(position)
-                note(f"{self.path}: dropped an unfinished last line")
+            if position == content_end:
+                return
+            file.seek(position)
+            line = file.read()
+            first = msgspec.structs.fields(kind)[0]  # type: ignore[arg-type]
+            begin = b'{"' + first.encode_name.encode() + b'":'
+            with suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                msgspec.json.decode(line, type=kind)
+                file.write(b"\n")
+                return
+            if not line.startswith(begin[: len(line)]):
+                raise BadInput(f"its last line is none that `qe-edge {self.command}` wrote", path=self.path)
+            file.truncate(position)
+            note(f"{self.path}: dropped an unfinished last line")
 
     def count(self, row: R) -> None:
         if row.key:
