@@ -17,7 +17,7 @@ from qe_edge.console import progress
 from qe_edge.errors import BadArgument, BadInput, NotFound
 from qe_edge.lines import raw_lines, read_lines
 from qe_edge.retrieval.judged import Once, check_id, parse_grade
-from qe_edge.work.files import atomic_path, claim, sha256, write_json
+from qe_edge.work.files import atomic_path, sha256, write_json
 from qe_edge.work.runs import check_not_here
 
 ORIGIN = "origin.json"
@@ -113,8 +113,6 @@ def _check_place(name: str, out: Path) -> None:
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise BadArgument(f"{name!r} can't be a data set's name: letters, digits, dots and dashes can")
     check_not_here(out)
-    if not claim(out):
-        raise BadArgument(f"another command is writing {out}; wait for it, or choose another folder")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         try:
             found = read_origin(out) if out.is_dir() else None

@@ -90,17 +90,11 @@ def check_output(out: Path, command: str, inputs: Iterable[Path | str] = ()) -> 
     """Fail before the work, not after it, when the output folder can't be written or must not be replaced.
 
     A folder is replaced whole: it must be new, empty, or an earlier output of the same command, which is
-    told. No input may lie in it, which would be replaced with it. Until this process ends, no other one is
-    let in. `teach` adds to what there is, and locks its file.
+    told. `teach` adds to what there is. No input may lie in it, which would be replaced with it.
     """
     check_place(out)
-    if out.is_dir():
-        _check_replaced(out, command, inputs)
-    if command != "teach" and not _mine(out):
-        raise BadArgument(f"another command is writing {out}; wait for it, or choose another folder")
-
-
-def _check_replaced(out: Path, command: str, inputs: Iterable[Path | str]) -> None:
+    if not out.is_dir():
+        return
     if command != "teach":
         check_not_here(out)
     if all(is_litter(path) for path in out.iterdir()):
@@ -188,6 +182,8 @@ class RunFolder:
         if is_numbered(out):
             out = self._place(out)
         check_output(out, command, inputs.values())
+        if not _mine(out):
+            raise BadArgument(f"another command is writing {out}; wait for it, or choose another folder")
         self.out, self.partial = out, _partial(out)
         if other := self._other_work(out):
             raise BadArgument(
