@@ -249,12 +249,10 @@ def _asked_for() -> tuple[str, Any]:
 
 
 def _with_flag(message: str) -> str:
-    """A message that begins with what Python calls an option of the command, with the option's own name."""
-    name = message.partition(" ")[0]
-    options = {
-        param.name: param.opts[0] for param in _asked_for()[1].params if param.opts[0].startswith("--")
-    }
-    return message.replace(name, options.get(name, name), 1)
+    """What is wrong with an argument of ours (`budget_tokens must be …`), by the name of its option."""
+    name, verb, rest = message.partition(" must be ")
+    options = {param.name: param.opts[0] for param in _asked_for()[1].params}
+    return f"{options[name]}{verb}{rest}" if verb and options.get(name, "").startswith("--") else message
 
 
 def _fail(error: Exception) -> int:

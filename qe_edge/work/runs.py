@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -135,9 +136,10 @@ def _partial(out: Path) -> Path:
 
 def is_litter(path: Path) -> bool:
     """What a killed process of ours leaves: a lock, a half-written file, a JSON Lines file without a line."""
-    hidden = path.name.startswith(".") and path.name.endswith((".lock", ".partial"))
+    if not path.is_file():
+        return False
     without_line = path.name.endswith((".jsonl", ".jsonl.lock")) and not path.stat().st_size
-    return path.is_file() and (hidden or without_line)
+    return without_line or bool(re.fullmatch(r"\..+\.(lock|\d{1,7}\.partial)", path.name))
 
 
 def _check_ours(partial: Path) -> None:
@@ -167,8 +169,9 @@ class RunFolder:
     that lies at another number is brought to this one's, and resumed.
 
     Raises:
-        BadArgument: `out` is no number of a work folder, and an interrupted run with other settings, inputs
-            or versions lies there; or another process is at work there.
+        BadArgument: `out` is no number of a work folder, and an interrupted run of another command, or with
+            other settings, inputs or versions, lies there; another process is at work there; or
+            `check_output` refuses it.
     """
 
     work = "generated/*/*"

@@ -140,6 +140,7 @@ def judge(
 
     Raises:
         QeEdgeError: nothing could be got at all.
+        BadArgument: `out` can't be written, or holds other files of these names.
     """
     check_place(out)
     file = out / f"{data.split or 'test'}-synthetic.tsv"
